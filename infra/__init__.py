@@ -1,0 +1,1 @@
+"""Ground floor: storage, shards, manifests, the Stage contract, executors, the registry, progress."""

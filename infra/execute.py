@@ -1,0 +1,211 @@
+"""Running a stage: what is finished is skipped, the rest goes to an executor, what keeps failing is set aside."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+
+from infra import storage
+from infra.errors import UsageError, WinnowError
+from infra.executors import Executor
+from infra.progress import RunLog, StageProgress, read_note
+from infra.stage import (
+    MANIFEST,
+    PLACES,
+    Manifest,
+    Record,
+    SetAside,
+    Stage,
+    Unit,
+    describe_files,
+    pending_units,
+    read_manifest,
+    remove_orphans,
+)
+
+NOTES = "notes"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much may be set aside before a run counts as failed: a share of the items when below 1, else a number."""
+
+    max_set_aside: float = 0.05
+
+    def allows(self, set_aside: int, total: int) -> bool:
+        limit = self.max_set_aside * total if self.max_set_aside < 1 else self.max_set_aside
+        return set_aside <= limit
+
+    def __str__(self) -> str:
+        return f"{self.max_set_aside:.1%}" if self.max_set_aside < 1 else f"{self.max_set_aside:.0f}"
+
+
+def execute(
+    stage: Stage,
+    executor: Executor,
+    *,
+    budget: Budget | None = None,
+    log: RunLog | None = None,
+    retries: int = 2,
+    label: str | None = None,
+) -> Manifest:
+    """Bring a stage to its manifest.
+
+    Args:
+        stage: what to run.
+        executor: where to run it.
+        budget: how much may be set aside.
+        log: where to tell of it.
+        retries: how often a failed group is tried again.
+        label: the stage's name in messages.
+
+    Returns:
+        the manifest, read back or newly written.
+
+    Raises:
+        UsageError: a unit found the recipe at fault.
+        WinnowError: units kept failing, or more was set aside than the budget allows.
+    """
+    budget, log, label = budget or Budget(), log or RunLog(stream=None), label or stage.name
+    units, done = pending_units(stage)
+    key = stage.manifest_key(units)
+    todo = [unit for unit in units if unit.name not in done]
+    previous = read_manifest(stage.out)
+    places_url = stage.url(PLACES)
+    if not storage.exists(places_url) or storage.read_json(places_url) != stage.places():
+        storage.write_json(places_url, stage.places())
+    if not todo and previous is not None and previous.key == key:
+        log.event(event="unchanged", stage=label, units=len(units))
+        log.say(f"{label:<24} unchanged ({len(units)} units)")
+        return previous
+
+    started = time.monotonic()
+    log.event(event="start", stage=label, units=len(units), todo=len(todo))
+    progress = StageProgress(log, label, len(todo), sum(unit.items for unit in todo))
+    failures: dict[str, Exception] = {}
+    if todo:
+        _run_groups(stage, executor, _groups(todo), retries, progress, done, failures)
+    storage.remove(stage.url(NOTES))
+    lost = _failed_units(stage, units, failures, log)
+
+    records = [done[unit.name] for unit in units if unit.name in done]
+    finished = stage.finish(records)
+    files = {path: facts for record in records for path, facts in record.files.items()}
+    files |= describe_files(stage, finished.files)
+    left_out = [item for record in records for item in record.set_aside]
+    left_out += [asdict(item) for item in finished.set_aside]
+    items = sum(record.items for record in records) - len(finished.set_aside)
+    n_left = len(left_out) + sum(max(unit.items, 1) for unit in lost)
+    if not budget.allows(n_left, items + n_left):
+        reasons = Counter(item["reason"] for item in left_out)
+        for unit in lost:
+            reasons[str(failures[unit.name])] += max(unit.items, 1)
+        raise WinnowError(
+            f"{n_left} of {items + n_left} set aside, the budget is {budget} "
+            f"({', '.join(f'{reason}: {n}' for reason, n in reasons.most_common(5))})",
+            where=label,
+            do="Mend the input, or raise max_set_aside in the recipe.",
+        )
+    remove_orphans(stage, units, files)
+    manifest = Manifest(
+        stage=stage.name,
+        version=stage.version,
+        key=key,
+        params=stage.params(),
+        parents=stage.parents(),
+        units=len(records),
+        items=items,
+        set_aside={
+            "count": n_left,
+            "reasons": dict(sorted(Counter(item["reason"] for item in left_out).items())),
+            "samples": left_out[:1000],
+            "units": {unit.name: str(failures[unit.name]) for unit in lost},
+        },
+        files=dict(sorted(files.items())),
+        values=finished.values,
+        url=stage.out,
+    )
+    # With units missing, the next run must try them again, so its key must not match.
+    body = asdict(manifest) | {"key": "incomplete" if lost else key}
+    body.pop("url")
+    storage.write_json(stage.url(MANIFEST), body)
+    seconds = time.monotonic() - started
+    log.say(progress.line() if not n_left else f"{progress.line()}  {manifest.state}")
+    log.event(event="done", stage=label, state=manifest.state, **progress.facts() | {"seconds": round(seconds, 3)})
+    return manifest
+
+
+def _groups(units: list[Unit]) -> list[list[Unit]]:
+    groups: dict[str, list[Unit]] = {}
+    for unit in units:
+        groups.setdefault(unit.group or f"\0{unit.name}", []).append(unit)
+    return list(groups.values())
+
+
+def _run_groups(
+    stage: Stage,
+    executor: Executor,
+    groups: list[list[Unit]],
+    retries: int,
+    progress: StageProgress,
+    done: dict[str, Record],
+    failures: dict[str, Exception],
+) -> None:
+    attempts = dict.fromkeys(range(len(groups)), 0)
+    waiting = list(range(len(groups)))
+    while waiting:
+        again = []
+        for result in executor.results(stage, [(index, groups[index]) for index in waiting]):
+            if result is None:
+                progress.tick(_notes(stage))
+                continue
+            if result.error is None:
+                for record in result.records:
+                    done[record.unit] = record
+                    size = sum(facts["bytes"] for facts in record.files.values())
+                    progress.add(items=record.items, size=size, set_aside=len(record.set_aside))
+                continue
+            if isinstance(result.error, UsageError):
+                raise result.error
+            attempts[result.index] += 1
+            names = ", ".join(unit.name for unit in groups[result.index])
+            progress.log.event(event="failure", stage=progress.label, units=names, error=str(result.error))
+            if attempts[result.index] <= retries and not isinstance(result.error, WinnowError):
+                again.append(result.index)
+            else:
+                failures.update({unit.name: result.error for unit in groups[result.index]})
+        waiting = again
+
+
+def _failed_units(stage: Stage, units: list[Unit], failures: dict[str, Exception], log: RunLog) -> list[Unit]:
+    lost = [unit for unit in units if unit.name in failures]
+    if not lost:
+        return []
+    for unit in lost:
+        log.say(f"{stage.name}: {unit.name} failed: {failures[unit.name]}")
+    if not stage.tolerates or len(lost) == len(units):
+        first = failures[lost[0].name]
+        if len(lost) == 1 and isinstance(first, WinnowError):
+            raise first
+        raise WinnowError(
+            f"{len(lost)} of {len(units)} units failed; the first, {lost[0].name}: {type(first).__name__}: {first}",
+            where=stage.name,
+            do="What is finished is kept; run again to try the rest.",
+        ) from first
+    return lost
+
+
+def _notes(stage: Stage) -> str:
+    url = stage.url(NOTES)
+    if not storage.is_local(url):
+        return ""
+    return "  ".join(filter(None, (read_note(storage.join(url, name)) for name in storage.list_names(url))))
+
+
+def note_url(stage: Stage, unit: Unit) -> str:
+    """Where a unit of a stage leaves its progress note."""
+    return stage.url(NOTES, unit.name.replace("/", "-"))
+
+
+__all__ = ["Budget", "SetAside", "execute", "note_url"]

@@ -1,0 +1,50 @@
+"""Decoding pictures that strangers made: sizes are bounded before pixels are."""
+
+from __future__ import annotations
+
+import io
+
+from PIL import Image
+
+from infra.errors import WinnowError
+
+MAX_PIXELS = 100_000_000
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+
+
+class PictureError(WinnowError):
+    """A picture that cannot be used; `what` is a short fixed phrase, fit for counting."""
+
+
+def picture_size(data: bytes) -> tuple[int, int]:
+    """(width, height) in pixels out of the header, without decoding. Raises PictureError."""
+    image = _open(data)
+    return image.size
+
+
+def decode_picture(data: bytes) -> Image.Image:
+    """Decode to RGB; transparency is laid on white. Raises PictureError when the bytes are no whole picture."""
+    image = _open(data)
+    try:
+        if image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info):
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            return Image.alpha_composite(white, image).convert("RGB")
+        return image.convert("RGB")
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more on broken data
+        raise PictureError("undecodable picture") from error
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError:
+        raise PictureError("picture too large") from None
+    except Exception as error:
+        raise PictureError("undecodable picture") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise PictureError("picture too large")
+    if width < 1 or height < 1:
+        raise PictureError("undecodable picture")
+    return image

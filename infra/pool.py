@@ -1,0 +1,214 @@
+"""Pools of samples in tar shards as later stages see them: one view parquet a shard, pictures by byte range."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from infra import storage
+from infra.errors import WinnowError
+from infra.stage import PLACES, need_manifest
+from infra.storage import digest_json
+from infra.uids import decode_uids
+
+# Where the members of a sample lie. `tar` counts in the shard's list of tars; sizes in bytes; null where there is none.
+LOCATION = pa.schema(
+    [
+        ("tar", pa.uint8()),
+        ("image_ext", pa.string()),
+        ("image_offset", pa.int64()),
+        ("image_size", pa.int64()),
+        ("text_offset", pa.int64()),
+        ("text_size", pa.int64()),
+        ("json_offset", pa.int64()),
+        ("json_size", pa.int64()),
+        ("other", pa.list_(pa.struct([("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]))),
+    ]
+)
+# What every view has beside that.
+IDENTITY = pa.schema(
+    [
+        ("uid", pa.string()),
+        ("key", pa.string()),
+        ("text", pa.string()),
+        ("original_width", pa.int32()),
+        ("original_height", pa.int32()),
+    ]
+)
+HERE = "."
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard of a pool.
+
+    Attributes:
+        name: file stem.
+        view: URL of its view parquet.
+        tars: URLs of the tars the view's `tar` column counts in.
+        rows: samples, without the dropped ones.
+        digest: of the view and of the tars' content.
+        dropped: row numbers in the view that are set aside (uids met before in another shard).
+    """
+
+    name: str
+    view: str
+    tars: tuple[str, ...]
+    rows: int
+    digest: str
+    dropped: tuple[int, ...] = ()
+
+    def columns(self) -> list[str]:
+        """Names of the view's columns."""
+        with storage.open_read(self.view) as file:
+            return list(pq.read_schema(file).names)
+
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The view in tar order; a column the shard has not comes back null. Shape [rows]."""
+        with storage.open_read(self.view) as file:
+            parquet = pq.ParquetFile(file)
+            present = parquet.schema_arrow.names
+            wanted = present if columns is None else [name for name in columns if name in present]
+            if not wanted:
+                table = parquet.read(columns=["uid"])
+            else:
+                table = parquet.read(columns=wanted)
+        if self.dropped:
+            keep = np.ones(table.num_rows, dtype=bool)
+            keep[list(self.dropped)] = False
+            table = table.filter(pa.array(keep))
+        if columns is not None:
+            arrays = [
+                table[name] if name in table.column_names else pa.nulls(table.num_rows, _type_of(name))
+                for name in columns
+            ]
+            table = pa.Table.from_arrays(arrays, names=list(columns))
+        return table
+
+    def uids(self) -> np.ndarray:
+        """dtype u8,u8, shape [rows]."""
+        return decode_uids(self.table(["uid"])["uid"])
+
+    def image_bytes(self, table: pa.Table) -> list[bytes]:
+        """The encoded pictures of rows of the view, which must hold `tar`, `image_offset` and `image_size`."""
+        return read_members(self.tars, table, "image")
+
+
+def _type_of(column: str) -> pa.DataType:
+    for schema in (IDENTITY, LOCATION):
+        if column in schema.names:
+            return schema.field(column).type
+    return pa.null()
+
+
+def read_members(tars: Sequence[str], table: pa.Table, member: str) -> list[bytes]:
+    """The bytes of the `image`, `text` or `json` member of each row, read by range in file order."""
+    tar = table["tar"].to_numpy()
+    offset = table[f"{member}_offset"].to_numpy()
+    size = table[f"{member}_size"].to_numpy()
+    out: list[bytes] = [b""] * table.num_rows
+    for index in np.unique(tar):
+        rows = np.nonzero(tar == index)[0]
+        rows = rows[np.argsort(offset[rows], kind="stable")]
+        for row, data in zip(rows, storage.read_ranges(tars[index], offset[rows], size[rows]), strict=True):
+            out[row] = data
+    return out
+
+
+@dataclass(frozen=True)
+class Pool:
+    """An indexed pool: what `index`, `inject` and `reshard` leave in their directories.
+
+    Attributes:
+        url: the directory.
+        shards: in order.
+        digest: of all shards' content; the pool's path is not part of it.
+    """
+
+    url: str
+    shards: tuple[Shard, ...]
+    digest: str
+
+    @staticmethod
+    def open(url: str) -> Pool:
+        """Open an indexed pool. Raises WinnowError when the directory is not one."""
+        manifest = need_manifest(url, "pool")
+        if "shards" not in manifest.values:
+            raise WinnowError(f"is the output of {manifest.stage}, not a pool", where=url)
+        places = storage.read_json(storage.join(url, PLACES)) | {HERE: url}
+        shards = []
+        for entry in manifest.values["shards"]:
+            tars = []
+            for reference in entry["tars"]:
+                place, _, path = reference.partition("/")
+                tars.append(storage.join(places[place], path))
+            shards.append(
+                Shard(
+                    name=entry["name"],
+                    view=storage.join(url, entry["view"]),
+                    tars=tuple(tars),
+                    rows=entry["rows"],
+                    digest=entry["digest"],
+                    dropped=tuple(entry.get("dropped", ())),
+                )
+            )
+        return Pool(url, tuple(shards), digest_json([[shard.name, shard.digest] for shard in shards]))
+
+    def __len__(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    def shard(self, name: str) -> Shard:
+        return next(shard for shard in self.shards if shard.name == name)
+
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[tuple[Shard, pa.Table]]:
+        for shard in self.shards:
+            yield shard, shard.table(columns)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One column of the whole pool; for small pools and reports."""
+        chunks = [chunk for _, table in self.tables([name]) for chunk in table[name].chunks]
+        kinds = {chunk.type for chunk in chunks if not pa.types.is_null(chunk.type)}
+        kind = kinds.pop() if kinds else pa.null()
+        return pa.chunked_array([chunk.cast(kind) for chunk in chunks], type=kind)
+
+    def uids(self) -> np.ndarray:
+        """dtype u8,u8, shape [n], in pool order."""
+        parts = [shard.uids() for shard in self.shards]
+        return np.concatenate(parts) if parts else np.empty(0, dtype="u8,u8")
+
+
+def shard_entry(
+    name: str, view: str, view_digest: str, tars: Sequence[Sequence[str]], rows: int, dropped: list[int]
+) -> dict:
+    """A shard as a pool's manifest lists it.
+
+    Args:
+        name: the shard's.
+        view: path of the view parquet, relative to the pool's directory.
+        view_digest: sha256 of that file.
+        tars: for each tar, in the order that the view counts them, its "place/path" and a digest of its content.
+        rows: rows of the view.
+        dropped: row numbers set aside.
+    """
+    return {
+        "name": name,
+        "view": view,
+        "tars": [reference for reference, _ in tars],
+        "rows": rows - len(dropped),
+        "digest": digest_json([view_digest, [digest for _, digest in tars], dropped]),
+        "dropped": dropped,
+    }
+
+
+def write_view(path: str, table: pa.Table) -> None:
+    """Write a view parquet; equal tables give equal bytes."""
+    pq.write_table(table, path, compression="zstd", compression_level=1)
+
+
+def null_count(table: pa.Table, column: str) -> int:
+    return int(pc.sum(pc.is_null(table[column])).as_py() or 0)

@@ -1,0 +1,210 @@
+"""Files anywhere fsspec reaches (disk, s3://, gs://, memory://), read by range, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from infra.errors import WinnowError
+
+
+def is_local(url: str) -> bool:
+    """True for a plain path or a file:// URL."""
+    return "://" not in url or url.startswith("file://")
+
+
+def local_path(url: str) -> Path:
+    """The path of a local URL."""
+    return Path(url.removeprefix("file://"))
+
+
+def _fs(url: str) -> tuple[Any, str]:
+    return fsspec.core.url_to_fs(url)
+
+
+def absolute(url: str) -> str:
+    """The URL with a local path made absolute, so that it means the same in every worker process."""
+    return str(local_path(url).expanduser().absolute()) if is_local(url) else url.rstrip("/")
+
+
+def join(url: str, *parts: str) -> str:
+    """Append path components to a URL."""
+    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts if part)])
+
+
+def name_of(url: str) -> str:
+    """The last component of a URL."""
+    return url.rstrip("/").rsplit("/", 1)[-1]
+
+
+def exists(url: str) -> bool:
+    if is_local(url):
+        return local_path(url).exists()
+    fs, path = _fs(url)
+    return bool(fs.exists(path))
+
+
+def is_dir(url: str) -> bool:
+    if is_local(url):
+        return local_path(url).is_dir()
+    fs, path = _fs(url)
+    return bool(fs.isdir(path))
+
+
+def list_names(url: str) -> list[str]:
+    """Sorted names of the entries of a directory; empty if there is no such directory."""
+    if is_local(url):
+        path = local_path(url)
+        return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    fs, path = _fs(url)
+    if not fs.isdir(path):
+        return []
+    return sorted({name_of(entry) for entry in fs.ls(path, detail=False)} - {name_of(path), ""})
+
+
+def open_read(url: str) -> Any:
+    """Open for reading bytes. Raises WinnowError when the file cannot be opened."""
+    try:
+        if is_local(url):
+            return open(local_path(url), "rb")
+        fs, path = _fs(url)
+        return fs.open(path, "rb")
+    except FileNotFoundError:
+        raise WinnowError("no such file", where=url) from None
+    except OSError as error:
+        raise WinnowError(f"cannot be read ({error})", where=url) from error
+
+
+def read_bytes(url: str) -> bytes:
+    with open_read(url) as file:
+        return file.read()
+
+
+def read_ranges(url: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
+    """Many ranges of one file: one open and a `pread` each on a local disk, concurrent requests on an object store.
+
+    A range the file is too short for comes back shorter than asked.
+    """
+    if is_local(url):
+        with open_read(url) as file:
+            handle = file.fileno()
+            return [os.pread(handle, int(size), int(offset)) for offset, size in zip(offsets, sizes, strict=True)]
+    fs, path = _fs(url)
+    starts = [int(offset) for offset in offsets]
+    ends = [int(offset) + int(size) for offset, size in zip(offsets, sizes, strict=True)]
+    return list(fs.cat_ranges([path] * len(starts), starts, ends))
+
+
+def size_of(url: str) -> int:
+    if is_local(url):
+        return local_path(url).stat().st_size
+    fs, path = _fs(url)
+    return int(fs.size(path))
+
+
+def version_token(url: str) -> str:
+    """A cheap string that changes when the file does: size and modification time, or the store's ETag."""
+    if is_local(url):
+        stat = local_path(url).stat()
+        return f"{stat.st_size}-{stat.st_mtime_ns}"
+    fs, path = _fs(url)
+    info = fs.info(path)
+    mark = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("LastModified") or info.get("mtime")
+    return f"{info.get('size')}-{mark}"
+
+
+def make_dir(url: str) -> None:
+    if is_local(url):
+        local_path(url).mkdir(parents=True, exist_ok=True)
+    else:
+        fs, path = _fs(url)
+        fs.makedirs(path, exist_ok=True)
+
+
+def remove(url: str) -> None:
+    """Remove a file or a directory with all in it, if it is there."""
+    if is_local(url):
+        path = local_path(url)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        return
+    fs, path_ = _fs(url)
+    if fs.exists(path_):
+        fs.rm(path_, recursive=True)
+
+
+@contextlib.contextmanager
+def writing(url: str) -> Iterator[Path]:
+    """Yields a local temporary path to write; on success it becomes `url` at once, on an exception it is removed.
+
+    On local disks the temporary file lies in the target's directory and is renamed; on object stores, where a
+    put is atomic, it is uploaded.
+    """
+    if is_local(url):
+        target = local_path(url)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+        try:
+            yield temporary
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder) / name_of(url)
+        yield temporary
+        fs, path = _fs(url)
+        fs.put_file(str(temporary), path)
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Write a whole file atomically."""
+    with writing(url) as path:
+        path.write_bytes(data)
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys, so that equal values give equal text."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def write_json(url: str, value: Any) -> None:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, indent=1, allow_nan=False)
+    write_bytes(url, (text + "\n").encode())
+
+
+def read_json(url: str) -> Any:
+    """Raises WinnowError when the file is missing or not JSON."""
+    try:
+        return json.loads(read_bytes(url))
+    except ValueError as error:
+        raise WinnowError(f"is not valid JSON ({error})", where=url) from error
+
+
+def digest_json(value: Any) -> str:
+    """sha256 (64 hex characters) of the canonical JSON of a value."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def digest_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_file(url: str) -> str:
+    """sha256 of a file's content, read once, 8 MiB at a time."""
+    state = hashlib.sha256()
+    with open_read(url) as file:
+        while block := file.read(8 << 20):
+            state.update(block)
+    return state.hexdigest()

@@ -1,0 +1,54 @@
+"""Shared by all tests: one Ray session, one indexed pool, one tiny CLIP."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+from infra.execute import execute
+from infra.executors import SerialExecutor
+from infra.index import IndexStage
+from tests.drawing import write_pool
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    """A local Ray of two cores, started once. Tests take an executor from `ray_executor`."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture
+def ray_executor(ray_session):
+    from infra.executors import RayExecutor
+
+    return RayExecutor()
+
+
+@pytest.fixture(scope="session")
+def small_pool(tmp_path_factory) -> str:
+    """An indexed pool of 3 shards with 8 samples each; URL of the pool directory."""
+    folder = tmp_path_factory.mktemp("small-pool")
+    write_pool(folder / "shards", shards=3, per_shard=8)
+    execute(IndexStage((str(folder / "shards"),), str(folder / "pool")), SerialExecutor())
+    return str(folder / "pool")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The real pool and evaluation sets; WINNOW_DATA or ../shared/data."""
+    folder = Path(os.environ.get("WINNOW_DATA", ROOT.parent / "shared" / "data"))
+    if not (folder / "pool").is_dir():
+        pytest.skip("the real data is not here (set WINNOW_DATA)")
+    return folder

@@ -1,0 +1,235 @@
+"""The Stage contract on a small stage of its own: what is skipped, redone, retried, set aside, removed."""
+
+import json
+from dataclasses import dataclass, field
+
+import pytest
+
+from infra import storage
+from infra.errors import UsageError, WinnowError
+from infra.execute import Budget, execute
+from infra.executors import SerialExecutor
+from infra.stage import Output, SetAside, Stage, Unit, read_manifest, record_url
+
+
+@dataclass
+class Square(Stage):
+    """Writes the square of each number; `trouble` maps a number to how often it fails first."""
+
+    numbers: tuple[int, ...]
+    out: str
+    power: int = 2
+    trouble: dict = field(default_factory=dict)
+    ran: list = field(default_factory=list)
+    bad: tuple = ()
+
+    name = "square"
+    version = 1
+    tolerates = True
+
+    def params(self):
+        return {"power": self.power}
+
+    def plan(self):
+        return [Unit(str(n), {"n": str(n)}, items=1) for n in self.numbers]
+
+    def run(self, unit):
+        n = int(unit.name)
+        self.ran.append(n)
+        if self.trouble.get(n, 0) > 0:
+            self.trouble[n] -= 1
+            raise OSError("the disk blinked")
+        storage.write_bytes(self.url(f"{n}.txt"), str(n**self.power).encode())
+        aside = [SetAside(f"s{n}", "odd")] if n in self.bad else []
+        return Output([f"{n}.txt"], 1, aside)
+
+    def finish(self, records):
+        return Output(values={"total": len(records)})
+
+
+def go(stage, **options):
+    return execute(stage, SerialExecutor(), **{"budget": Budget(0), **options})
+
+
+def test_second_run_does_nothing(tmp_path):
+    first = go(Square((1, 2, 3), str(tmp_path)))
+    again = Square((1, 2, 3), str(tmp_path))
+    assert go(again) == first
+    assert again.ran == []
+    assert first.values == {"total": 3} and first.state == "complete"
+    assert (tmp_path / "3.txt").read_text() == "9"
+
+
+def test_only_what_is_new_is_done(tmp_path):
+    go(Square((1, 2), str(tmp_path)))
+    more = Square((1, 2, 5), str(tmp_path))
+    go(more)
+    assert more.ran == [5]
+
+
+def test_changed_parameters_redo_everything(tmp_path):
+    go(Square((1, 2), str(tmp_path)))
+    cubes = Square((1, 2), str(tmp_path), power=3)
+    manifest = go(cubes)
+    assert cubes.ran == [1, 2]
+    assert (tmp_path / "2.txt").read_text() == "8"
+    assert manifest.params == {"power": 3}
+
+
+def test_a_changed_version_redoes_everything(tmp_path, monkeypatch):
+    go(Square((1,), str(tmp_path)))
+    monkeypatch.setattr(Square, "version", 2)
+    again = Square((1,), str(tmp_path))
+    go(again)
+    assert again.ran == [1]
+
+
+@pytest.mark.parametrize("damage", ["file gone", "file cut", "record cut", "record of another key"])
+def test_damaged_units_are_redone(tmp_path, damage):
+    stage = Square((4, 5), str(tmp_path))
+    before = go(stage)
+    record = tmp_path / "units" / "4.json"
+    if damage == "file gone":
+        (tmp_path / "4.txt").unlink()
+    elif damage == "file cut":
+        (tmp_path / "4.txt").write_text("1")
+    elif damage == "record cut":
+        record.write_text(record.read_text()[:30])
+    else:
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"key": "0" * 64}))
+    again = Square((4, 5), str(tmp_path))
+    assert go(again) == before
+    assert again.ran == [4]
+    assert (tmp_path / "4.txt").read_text() == "16"
+
+
+def test_passing_trouble_is_retried(tmp_path):
+    stage = Square((1, 2), str(tmp_path), trouble={2: 2})
+    assert go(stage).state == "complete"
+    assert stage.ran.count(2) == 3
+
+
+def test_lasting_trouble_is_set_aside_within_the_budget(tmp_path):
+    stage = Square(tuple(range(10)), str(tmp_path), trouble={3: 99})
+    manifest = go(stage, budget=Budget(0.1))
+    assert manifest.state == "complete with 1 set aside"
+    assert manifest.set_aside["units"] == {"3": "the disk blinked"}
+    assert manifest.values == {"total": 9}
+    mended = Square(tuple(range(10)), str(tmp_path))
+    assert go(mended).state == "complete"
+    assert mended.ran == [3]
+
+
+def test_beyond_the_budget_the_run_fails_and_keeps_what_is_done(tmp_path):
+    stage = Square(tuple(range(10)), str(tmp_path), trouble={3: 99, 4: 99})
+    with pytest.raises(WinnowError, match=r"2 of 10 set aside, the budget is 10\.0%.*the disk blinked: 2"):
+        go(stage, budget=Budget(0.1))
+    assert read_manifest(str(tmp_path)) is None
+    mended = Square(tuple(range(10)), str(tmp_path))
+    go(mended)
+    assert mended.ran == [3, 4]
+
+
+def test_a_budget_in_samples(tmp_path):
+    stage = Square(tuple(range(10)), str(tmp_path), bad=(1, 2))
+    with pytest.raises(WinnowError, match=r"2 of 12 set aside, the budget is 1 \(odd: 2\)"):
+        go(stage, budget=Budget(1))
+    assert go(stage, budget=Budget(2)).set_aside["reasons"] == {"odd": 2}
+
+
+def test_a_stage_that_tolerates_nothing_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(Square, "tolerates", False)
+    with pytest.raises(WinnowError, match="1 of 3 units failed; the first, 1: OSError: the disk blinked"):
+        go(Square((0, 1, 2), str(tmp_path), trouble={1: 99}), budget=Budget(0.9))
+
+
+def test_a_wrong_recipe_is_not_retried(tmp_path):
+    class Picky(Square):
+        def run(self, unit):
+            self.ran.append(unit.name)
+            raise UsageError("no")
+
+    stage = Picky((1, 2), str(tmp_path))
+    with pytest.raises(UsageError):
+        go(stage)
+    assert stage.ran == ["1"]
+
+
+def test_files_of_units_no_longer_planned_go(tmp_path):
+    go(Square((1, 2, 3), str(tmp_path)))
+    go(Square((1,), str(tmp_path)))
+    assert not (tmp_path / "3.txt").exists() and not (tmp_path / "units" / "3.json").exists()
+    assert (tmp_path / "1.txt").exists()
+
+
+def test_groups_run_together(tmp_path):
+    seen = []
+
+    class Grouped(Square):
+        def plan(self):
+            return [Unit(str(n), {"n": str(n)}, group=str(n % 2)) for n in self.numbers]
+
+        def run_group(self, units):
+            seen.append([unit.name for unit in units])
+            return super().run_group(units)
+
+    go(Grouped((1, 2, 3, 4, 5), str(tmp_path)))
+    assert seen == [["1", "3", "5"], ["2", "4"]]
+    (tmp_path / "3.txt").unlink()
+    go(Grouped((1, 2, 3, 4, 5), str(tmp_path)))
+    assert seen[2:] == [["3"]]
+
+
+def test_ray_gives_what_serial_gives(tmp_path, ray_executor):
+    serial = go(Square((1, 2, 3, 4), str(tmp_path / "serial"), bad=(2,)), budget=Budget(9))
+    ray = execute(Square((1, 2, 3, 4), str(tmp_path / "ray"), bad=(2,)), ray_executor, budget=Budget(9))
+    assert ray == serial
+    for name in ["1.txt", "manifest.json", "units/2.json"]:
+        assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "serial" / name).read_bytes()
+
+
+def test_a_worker_that_dies_is_a_failed_attempt(tmp_path, ray_executor):
+    @dataclass
+    class Deadly(Square):
+        def run(self, unit):
+            import os
+
+            mark = storage.local_path(self.url("mark"))
+            if unit.name == "2" and not mark.exists():
+                mark.write_text("x")
+                os._exit(1)
+            return super().run(unit)
+
+    manifest = execute(Deadly((1, 2, 3), str(tmp_path)), ray_executor, budget=Budget(0))
+    assert manifest.units == 3 and (tmp_path / "2.txt").read_text() == "4"
+
+
+def test_errors_come_whole_out_of_ray(tmp_path, ray_executor):
+    @dataclass
+    class Faulty(Square):
+        def run(self, unit):
+            raise WinnowError("is broken", where="shard 7", do="Mend it.")
+
+    with pytest.raises(WinnowError) as caught:
+        execute(Faulty((1,), str(tmp_path)), ray_executor)
+    assert str(caught.value) == "shard 7: is broken. Mend it."
+
+
+def test_more_than_the_cluster_has_is_refused(tmp_path, ray_executor):
+    class Greedy(Square):
+        cpus = 999
+
+    with pytest.raises(UsageError, match="wants 999 CPU"):
+        execute(Greedy((1,), str(tmp_path)), ray_executor)
+
+
+def test_the_record_is_the_last_thing_written(tmp_path):
+    class Broken(Square):
+        def run(self, unit):
+            storage.write_bytes(self.url("half.txt"), b"half")
+            raise KeyboardInterrupt
+
+    stage = Broken((1,), str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        go(stage)
+    assert not storage.exists(record_url(stage, "1"))

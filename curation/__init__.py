@@ -1,0 +1,1 @@
+"""Curation: measures (columns computed from samples), filters (decisions over columns), subsets, resharding."""

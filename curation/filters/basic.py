@@ -1,0 +1,61 @@
+"""DataComp's basic filter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from curation.filters.base import Filter, State, numbers
+from infra.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Basic(Filter):
+    """English, more than 2 words, more than 5 characters, short side at least 200 px, long/short at most 3.
+
+    Gadre et al. 2023 (DataComp), appendix E "Basic filtering": language by fastText, words split at whitespace, the
+    size that of the original picture.
+
+    Args:
+        language: ISO 639 code; None for any.
+        min_words, min_characters: at least this many (DataComp: more than 2, more than 5).
+        min_side: of the short side, in pixels.
+        max_aspect: long side over short side.
+    """
+
+    language: str | None = "en"
+    min_words: int = 3
+    min_characters: int = 6
+    min_side: int = 200
+    max_aspect: float = 3.0
+
+    name: ClassVar[str] = "basic"
+    paper: ClassVar[str] = "Gadre et al. 2023 (DataComp)"
+
+    def __post_init__(self) -> None:
+        if self.max_aspect < 1:
+            raise UsageError(
+                f"basic: max_aspect {self.max_aspect} keeps nothing", do="It is long side over short side."
+            )
+
+    def columns(self) -> tuple[str, ...]:
+        language = ("language.code",) if self.language is not None else ()
+        return ("caption.words", "caption.characters", "original_width", "original_height", *language)
+
+    def numeric(self) -> tuple[str, ...]:
+        return ("caption.words", "original_width", "original_height")
+
+    def keep(self, batch: pa.Table, state: State) -> np.ndarray:
+        width, height = numbers(batch["original_width"]), numbers(batch["original_height"])
+        short, long = np.minimum(width, height), np.maximum(width, height)
+        mask = (numbers(batch["caption.words"]) >= self.min_words) & (short >= self.min_side)
+        mask &= numbers(batch["caption.characters"]) >= self.min_characters
+        with np.errstate(divide="ignore", invalid="ignore"):
+            mask &= long / short <= self.max_aspect
+        if self.language is not None:
+            same = pa.compute.equal(batch["language.code"], self.language)
+            mask &= pa.compute.fill_null(same, False).to_numpy()
+        return mask

@@ -1,0 +1,94 @@
+"""CLIP embeddings of picture and caption, and their cosine (Radford et al. 2021; Hessel et al. 2021, CLIPScore)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from curation.measures.base import Measure, Samples
+
+if TYPE_CHECKING:
+    from pretrain.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class Clip(Measure):
+    """`clip.image`, `clip.text`: L2-normalised embeddings, float16 lists of fixed size; `clip.score`: their cosine.
+
+    The score is the float32 inner product of the float32 embeddings, before they are rounded to float16. A picture
+    without a caption (a target set's) has an image embedding alone.
+
+    Args:
+        encoder: what `pretrain.encoder.load_encoder` takes.
+        digest: of the encoder's content; it stands for the encoder in the key, so that the path does not.
+        device: "auto", "cpu" or "cuda".
+    """
+
+    encoder: str
+    digest: str
+    device: str = "auto"
+
+    name: ClassVar[str] = "clip"
+    version: ClassVar[int] = 1
+    pixels: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = ("text",)
+    summary: ClassVar[str] = "image and text embeddings and their cosine, by the recipe's scorer"
+
+    def params(self) -> dict[str, Any]:
+        return {"encoder": self.digest}
+
+    @property
+    def gpus(self) -> float:
+        return {"cuda": 1, "auto": -1}.get(self.device, 0)
+
+    def _encoder(self) -> Encoder:
+        from pretrain.encoder import load_encoder
+
+        return load_encoder(self.encoder, device=self.device)
+
+    def schema(self) -> pa.Schema:
+        vector = pa.list_(pa.float16(), self._encoder().dim)
+        return pa.schema([("image", vector), ("text", vector), ("score", pa.float32())])
+
+    def compute(self, samples: Samples) -> pa.Table:
+        import torch
+
+        encoder = self._encoder()
+        n, dim = len(samples), encoder.dim
+        captions = samples.table["text"].to_pylist()
+        seen = np.array([image is not None for image in samples.images], dtype=bool)
+        read = np.array([text is not None for text in captions], dtype=bool)
+        image, text = np.zeros((n, dim), np.float32), np.zeros((n, dim), np.float32)
+        if seen.any():
+            pixels = torch.stack([encoder.preprocess(picture) for picture in samples.images if picture is not None])
+            image[seen] = encoder.encode_images(pixels)
+        if read.any() and encoder.has_text:
+            text[read] = encoder.encode_texts([caption for caption in captions if caption is not None])
+        else:
+            read[:] = False
+        score = np.einsum("nd,nd->n", image, text, dtype=np.float32)
+        columns = [
+            _vectors(image, seen, dim),
+            _vectors(text, read, dim),
+            pa.array(score, pa.float32(), mask=~(seen & read)),
+        ]
+        return pa.Table.from_arrays(columns, schema=self.schema())
+
+
+def _vectors(values: np.ndarray, present: np.ndarray, dim: int) -> pa.Array:
+    flat = pa.array(values.astype(np.float16).ravel(), pa.float16())
+    mask = None if present.all() else pa.array(~present)
+    return pa.FixedSizeListArray.from_arrays(flat, dim, mask=mask)
+
+
+def as_matrix(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings of a column as float16 [n, dim], and which of them are there, bool [n]; rows of absent ones are 0."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    present = ~np.asarray(array.is_null())
+    dim = array.type.list_size
+    values = array.values.slice(array.offset * dim, len(array) * dim)
+    matrix = values.to_numpy(zero_copy_only=False).reshape(len(array), dim)
+    return np.where(present[:, None], matrix, np.float16(0)) if not present.all() else matrix, present

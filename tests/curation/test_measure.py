@@ -1,0 +1,111 @@
+"""The measure stage: values against direct computation, pictures decoded once, columns kept apart."""
+
+import io
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import curation.measure
+from curation.measure import MeasureStage
+from curation.measures import MEASURES
+from curation.measures.caption import Caption
+from curation.measures.clip import Clip, as_matrix
+from curation.measures.language import Language
+from curation.view import View
+from infra.errors import WinnowError
+from infra.execute import Budget, execute
+from infra.executors import SerialExecutor
+from infra.index import IndexStage
+from infra.pool import Pool
+from pretrain.encoder import encoder_digest, load_encoder
+from tests.drawing import sample, write_tar
+from tests.evaluate.sets import write_config
+from tests.examples.brightness import Brightness
+
+
+def measure(pool, measures, out, **options):
+    return execute(MeasureStage(pool, measures, str(out)), SerialExecutor(), **options)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    spec = write_config(tmp_path_factory.mktemp("encoder"))
+    return Clip(spec, encoder_digest(spec), device="cpu")
+
+
+def test_clip_columns_are_the_encoders(small_pool, clip, tmp_path):
+    measure(small_pool, (clip,), tmp_path)
+    pool, encoder = Pool.open(small_pool), load_encoder(clip.encoder, device="cpu")
+    view = View(pool, str(tmp_path))
+    for shard, batch in zip(pool.shards, view.batches(["clip.image", "clip.text", "clip.score"]), strict=True):
+        table = shard.table()
+        import torch
+
+        pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in shard.image_bytes(table)]
+        image = encoder.encode_images(torch.stack([encoder.preprocess(picture) for picture in pictures]))
+        text = encoder.encode_texts(table["text"].to_pylist())
+        assert np.allclose(as_matrix(batch["clip.image"])[0], image, atol=1e-3)
+        assert np.allclose(as_matrix(batch["clip.text"])[0], text, atol=1e-3)
+        assert np.allclose(batch["clip.score"].to_numpy(), (image * text).sum(1), atol=1e-5)
+        assert batch["clip.image"].type.value_type == "halffloat"
+
+
+def test_each_picture_is_decoded_once(small_pool, clip, tmp_path, monkeypatch):
+    count = []
+    decode = curation.measure.decode_picture
+    monkeypatch.setattr(curation.measure, "decode_picture", lambda data: count.append(1) or decode(data))
+    measure(small_pool, (clip, Brightness(), Caption()), tmp_path)
+    assert len(count) == len(Pool.open(small_pool))
+    measure(small_pool, (clip, Brightness(), Caption(), Language()), tmp_path)
+    assert len(count) == len(Pool.open(small_pool))  # a text measure more decodes nothing
+
+
+def test_columns_of_other_parameters_lie_beside(small_pool, tmp_path):
+    first = measure(small_pool, (Caption(),), tmp_path)
+    both = measure(small_pool, (Caption(), Brightness()), tmp_path)
+    digest = first.values["digests"][first.values["columns"]["caption"]]
+    assert both.values["digests"][both.values["columns"]["caption"]] == digest
+    view = View(Pool.open(small_pool), str(tmp_path))
+    before = view.digest(["caption.words"])
+    measure(small_pool, (Caption(),), tmp_path)
+    assert view.digest(["caption.words"]) == before
+
+
+def test_an_undecodable_picture_is_null_and_set_aside(tmp_path, clip):
+    samples = [sample(i) for i in range(4)]
+    whole = samples[2]["members"]["jpg"]
+    samples[2]["members"]["jpg"] = whole[:-60]  # its header is good
+    write_tar(tmp_path / "shards" / "0.tar", samples)
+    execute(IndexStage((str(tmp_path / "shards"),), str(tmp_path / "pool")), SerialExecutor())
+    manifest = measure(str(tmp_path / "pool"), (clip, Caption()), tmp_path / "columns", budget=Budget(0.3))
+    assert manifest.set_aside["reasons"] == {"undecodable picture": 1}
+    view = View(Pool.open(str(tmp_path / "pool")), str(tmp_path / "columns"))
+    batch = next(view.batches(["clip.score", "clip.image", "caption.words"]))
+    assert [value is None for value in batch["clip.score"].to_pylist()] == [False, False, True, False]
+    assert batch["clip.image"].null_count == 1 and batch["caption.words"].null_count == 0
+    with pytest.raises(WinnowError, match="undecodable picture: 1"):
+        measure(str(tmp_path / "pool"), (Brightness(),), tmp_path / "strict", budget=Budget(0))
+
+
+def test_a_column_not_measured_names_its_measure(small_pool, tmp_path):
+    measure(small_pool, (Caption(),), tmp_path)
+    view = View(Pool.open(small_pool), str(tmp_path))
+    with pytest.raises(WinnowError, match=r'column "language\.code" has not been measured.*measure `language`'):
+        view.check(["language.code"])
+    with pytest.raises(
+        WinnowError, match=r'no column "clip_l14_similarity_score".*measure that would give it: clip'
+    ):
+        view.check(["clip_l14_similarity_score"])
+
+
+@pytest.mark.parametrize("name", MEASURES.names())
+def test_registered_measures_hold_the_contract(name, small_pool, tmp_path, clip):
+    kind = MEASURES.load(name)
+    made = clip if name == "clip" else kind()
+    assert kind.name == name and kind.summary and kind.__doc__
+    measure(small_pool, (made,), tmp_path)
+    for shard in Pool.open(small_pool).shards:
+        table = pq.read_table(tmp_path / made.id / f"{shard.name}.parquet")
+        assert table.schema.equals(made.schema()) and table.num_rows == shard.rows

@@ -1,0 +1,27 @@
+"""Keep captions of a wanted length."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from curation.filters.base import Filter, numbers
+
+
+@dataclass(frozen=True)
+class CaptionLength(Filter):
+    """Keep captions of at least `least` and at most `most` words."""
+
+    most: int
+    least: int = 1
+
+    name: ClassVar[str] = "caption_length"
+    paper: ClassVar[str] = "an example"
+
+    def columns(self):
+        return ("caption.words",)  # so the measure `caption` runs
+
+    def numeric(self):
+        return ("caption.words",)  # null never passes, and is counted
+
+    def keep(self, batch, state):
+        words = numbers(batch["caption.words"])
+        return (words >= self.least) & (words <= self.most)

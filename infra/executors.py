@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from infra.errors import UsageError, WinnowError
 from infra.stage import Record, Stage, Unit, attempt
+
+TICK = 2.0  # seconds between looks at progress notes
+_thread = threading.local()
+
+
+def on_ray() -> bool:
+    """Whether the unit running here was started by the Ray executor, so that it may ask the cluster for more."""
+    return getattr(_thread, "on_ray", False)
 
 
 @dataclass
@@ -102,6 +112,10 @@ class RayExecutor:
                     f"a unit of {stage.name} wants {wanted:g} {resource}, the cluster has {total.get(resource, 0):g}",
                     do="Ask for less in the recipe, or connect to a larger cluster with --address.",
                 )
+        if stage.waits:
+            fit = [total.get(name, 0) // wanted for name, wanted in (("CPU", stage.cpus), ("GPU", gpus)) if wanted]
+            yield from self._in_threads(stage, groups, max(1, int(min(fit, default=1))))
+            return
         remote = ray.remote(max_retries=0, num_cpus=stage.cpus, num_gpus=gpus)(_remote_attempt)
         shared = ray.put(stage)
         waiting = deque(groups)
@@ -113,7 +127,7 @@ class RayExecutor:
                 while waiting and len(flying) < window:
                     index, units = waiting.popleft()
                     flying[remote.remote(shared, units)] = index
-                ready, _ = ray.wait(list(flying), num_returns=1, timeout=2.0)
+                ready, _ = ray.wait(list(flying), num_returns=1, timeout=TICK)
                 if not ready:
                     yield None
                     continue
@@ -129,6 +143,27 @@ class RayExecutor:
         finally:
             for reference in flying:
                 ray.cancel(reference, force=True)
+
+    def _in_threads(self, stage: Stage, groups: list[tuple[int, list[Unit]]], at_once: int) -> Iterator[Result | None]:
+        def here(units: list[Unit]) -> list[Record]:
+            _thread.on_ray = True
+            return attempt(stage, units)
+
+        with ThreadPoolExecutor(at_once) as threads:
+            flying = {threads.submit(here, units): index for index, units in groups}
+            try:
+                while flying:
+                    ready, _ = wait(flying, timeout=TICK, return_when=FIRST_COMPLETED)
+                    if not ready:
+                        yield None
+                    for future in ready:
+                        index, error = flying.pop(future), future.exception()
+                        if error is not None and not isinstance(error, Exception):
+                            raise error
+                        yield Result(index, error=error) if error else Result(index, future.result())
+            finally:
+                for future in flying:
+                    future.cancel()
 
     def close(self) -> None:
         if self._owns:

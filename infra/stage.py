@@ -111,12 +111,15 @@ class Stage(abc.ABC):
         keep_orphans: keep finished units that the present plan does not list (columns, checkpoints), instead of
             removing their files (shards, which readers may list).
         tolerates: whether a unit that keeps failing may be set aside within the budget, or ends the run.
+        waits: whether a unit itself asks the cluster for processes and waits for them (a training); it then runs in
+            a thread of the driver, and `cpus` and `gpus`, what those processes take, bound how many run at once.
     """
 
     name: ClassVar[str]
     version: ClassVar[int]
     keep_orphans: ClassVar[bool] = False
     tolerates: ClassVar[bool] = False
+    waits: ClassVar[bool] = False
     out: str
 
     @property

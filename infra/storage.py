@@ -63,8 +63,8 @@ def is_dir(url: str) -> bool:
 def list_names(url: str) -> list[str]:
     """Sorted names of the entries of a directory; empty if there is no such directory."""
     if is_local(url):
-        path = local_path(url)
-        return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+        folder = local_path(url)
+        return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     fs, path = _fs(url)
     if not fs.isdir(path):
         return []

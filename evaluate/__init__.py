@@ -1,0 +1,1 @@
+"""The measuring instrument: tasks, kinds, metrics, the stage that runs them, the comparison and its report."""

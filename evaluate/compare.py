@@ -1,0 +1,155 @@
+"""The compare stage: scores and subsets in, a ranked comparison out (text, CSV, JSON, HTML)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from evaluate.aggregate import Score, SubsetScores, compare, headline
+from evaluate.poolview import FUNNEL, REASONS, SUBSET, SubsetView, look, read_funnel
+from evaluate.report import render
+from evaluate.stage import SCORES
+from evaluate.tables import comparison_csv, comparison_text
+from infra import storage
+from infra.errors import UsageError, WinnowError
+from infra.pool import Pool
+from infra.registry import unknown
+from infra.stage import Output, Record, Stage, Unit, need_manifest, read_manifest
+from infra.uids import load_subset
+
+TABLE, CSV, JSON, HTML = "comparison.txt", "comparison.csv", "comparison.json", "report.html"
+
+
+@dataclass(frozen=True)
+class SubsetEntry:
+    """A subset to compare.
+
+    Attributes:
+        name: as it is called in tables.
+        url: its directory: subset.npy, funnel.json and perhaps reasons.parquet.
+        checkpoints: (seed, name in the scores) of each model trained on it.
+        pool: directory of the indexed pool it was taken from; "" to show no pictures and no noise.
+    """
+
+    name: str
+    url: str
+    checkpoints: tuple[tuple[int, str], ...]
+    pool: str = ""
+
+
+@dataclass
+class CompareStage(Stage):
+    """Compare subsets by the scores of the models trained on them.
+
+    Args:
+        subsets: in the order to colour them; the table is ranked.
+        scores: directory of a finished evaluate stage.
+        out: directory for comparison.txt, comparison.csv, comparison.json and report.html.
+        baseline: the subset to measure differences against; "none" where there is one, else the first.
+    """
+
+    subsets: tuple[SubsetEntry, ...]
+    scores: str
+    out: str
+    baseline: str = ""
+
+    name = "compare"
+    version = 1
+
+    def params(self) -> dict[str, Any]:
+        return {"baseline": self._baseline()}
+
+    def _baseline(self) -> str:
+        names = [entry.name for entry in self.subsets]
+        if not names:
+            raise UsageError("no subset to compare")
+        if len(set(names)) < len(names):
+            raise UsageError(f"two subsets have the same name ({', '.join(names)})")
+        if self.baseline and self.baseline not in names:
+            raise unknown("subset", self.baseline, names)
+        return self.baseline or ("none" if "none" in names else names[0])
+
+    def plan(self) -> list[Unit]:
+        self._baseline()
+        inputs = {"scores": need_manifest(self.scores, "scores").digest}
+        pools = {entry.pool: Pool.open(entry.pool).digest for entry in self.subsets if entry.pool}
+        args: dict[str, Any] = {"scores": storage.absolute(self.scores), "subsets": {}}
+        for entry in self.subsets:
+            for file in (SUBSET, FUNNEL, REASONS):
+                url = storage.join(entry.url, file)
+                if file != REASONS or storage.exists(url):
+                    inputs[f"{entry.name}/{file}"] = storage.digest_file(url)
+            if entry.pool:
+                inputs[f"{entry.name}/pool"] = pools[entry.pool]
+            pool = storage.absolute(entry.pool) if entry.pool else ""
+            args["subsets"][entry.name] = {"url": storage.absolute(entry.url), "pool": pool}
+        checkpoints = [[entry.name, [list(pair) for pair in entry.checkpoints]] for entry in self.subsets]
+        return [Unit("comparison", inputs, {"checkpoints": checkpoints}, args)]
+
+    def run(self, unit: Unit) -> Output:
+        scores_url, places = unit.args["scores"], unit.args["subsets"]
+        manifest = need_manifest(scores_url, "scores")
+        tasks = manifest.values["tasks"]
+        by_checkpoint = _main_scores(scores_url, tasks)
+        funnels = {name: read_funnel(place["url"]) for name, place in places.items()}
+        uids = {name: load_subset(storage.join(place["url"], SUBSET)) for name, place in places.items()}
+        subsets = []
+        for name, pairs in unit.params["checkpoints"]:
+            for _, checkpoint in pairs:
+                if checkpoint not in manifest.values["checkpoints"]:
+                    raise WinnowError(f'holds no scores of checkpoint "{checkpoint}" ({name})', where=scores_url)
+            seeds = tuple(seed for seed, _ in pairs)
+            scores = tuple(by_checkpoint.get(checkpoint, {}) for _, checkpoint in pairs)
+            subsets.append(SubsetScores(name, len(uids[name]), funnels[name]["pool"], seeds, scores))
+        result = compare(subsets, tasks, self._baseline())
+        used = {checkpoint for _, pairs in unit.params["checkpoints"] for _, checkpoint in pairs}
+        result["missing"] = [entry for entry in manifest.values["missing"] if entry["checkpoint"] in used]
+        views: dict[str, SubsetView] = {}
+        for pool in sorted({place["pool"] for place in places.values()} - {""}):
+            inside = {name: (uids[name], place["url"]) for name, place in places.items() if place["pool"] == pool}
+            views |= look(Pool.open(pool), inside)
+        result["noise"] = {name: table for name, view in views.items() if (table := view.noise()) is not None}
+        result["headline"] = headline(result)
+        page = render(result, funnels, views, _provenance(unit, manifest, places))
+        storage.write_bytes(self.url(TABLE), comparison_text(result).encode())
+        storage.write_bytes(self.url(CSV), comparison_csv(result).encode())
+        storage.write_json(self.url(JSON), result)
+        storage.write_bytes(self.url(HTML), page.encode())
+        return Output([TABLE, CSV, JSON, HTML], items=len(subsets), values={"headline": result["headline"]})
+
+    def finish(self, records: list[Record]) -> Output:
+        return Output(values=dict(records[0].values))
+
+
+def _main_scores(url: str, tasks: dict[str, Any]) -> dict[str, dict[str, Score]]:
+    """The zero-shot main metric of each checkpoint on each task that has one."""
+    with storage.open_read(storage.join(url, SCORES)) as file:
+        table = pq.read_table(file)
+    table = table.filter(pc.equal(table["protocol"], "zeroshot"))
+    found: dict[str, dict[str, Score]] = {}
+    for row in table.to_pylist():
+        if row["metric"] == tasks[row["task"]]["metric"]:
+            found.setdefault(row["checkpoint"], {})[row["task"]] = Score(row["value"], row["stderr"])
+    return found
+
+
+def _provenance(unit: Unit, scores: Any, places: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the page was made from, by digest."""
+    lines = [("scores", scores.digest)]
+    for name, pairs in unit.params["checkpoints"]:
+        lines += [
+            (f"{name}: {key.rpartition('/')[2]}", unit.inputs[key])
+            for key in unit.inputs
+            if key.rpartition("/")[0] == name
+        ]
+        stage = read_manifest(places[name]["url"])
+        if stage is not None:
+            lines.append((f"{name}: manifest of {stage.stage}", stage.digest))
+        lines += [
+            (f"{name}: checkpoint {checkpoint}, seed {seed}", scores.values["checkpoints"][checkpoint])
+            for seed, checkpoint in pairs
+        ]
+    return lines

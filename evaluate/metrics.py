@@ -1,0 +1,188 @@
+"""Metrics: pure functions of scores and labels.
+
+Scores rank candidates from high to low; among equal scores the candidate with the lower index comes first. So every
+figure is a function of its inputs alone, whatever sorting routine a library has. Where no scores are equal the figures
+are those of CLIP_benchmark and scikit-learn.
+
+Standard errors: `binomial_stderr` for a share of independent samples, otherwise the bootstrap over pictures with a
+fixed seed (Efron & Tibshirani 1993, ch. 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+RESAMPLES = 1000
+
+
+def label_ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How many candidates stand before the right one.
+
+    Args:
+        scores: float [n, candidates].
+        labels: int [n], the index of the right candidate.
+
+    Returns:
+        int64 [n]; 0 when the right one is first.
+    """
+    own = scores[np.arange(len(labels)), labels][:, None]
+    before = np.arange(scores.shape[1])[None, :] < labels[:, None]
+    return ((scores > own) | ((scores == own) & before)).sum(axis=1)
+
+
+def accuracy(ranks: np.ndarray, k: int = 1) -> float:
+    """Share of samples whose right candidate is among the first k. `ranks` as `label_ranks` gives them, int [n]."""
+    return float(np.mean(ranks < k))
+
+
+def predictions(scores: np.ndarray) -> np.ndarray:
+    """The first candidate of each sample, int64 [n]; the lowest index among equal scores. `scores` [n, candidates]."""
+    return scores.argmax(axis=1)
+
+
+def mean_per_class_recall(labels: np.ndarray, predicted: np.ndarray) -> float:
+    """Mean over the classes that occur in `labels` of the share of their samples predicted right. int [n] each."""
+    total = np.bincount(labels)
+    right = np.bincount(labels[labels == predicted], minlength=len(total))
+    return float(np.mean(right[total > 0] / total[total > 0]))
+
+
+def macro_f1(labels: np.ndarray, predicted: np.ndarray) -> float:
+    """Mean of F1 over the classes that occur in `labels` (as WILDS computes it for iWildCam). int [n] each."""
+    size = int(max(labels.max(), predicted.max())) + 1
+    total = np.bincount(labels, minlength=size)
+    said = np.bincount(predicted, minlength=size)
+    right = np.bincount(labels[labels == predicted], minlength=size)
+    here = total > 0
+    return float(np.mean(2 * right[here] / (total[here] + said[here])))
+
+
+def worst_group_accuracy(correct: np.ndarray, groups: np.ndarray) -> float:
+    """The lowest accuracy of any group that has samples. `correct` bool [n], `groups` int [n]."""
+    total = np.bincount(groups)
+    right = np.bincount(groups, weights=correct.astype(float))
+    return float(np.min(right[total > 0] / total[total > 0]))
+
+
+def jaccard(chosen: np.ndarray, truth: np.ndarray) -> float:
+    """Size of the intersection over size of the union of two sets given as bool [n]; 1 when both are empty."""
+    union = np.sum(chosen | truth)
+    return float(np.sum(chosen & truth) / union) if union else 1.0
+
+
+def retrieval_ranks(
+    images: np.ndarray, captions: np.ndarray, owner: np.ndarray, block: int = 1024
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks of the right answers in both directions, by inner product, `block` queries at a time.
+
+    Args:
+        images: float [n, dim].
+        captions: float [m, dim]; several may belong to one image, and each image has at least one.
+        owner: int [m], ascending: the image of each caption.
+
+    Returns:
+        (int64 [n]: captions of other images before the first of an image's own,
+        int64 [m]: images before a caption's own).
+    """
+    starts = np.searchsorted(owner, np.arange(len(images)))
+    ends = np.searchsorted(owner, np.arange(len(images)), side="right")
+    text_ranks = np.empty(len(images), dtype=np.int64)
+    for low in range(0, len(images), block):
+        scores = images[low : low + block] @ captions.T
+        best = np.array(
+            [
+                starts[low + row] + int(np.argmax(scores[row, starts[low + row] : ends[low + row]]))
+                for row in range(len(scores))
+            ]
+        )
+        text_ranks[low : low + block] = label_ranks(scores, best)
+    image_ranks = np.empty(len(captions), dtype=np.int64)
+    for low in range(0, len(captions), block):
+        scores = captions[low : low + block] @ images.T
+        image_ranks[low : low + block] = label_ranks(scores, owner[low : low + block])
+    return text_ranks, image_ranks
+
+
+def binomial_stderr(share: float, n: int) -> float:
+    """sqrt(p (1 - p) / n)."""
+    return float(np.sqrt(share * (1 - share) / n))
+
+
+def bootstrap_stderr(
+    statistic: Callable[[np.ndarray], np.ndarray], cells: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
+) -> float:
+    """Bootstrap standard error of a statistic that depends on how many samples fall in each cell.
+
+    Drawing n samples with replacement gives cell counts that are multinomial with the observed shares, so the counts
+    are drawn directly.
+
+    Args:
+        statistic: counts [resamples, cells] to values [resamples]; nan where undefined.
+        cells: observed counts, int [cells].
+        seed: of the draw.
+        resamples: number of draws.
+    """
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(int(cells.sum()), cells / cells.sum(), size=resamples)
+    return float(np.nanstd(statistic(counts), ddof=1))
+
+
+def mean_per_class_recall_stderr(labels: np.ndarray, predicted: np.ndarray, seed: int = 0) -> float:
+    """Bootstrap standard error of `mean_per_class_recall`."""
+    classes = np.unique(labels)
+    place = np.searchsorted(classes, labels)
+    right = np.bincount(place[labels == predicted], minlength=len(classes))
+    total = np.bincount(place, minlength=len(classes))
+
+    def statistic(counts: np.ndarray) -> np.ndarray:
+        hit, missed = counts[:, : len(classes)], counts[:, len(classes) :]
+        n = hit + missed
+        recall = np.where(n > 0, hit / np.maximum(n, 1), np.nan)
+        return np.nanmean(recall, axis=1)
+
+    return bootstrap_stderr(statistic, np.concatenate([right, total - right]), seed)
+
+
+def macro_f1_stderr(labels: np.ndarray, predicted: np.ndarray, seed: int = 0) -> float:
+    """Bootstrap standard error of `macro_f1`; cells are the pairs of label and prediction that occur."""
+    size = int(max(labels.max(), predicted.max())) + 1
+    pairs, cells = np.unique(labels.astype(np.int64) * size + predicted, return_counts=True)
+    truth, said = pairs // size, pairs % size
+    draws = np.random.default_rng(seed).multinomial(int(cells.sum()), cells / cells.sum(), size=RESAMPLES)
+    values = np.empty(RESAMPLES)
+    for i, counts in enumerate(draws):
+        total = np.bincount(truth, counts, minlength=size)
+        guessed = np.bincount(said, counts, minlength=size)
+        right = np.bincount(truth[truth == said], counts[truth == said], minlength=size)
+        here = total > 0
+        values[i] = np.mean(2 * right[here] / (total[here] + guessed[here]))
+    return float(values.std(ddof=1))
+
+
+def recall_stderr(
+    text_hits: np.ndarray, image_hits: np.ndarray, owner: np.ndarray, seed: int = 0
+) -> tuple[float, float, float]:
+    """Bootstrap standard errors of recall in both directions and of their mean, drawing pictures with their captions,
+    for the captions of one picture are not independent.
+
+    Args:
+        text_hits: bool [n], one a picture.
+        image_hits: bool [m], one a caption.
+        owner: int [m], the picture of each caption.
+        seed: of the draw.
+
+    Returns:
+        (text retrieval, image retrieval, mean of both).
+    """
+    n = len(text_hits)
+    captions = np.bincount(owner, minlength=n).astype(float)
+    found = np.bincount(owner, weights=image_hits.astype(float), minlength=n)
+    rng = np.random.default_rng(seed)
+    text, image = np.empty(RESAMPLES), np.empty(RESAMPLES)
+    for i in range(RESAMPLES):
+        drawn = rng.integers(n, size=n)
+        text[i] = text_hits[drawn].mean()
+        image[i] = found[drawn].sum() / captions[drawn].sum()
+    return float(text.std(ddof=1)), float(image.std(ddof=1)), float(((text + image) / 2).std(ddof=1))

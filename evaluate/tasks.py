@@ -1,0 +1,133 @@
+"""The tasks: DataComp's 40 entries as YAML in `tasks/`, read strictly, and what any other set in a folder is."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from infra.errors import WinnowError
+from infra.registry import nearest, unknown
+
+FOLDER = Path(__file__).parent / "tasks"
+Group = Literal["imagenet", "shift", "vtab", "retrieval", "other", "extra"]
+
+
+class Task(BaseModel):
+    """What is evaluated, and by which figure it is judged.
+
+    Attributes:
+        name: for people ("Caltech-101").
+        key: DataComp's ("vtab/caltech101").
+        kind: which functions of `evaluate.kinds` apply.
+        metric: the main metric; None when the task has no summary figure.
+        size: samples of the complete test set; None for tasks outside the list.
+        classes: number of classes; None where there are none.
+        chance: the main metric of guessing (DataComp's `random_score`), in [0, 1].
+        group: which aggregate it counts in.
+        scored: whether it counts in averages.
+        folder: name of its data folder; by rule `wds_<key>_test`, with "-" for "/".
+        version: raised when a change makes older scores incomparable.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str = Field(min_length=1)
+    key: str = Field(pattern=r"^[A-Za-z0-9_.\-]+(/[A-Za-z0-9_.\-]+)*$")
+    kind: str = Field(min_length=1)
+    metric: str | None
+    size: int | None = Field(default=None, ge=1)
+    classes: int | None = Field(default=None, ge=2)
+    chance: float | None = Field(default=None, ge=0, le=1)
+    group: Group
+    scored: bool = True
+    folder: str = Field(default="", pattern=r"^(wds_.+_test)?$")
+    version: int = Field(ge=1)
+
+    @property
+    def data_folder(self) -> str:
+        return self.folder or folder_of(self.key)
+
+
+def folder_of(key: str) -> str:
+    """DataComp's folder name of a task: "vtab/caltech101" -> "wds_vtab-caltech101_test"."""
+    return f"wds_{key.replace('/', '-')}_test"
+
+
+def read_task(path: Path) -> Task:
+    """One task file. Raises WinnowError naming the file and line of the first fault."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        node = yaml.compose(text, yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise WinnowError(f"is not valid YAML ({getattr(error, 'problem', error)})", where=where) from error
+    if not isinstance(node, yaml.MappingNode) or not isinstance(values, dict):
+        raise WinnowError("a task file is a mapping of names to values", where=str(path))
+    lines: dict[Any, int] = {}
+    for key_node, _ in node.value:
+        line = key_node.start_mark.line + 1
+        if key_node.value in lines:
+            raise WinnowError(f'"{key_node.value}" is given twice', where=f"{path}:{line}")
+        lines[key_node.value] = line
+    try:
+        return Task.model_validate(values)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        field = str(fault["loc"][0]) if fault["loc"] else ""
+        where = f"{path}:{lines.get(field, 1)}"
+        if fault["type"] == "extra_forbidden":
+            near = nearest(field, Task.model_fields)
+            raise WinnowError(
+                f'unknown key "{field}"', where=where, do=f'Did you mean "{near}"?' if near else None
+            ) from None
+        if fault["type"] == "missing":
+            raise WinnowError(f'"{field}" is missing', where=str(path)) from None
+        raise WinnowError(f"{field}: {fault['msg']} (here {fault['input']!r})", where=where) from None
+
+
+def read_tasks(folder: Path) -> dict[str, Task]:
+    """Every task file of a folder, by key. Raises WinnowError also when two give the same key."""
+    tasks: dict[str, Task] = {}
+    for path in sorted(folder.glob("*.yaml")):
+        task = read_task(path)
+        if task.key in tasks:
+            raise WinnowError(f'key "{task.key}" is that of another file too', where=str(path))
+        tasks[task.key] = task
+    return tasks
+
+
+@functools.cache
+def datacomp_tasks() -> dict[str, Task]:
+    """Every task that has a file, by key, in the order of their keys: DataComp's 40, of which 38 are scored, and any in
+    the group "extra"."""
+    return dict(sorted(read_tasks(FOLDER).items()))
+
+
+def extra_task(folder: str, kind: str, classes: int | None) -> Task:
+    """A task for a folder that is none of the 40: named after the folder, judged by acc1 or mean recall@1."""
+    key = folder.removeprefix("wds_").removesuffix("_test")
+    retrieval = kind == "retrieval"
+    return Task(
+        name=key,
+        key=key,
+        kind=kind,
+        metric="mean_recall@1" if retrieval else "acc1",
+        classes=None if retrieval else classes,
+        chance=None if retrieval or not classes else 1 / classes,
+        group="extra",
+        version=1,
+    )
+
+
+def find_task(word: str, known: dict[str, Task]) -> Task:
+    """The task of a key or name. Raises UsageError with the nearest one."""
+    for task in known.values():
+        if word in (task.key, task.name):
+            return task
+    raise unknown("task", word, [*known, *(task.name for task in known.values())])

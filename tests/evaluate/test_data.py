@@ -1,0 +1,128 @@
+"""The evaluation layout: what is found, and what is said about sets that are broken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from evaluate.data import EvalSet, TaskError, data_digest, find_tasks
+from infra.errors import UsageError
+from tests.drawing import COLORS, picture, write_tar
+from tests.evaluate.sets import TEMPLATES, write_classification, write_retrieval
+
+TEN = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def test_find_tasks(tmp_path: Path) -> None:
+    write_classification(tmp_path, "wds_cifar10_test", names=TEN[:6])
+    write_classification(tmp_path, "wds_colors_test")
+    write_retrieval(tmp_path)
+    (tmp_path / "hf_cache").mkdir()
+    found = {entry.task.key: entry.task for entry in find_tasks(str(tmp_path))}
+    assert list(found) == ["cifar10", "colors", "retrieval-colors"]
+    assert found["cifar10"].group == "other" and found["cifar10"].classes == 10
+    assert found["colors"].group == "extra" and found["colors"].chance == pytest.approx(1 / 6)
+    assert found["retrieval-colors"].kind == "retrieval"
+    assert [entry.task.key for entry in find_tasks(str(tmp_path), ("colors", "CIFAR-10"))] == ["cifar10", "colors"]
+    with pytest.raises(UsageError, match=r'unknown task "colours".*Did you mean "colors"'):
+        find_tasks(str(tmp_path), ("colours",))
+    with pytest.raises(UsageError, match=r'no data for task "mnist".*wds_mnist_test'):
+        find_tasks(str(tmp_path), ("mnist",))
+    with pytest.raises(UsageError, match="no such folder"):
+        find_tasks(str(tmp_path / "nothing"))
+
+
+def test_reads_what_was_written(tmp_path: Path) -> None:
+    write_classification(tmp_path, n=10, shards=3)
+    test_set = EvalSet.open(find_tasks(str(tmp_path))[0])
+    assert test_set.classnames == tuple(COLORS) and test_set.templates == TEMPLATES
+    assert test_set.prompts("red {x}")[0] == "a photo of a red {x} square."
+    samples = list(test_set.samples())
+    assert sorted(sample.key for sample in samples) == [f"s{i:07d}" for i in range(10)]
+    assert {sample.key: sample.label for sample in samples} == {f"s{i:07d}": i * 5 % 6 for i in range(10)}
+
+
+def test_captions(tmp_path: Path) -> None:
+    root = write_retrieval(tmp_path, n=2)
+    members = {"jpg": picture((9, 9, 9), 0), "txt": b"one\r\n\n two \nthree"}
+    write_tar(root / "test" / "0.tar", [{"key": "a", "members": members}])
+    (sample,) = EvalSet.open(find_tasks(str(tmp_path))[0]).samples()
+    assert sample.captions == ("one", " two ", "three")
+
+
+def break_classnames(root: Path) -> None:
+    (root / "classnames.txt").write_text("red\ngreen\n")
+
+
+def break_label(root: Path) -> None:
+    write_tar(root / "test" / "1.tar", [{"key": "s9", "members": {"jpg": picture((1, 2, 3), 0), "cls": b"10"}}])
+
+
+def break_label_text(root: Path) -> None:
+    write_tar(root / "test" / "1.tar", [{"key": "s9", "members": {"jpg": picture((1, 2, 3), 0), "cls": b"cat"}}])
+
+
+def remove_label(root: Path) -> None:
+    write_tar(root / "test" / "1.tar", [{"key": "s9", "members": {"jpg": picture((1, 2, 3), 0)}}])
+
+
+def remove_templates(root: Path) -> None:
+    (root / "zeroshot_classification_templates.txt").unlink()
+
+
+def break_template(root: Path) -> None:
+    (root / "zeroshot_classification_templates.txt").write_text("a photo of {c}.\na photo of {}.\n")
+
+
+def cut_tar(root: Path) -> None:
+    data = (root / "test" / "1.tar").read_bytes()
+    (root / "test" / "1.tar").write_bytes(data[: len(data) // 2 - 100])
+
+
+def remove_tar(root: Path) -> None:
+    (root / "test" / "1.tar").unlink()
+
+
+def break_count(root: Path) -> None:
+    (root / "test" / "nshards.txt").write_text("two")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (break_classnames, r"classnames\.txt: has 2 class names, CIFAR-10 has 10 classes"),
+        (break_label, r"1\.tar, sample s9: label 10 is out of range: classnames\.txt has 10 classes"),
+        (break_label_text, r"1\.tar, sample s9: the label b'cat' is no whole number"),
+        (remove_label, r"1\.tar, sample s9: no label"),
+        (remove_templates, r"zeroshot_classification_templates\.txt: no such file"),
+        (break_template, r"zeroshot_classification_templates\.txt:2: .*no \{c\}"),
+        (cut_tar, r"1\.tar: truncated tar"),
+        (remove_tar, r"1\.tar: no such file"),
+        (break_count, r"nshards\.txt: should hold the number of test shards"),
+    ],
+)
+def test_broken_sets(tmp_path: Path, fault, message: str) -> None:
+    fault(write_classification(tmp_path, "wds_cifar10_test", names=TEN, n=20))
+    (found,) = find_tasks(str(tmp_path))
+    with pytest.raises(TaskError, match=message):
+        list(EvalSet.open(found).samples())
+
+
+def test_digest_follows_content(tmp_path: Path) -> None:
+    root, copy = write_classification(tmp_path / "a"), write_classification(tmp_path / "b")
+    assert data_digest(str(root)) == data_digest(str(copy))
+    before = data_digest(str(root))
+    (root / "classnames.txt").write_text("\n".join(reversed(list(COLORS))) + "\n")
+    assert data_digest(str(root)) != before
+
+
+@pytest.mark.parametrize("cut", [100, 600, 1030, 1200, 2047, 2049, 2300, 2560 + 17])
+def test_a_tar_cut_anywhere_is_noticed(tmp_path: Path, cut: int) -> None:
+    """Within a header, within data, within the padding after them."""
+    root = write_classification(tmp_path, shards=1)
+    tar = root / "test" / "0.tar"
+    tar.write_bytes(tar.read_bytes()[:cut])
+    (found,) = find_tasks(str(tmp_path))
+    with pytest.raises(TaskError, match=r"0\.tar: truncated tar"):
+        list(EvalSet.open(found).samples())

@@ -1,0 +1,1 @@
+"""Top floor: the recipe, the stage graph, the command line."""

@@ -1,0 +1,319 @@
+"""The command line. Exit status: 0 done; 1 failed; 2 wrong usage or recipe."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from infra import storage
+from infra.errors import WinnowError
+from infra.execute import Budget, execute
+from infra.executors import Executor, make_executor
+from infra.progress import RunLog
+from infra.stage import Manifest, Stage, read_manifest
+
+app = typer.Typer(
+    name="winnow",
+    help="Curate web image-text shards, pretrain on the subsets, and say which subset was better.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Out = Annotated[str, typer.Option("--out", help="Directory or URL to write to.")]
+ExecutorName = Annotated[str, typer.Option("--executor", help="Where units run: ray or serial.")]
+Address = Annotated[str | None, typer.Option("--address", help="Ray cluster to join; none starts one on this machine.")]
+Aside = Annotated[
+    float, typer.Option("--max-set-aside", help="Budget of samples set aside: a share below 1, else a number.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, value in YAML.")
+]
+
+
+def _executor(name: str, address: str | None, paths: tuple[str, ...] = ()) -> Executor:
+    here = (str(Path.cwd()), *paths)
+    sys.path[:0] = [path for path in here if path not in sys.path]
+    return make_executor(name, address, import_paths=here)
+
+
+def _run(stage: Stage, executor: str, address: str | None, max_set_aside: float = 0.05) -> Manifest:
+    runner = _executor(executor, address)
+    try:
+        return execute(stage, runner, budget=Budget(max_set_aside), log=RunLog(stage.out))
+    finally:
+        runner.close()
+
+
+def _pool(url: str, work: str, executor: str, address: str | None, captions: bool = True) -> str:
+    """The pool directory of a URL: itself if it is indexed, else an index of it made below `work`."""
+    from infra.index import IndexStage
+
+    manifest = read_manifest(url)
+    if manifest is not None and "shards" in manifest.values:
+        return storage.absolute(url)
+    out = storage.join(storage.absolute(work), "pool")
+    _run(IndexStage((url,), out, captions=captions), executor, address)
+    return out
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a packaged one (quickstart, real).")],
+    out: Annotated[str | None, typer.Option("--out", help="Directory of the run; runs/NAME if not given.")] = None,
+    overrides: Overrides = None,
+    executor: ExecutorName = "ray",
+    address: Address = None,
+    until: Annotated[str | None, typer.Option("--until", help="Stop after this stage (curate, say).")] = None,
+    debug: Debug = False,
+) -> None:
+    """Run a recipe from the pool to the report. What is finished is not done again."""
+    from pipeline.recipe import load_recipe
+    from pipeline.stages import check_stage
+
+    read = load_recipe(recipe, overrides)
+    check_stage(until)
+    from pipeline.graph import Graph
+
+    graph = Graph(read, out or f"runs/{Path(recipe).stem}")
+    runner = _executor(executor, address, (str(Path(recipe).absolute().parent),))
+    log = RunLog(graph.out)
+    try:
+        manifests = graph.run(runner, log, until)
+    finally:
+        runner.close()
+    if "compare" in manifests:
+        typer.echo(storage.read_bytes(graph.url("report", "comparison.txt")).decode())
+        typer.echo(f"Report: {graph.url('report', 'report.html')}")
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a packaged one.")],
+    out: Annotated[str | None, typer.Option("--out", help="Directory of the run; runs/NAME if not given.")] = None,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Check a recipe and say what running it would do, without doing it."""
+    from pipeline.recipe import load_recipe
+
+    read = load_recipe(recipe, overrides)
+    from pipeline.graph import Graph
+
+    graph = Graph(read, out or f"runs/{Path(recipe).stem}")
+    for step in graph.plan():
+        typer.echo(f"{step.name:<24} {step.text}")
+
+
+@app.command()
+def index(
+    pool: Annotated[list[str], typer.Argument(help="Folders or URLs of NAME.tar, with or without NAME.parquet.")],
+    out: Out,
+    captions: Annotated[bool, typer.Option(help="Whether a sample must have a caption.")] = True,
+    executor: ExecutorName = "ray",
+    address: Address = None,
+    max_set_aside: Aside = 0.05,
+    debug: Debug = False,
+) -> None:
+    """Index shards: uids, captions, sizes, and the byte offsets of every member."""
+    from infra.index import IndexStage
+
+    manifest = _run(IndexStage(tuple(pool), out, captions=captions), executor, address, max_set_aside)
+    typer.echo(f"{manifest.items:,} samples in {manifest.units} shards, {manifest.state}: {out}")
+
+
+@app.command()
+def measure(
+    pool: Annotated[str, typer.Argument(help="Indexed pool, or shards to index first.")],
+    out: Out,
+    measures: Annotated[
+        str, typer.Option("--measures", help="Names, comma-separated; `winnow ls measures` lists them.")
+    ],
+    scorer: Annotated[
+        str | None, typer.Option("--scorer", help="Encoder of the clip measure: a checkpoint, or NAME:TAG.")
+    ] = None,
+    captions: Annotated[bool, typer.Option(help="Whether a sample must have a caption.")] = True,
+    executor: ExecutorName = "ray",
+    address: Address = None,
+    max_set_aside: Aside = 0.05,
+    debug: Debug = False,
+) -> None:
+    """Compute columns: embeddings and scores, language, caption statistics."""
+    from curation.measure import MeasureStage
+    from pipeline.stages import make_measures
+
+    made = make_measures([name.strip() for name in measures.split(",")], scorer)
+    url = _pool(pool, out, executor, address, captions)
+    manifest = _run(MeasureStage(url, made, storage.join(out, "columns")), executor, address, max_set_aside)
+    typer.echo(f"{', '.join(manifest.values['columns'])}: {storage.join(out, 'columns')}")
+
+
+@app.command()
+def curate(
+    pool: Annotated[str, typer.Argument(help="Indexed pool, or shards to index first.")],
+    out: Out,
+    filters: Annotated[str, typer.Option("--filters", help="YAML file with one tree of filters.")],
+    scorer: Annotated[
+        str | None, typer.Option("--scorer", help="Encoder of the clip measure: a checkpoint, or NAME:TAG.")
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option("--columns", help="Columns measured before; else they are measured here.")
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Print the funnel.")] = False,
+    executor: ExecutorName = "ray",
+    address: Address = None,
+    max_set_aside: Aside = 0.05,
+    debug: Debug = False,
+) -> None:
+    """Apply a tree of filters; write subset.npy, funnel.json and the manifest."""
+    from pipeline.stages import curate_stages, load_filters, print_funnel
+
+    tree = load_filters(filters)
+    runner = _executor(executor, address)
+    try:
+        url = _pool(pool, storage.join(out, "work"), executor, address)
+        for stage in curate_stages(tree, url, out, scorer, columns):
+            manifest = execute(stage, runner, budget=Budget(max_set_aside), log=RunLog(out))
+    finally:
+        runner.close()
+    if explain:
+        typer.echo(print_funnel(storage.read_json(storage.join(out, "funnel.json"))))
+    kept = manifest.values["subsets"]["subset"]
+    typer.echo(f"{kept:,} of {manifest.items:,} samples: {storage.join(out, 'subset.npy')}")
+
+
+@app.command()
+def reshard(
+    pool: Annotated[str, typer.Argument(help="Indexed pool, or shards to index first.")],
+    out: Out,
+    subset: Annotated[
+        str | None, typer.Option("--subset", help="Subset file (.npy); the whole pool if not given.")
+    ] = None,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples in each shard but the last.")] = 10_000,
+    executor: ExecutorName = "ray",
+    address: Address = None,
+    debug: Debug = False,
+) -> None:
+    """Copy a subset's samples into webdataset shards of its own."""
+    from curation.reshard import ReshardStage, subset_digest
+
+    digest = subset_digest(subset) if subset is not None else ""
+    url = _pool(pool, storage.join(out, "work"), executor, address)
+    manifest = _run(ReshardStage(url, subset, digest, out, samples_per_shard), executor, address)
+    typer.echo(f"{manifest.items:,} samples in {manifest.units} shards: {out}")
+
+
+@app.command()
+def pretrain(
+    pool: Annotated[str, typer.Argument(help="Indexed pool or resharded subset, or shards to index first.")],
+    out: Out,
+    config: Annotated[
+        str | None, typer.Option("--config", help="YAML file with the keys of a recipe's `pretrain:`.")
+    ] = None,
+    overrides: Overrides = None,
+    subset: Annotated[str | None, typer.Option("--subset", help="Subset file (.npy) to train on.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the weights and the order.")] = 0,
+    executor: ExecutorName = "ray",
+    address: Address = None,
+    debug: Debug = False,
+) -> None:
+    """Train a model; stopped and started again it goes on where it was."""
+    from pipeline.stages import load_pretrain_config, pretrain_stage
+
+    read = load_pretrain_config(config, overrides or [])
+    url = _pool(pool, storage.join(out, "work"), executor, address)
+    _run(pretrain_stage(read, url, subset, seed, out), executor, address)
+    typer.echo(f"Checkpoint: {storage.join(out, 'model', f'seed-{seed}')}")
+
+
+@app.command()
+def evaluate(
+    specs: Annotated[
+        list[str],
+        typer.Argument(metavar="SPEC...", help="Checkpoint folders, NAME:TAG, NAME:FILE, CONFIG.json:WEIGHTS."),
+    ],
+    data: Annotated[str, typer.Option("--data", help="Folder of evaluation sets in DataComp's layout.")],
+    out: Out,
+    tasks: Annotated[str, typer.Option("--tasks", help="all, or names, comma-separated.")] = "all",
+    protocols: Annotated[str, typer.Option("--protocols", help="Comma-separated: zeroshot.")] = "zeroshot",
+    executor: ExecutorName = "ray",
+    address: Address = None,
+    debug: Debug = False,
+) -> None:
+    """Score checkpoints on the evaluation sets; write scores.parquet and eval_results.jsonl."""
+    from pipeline.stages import evaluate_stage, score_table
+
+    stage = evaluate_stage(specs, data, tasks, protocols, out)
+    _run(stage, executor, address)
+    typer.echo(score_table(out))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Directories of finished runs.")],
+    out: Out,
+    baseline: Annotated[str | None, typer.Option("--baseline", help="Subset the others are compared with.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Compare the subsets of one or more runs: table, CSV and HTML report."""
+    from pipeline.stages import compare_stages
+
+    for stage in compare_stages(runs, baseline, out):
+        _run(stage, "serial", None)
+    typer.echo(storage.read_bytes(storage.join(out, "comparison.txt")).decode())
+    typer.echo(f"Report: {storage.join(storage.absolute(out), 'report.html')}")
+
+
+@app.command()
+def ls(
+    what: Annotated[str, typer.Argument(help="filters, measures, objectives, tasks or recipes.")],
+    debug: Debug = False,
+) -> None:
+    """List what is registered."""
+    from pipeline.listing import listing
+
+    typer.echo(listing(what))
+
+
+@app.command()
+def doctor(debug: Debug = False) -> None:
+    """Check this machine: versions, shadowed packages, devices, space. Exit status 1 if something is broken."""
+    from pipeline.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        typer.echo(finding.line())
+    if any(finding.level == "fail" for finding in findings):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: errors become one paragraph on stderr."""
+    debug = "--debug" in sys.argv or os.environ.get("WINNOW_DEBUG") == "1"
+    try:
+        app()
+    except WinnowError as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            print(f"winnow: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("winnow: stopped; what is finished is kept.", file=sys.stderr)
+        raise SystemExit(1) from None
+    except Exception as error:
+        if debug:
+            raise
+        print(f"winnow: {type(error).__name__}: {error} (--debug shows where).", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()

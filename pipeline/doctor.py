@@ -1,0 +1,117 @@
+"""`winnow doctor`: what about this machine would keep Winnow from working, or make it slow."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOMS = ("infra", "pretrain", "curation", "evaluate", "pipeline")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "open_clip_torch",
+    "deepspeed",
+    "ray",
+    "faiss-cpu",
+    "pyarrow",
+    "webdataset",
+    "numpy",
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, how it is ("ok", "warn", "fail"), what to do."""
+
+    subject: str
+    level: str
+    text: str
+
+    def line(self) -> str:
+        return f"{self.level:<5} {self.subject:<12} {self.text}"
+
+
+def examine() -> list[Finding]:
+    """Look at everything. Imports nothing heavy but torch."""
+    return [_python(), *_shadowed(), *_packages(), *_devices(), *_space()]
+
+
+def _python() -> Finding:
+    good = sys.version_info >= (3, 11)
+    text = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    return Finding("python", "ok" if good else "fail", text if good else f"{text}; 3.11 or newer is needed")
+
+
+def _shadowed() -> list[Finding]:
+    """Rooms are top-level packages; another installed package of the same name may come first."""
+    home = Path(__file__).resolve().parents[1]
+    findings = []
+    for room in ROOMS:
+        spec = importlib.util.find_spec(room)
+        origin = Path(spec.origin).resolve() if spec and spec.origin else None
+        if origin is None:
+            findings.append(Finding(room, "fail", "cannot be imported; is winnow installed?"))
+        elif origin.parents[1] != home:
+            hint = f"shadowed by {origin.parent}; uninstall that package or use an environment of its own"
+            findings.append(Finding(room, "fail", hint))
+    for name, owners in importlib.metadata.packages_distributions().items():
+        others = sorted({owner for owner in owners if owner != "winnow"})
+        if name in ROOMS and others:
+            findings.append(
+                Finding(name, "warn", f"also provided by {', '.join(others)}; whichever is found first wins")
+            )
+    return findings or [Finding("rooms", "ok", "none shadowed")]
+
+
+def _packages() -> list[Finding]:
+    findings = []
+    for name in PACKAGES:
+        try:
+            findings.append(Finding(name, "ok", importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            gpu = name == "faiss-cpu" and importlib.util.find_spec("faiss") is not None
+            findings.append(Finding(name, "ok", "faiss-gpu") if gpu else Finding(name, "fail", "not installed"))
+    try:
+        import torch
+        import torchvision
+
+        torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+    except (ImportError, RuntimeError) as error:
+        findings.append(Finding("torchvision", "fail", f"does not match torch ({error})"))
+    return findings
+
+
+def _devices() -> list[Finding]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    findings = [Finding("cpu", "ok", f"{cores} cores")]
+    try:
+        import torch
+    except ImportError:
+        return findings
+    if torch.cuda.is_available():
+        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        findings.append(Finding("gpu", "ok", f"{names}; bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}"))
+    else:
+        findings.append(Finding("gpu", "warn", "none; everything runs on the CPU, training slowly"))
+    return findings
+
+
+def _space() -> list[Finding]:
+    findings = []
+    disk = shutil.disk_usage(Path.cwd())
+    level = "ok" if disk.free > 5e9 else "warn"
+    findings.append(Finding("disk", level, f"{disk.free / 1e9:.0f} GB free here"))
+    shm = Path("/dev/shm")
+    if shm.exists():
+        free = shutil.disk_usage(shm).free
+        text = f"{free / 1e9:.1f} GB shared memory"
+        findings.append(
+            Finding("shm", "ok" if free > 1e9 else "warn", text if free > 1e9 else f"{text}; Ray will spill to disk")
+        )
+    return findings

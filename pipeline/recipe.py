@@ -1,0 +1,408 @@
+"""The recipe: one YAML file for a whole experiment, read strictly and checked before any work starts.
+
+Nothing here imports torch, Ray or FAISS, so a mistake is told of within a second or two.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from curation.filters.base import Node
+from curation.inject import InjectConfig
+from curation.measures import MEASURES
+from curation.measures.base import Measure
+from curation.tree import parse
+from curation.view import measure_of
+from infra import storage
+from infra.errors import UsageError, WinnowError
+from infra.index import find_shards
+from infra.registry import nearest, unknown
+from pipeline.demo import DemoConfig
+from pretrain.config import PretrainConfig
+from pretrain.spec import parse_spec
+
+DEMO = "demo:"
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Trusted(Strict):
+    """Pairs known to be good, to train the scorer on: shards held out of the pool, or a pool of their own."""
+
+    shards: tuple[str, ...] = ()
+    pool: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Trusted:
+        if bool(self.shards) == bool(self.pool):
+            raise ValueError("trusted takes either shards (of the pool, held out of it) or a pool")
+        return self
+
+
+class Scorer(Strict):
+    """What gives `clip.score` and the embeddings: a pretrained open_clip model, a checkpoint, or one trained here.
+
+    `{model: ViT-B-32, pretrained: openai}`; `{checkpoint: PATH}` or just the path; `{trusted: …, train: …}` trains a
+    filtering network first (Fang et al. 2023).
+    """
+
+    model: str | None = None
+    pretrained: str | None = None
+    checkpoint: str | None = None
+    trusted: Trusted | None = None
+    train: PretrainConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        return {"checkpoint": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one(self) -> Scorer:
+        ways = [self.model is not None, self.checkpoint is not None, self.train is not None]
+        if sum(ways) != 1:
+            raise ValueError("scorer takes one of: model with pretrained; checkpoint; trusted with train")
+        if (self.pretrained is None) == (self.model is not None):
+            raise ValueError("scorer: model and pretrained go together")
+        if (self.trusted is None) == (self.train is not None):
+            raise ValueError("scorer: trusted and train go together")
+        return self
+
+    @property
+    def spec(self) -> str:
+        """For `load_encoder`; only for a scorer that is not trained here."""
+        return self.checkpoint if self.checkpoint is not None else f"{self.model}:{self.pretrained}"
+
+
+class PretrainSection(PretrainConfig):
+    """How every subset is trained on: `pretrain.config.PretrainConfig`, and the seeds."""
+
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+
+    def config(self) -> PretrainConfig:
+        return PretrainConfig(**self.model_dump(exclude={"seeds"}, exclude_unset=True))
+
+
+class EvaluateSection(Strict):
+    data: str
+    tasks: str | tuple[str, ...] = "all"
+    protocols: tuple[str, ...] = ("zeroshot",)
+
+
+class ReshardSection(Strict):
+    samples_per_shard: int = Field(10_000, ge=1)
+
+
+class Recipe(Strict):
+    """A whole experiment; the keys are those of the YAML file."""
+
+    pool: tuple[str, ...]
+    demo: DemoConfig | None = None
+    inject: InjectConfig | None = None
+    scorer: Scorer | None = None
+    measures: dict[str, dict[str, Any]] = {}
+    subsets: dict[str, dict[str, Any]] = Field(min_length=1)
+    baseline: str | None = None
+    reshard: ReshardSection | None = ReshardSection(samples_per_shard=10_000)
+    pretrain: PretrainSection | None = None
+    evaluate: EvaluateSection | None = None
+    max_set_aside: float = Field(0.05, ge=0)
+
+    @field_validator("pool", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("subsets", mode="before")
+    @classmethod
+    def _nothing(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: {} if tree is None else tree for name, tree in value.items()}
+        return value
+
+    def trees(self) -> dict[str, Node]:
+        """The parsed filter trees."""
+        return {name: parse(tree) for name, tree in self.subsets.items()}
+
+    def measure_kinds(self) -> dict[str, tuple[type[Measure], dict[str, Any]]]:
+        """The measures to run, by name: those the filters' columns belong to and those asked for, with parameters."""
+        kinds = {}
+        for key, params in self.measures.items():
+            kind = MEASURES.load(key)
+            kinds[kind.name] = (kind, params)
+        filters = [item for node in self.trees().values() for item in node.filters()]
+        for name in {measure_of(column) for item in filters for column in item.columns()} - {None, *kinds}:
+            kind = MEASURES.load(str(name))
+            kinds[kind.name] = (kind, {})
+        return dict(sorted(kinds.items()))
+
+    def targets(self) -> list[str]:
+        """The target sets that filters name, each once, in order."""
+        found = [t for node in self.trees().values() for item in node.filters() for t in item.targets()]
+        return list(dict.fromkeys(found))
+
+    @property
+    def reference(self) -> str:
+        """The subset the others are compared with: `baseline`, else the one without a filter, else the first."""
+        if self.baseline is not None:
+            return self.baseline
+        return next((name for name, tree in self.subsets.items() if not tree), next(iter(self.subsets)))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A recipe's text and where each key stands in it, for messages."""
+
+    name: str
+    lines: dict[tuple[str | int, ...], int]
+    overrides: frozenset[str] = frozenset()
+
+    def where(self, loc: tuple[str | int, ...]) -> str:
+        """`FILE, line N` of a key or its nearest parent; the `--set` that gave it if one did."""
+        path = tuple(part for part in loc)
+        while path:
+            dotted = ".".join(map(str, path))
+            if dotted in self.overrides:
+                return f"--set {dotted}"
+            if path in self.lines:
+                return f"{self.name}, line {self.lines[path]}"
+            path = path[:-1]
+        return self.name
+
+
+def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
+    """Read, override, check.
+
+    Args:
+        path: a YAML file, or the name of a packaged recipe ("quickstart").
+        overrides: `key.path=value`, the value in YAML.
+
+    Raises:
+        UsageError: saying the line and, for a misspelt word, the nearest valid one.
+    """
+    file = Path(path)
+    if not file.exists() and (packaged := Path(__file__).parent / "recipes" / f"{path}.yaml").exists():
+        file = packaged
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot be read ({error})", where=path) from None
+    return parse_recipe(text, str(path), overrides or [])
+
+
+def parse_recipe(text: str, name: str, overrides: list[str]) -> Recipe:
+    """`load_recipe` on a text; `name` stands for the file in messages."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"is not valid YAML ({' '.join(str(error).split())})", where=name) from None
+    if not isinstance(raw, dict) or root is None:
+        raise UsageError("a recipe is a mapping of keys to values", where=name)
+    lines: dict[tuple[str | int, ...], int] = {}
+    _find_lines(root, (), lines, name)
+    keys = [_override(raw, item) for item in overrides]
+    source = Source(name, lines, frozenset(keys))
+    raw = _interpolate(raw, raw, source)
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise _explain(error, source) from None
+    _check(recipe, source)
+    return recipe
+
+
+def _find_lines(node: yaml.Node, path: tuple, lines: dict, name: str) -> None:
+    lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[Any, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise UsageError(
+                    f'"{key.value}" is given twice (before in line {seen[key.value]})', where=f"{name}, line {line}"
+                )
+            seen[key.value] = line
+            lines[(*path, key.value)] = line
+            _find_lines(value, (*path, key.value), lines, name)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            _find_lines(value, (*path, i), lines, name)
+
+
+def _override(raw: dict[str, Any], item: str) -> str:
+    key, equals, value = item.partition("=")
+    if not equals or not key:
+        raise UsageError("is not of the form key.path=value", where=f"--set {item}")
+    *parents, last = key.split(".")
+    place: Any = raw
+    for part in parents:
+        if place.get(part) is None:
+            place[part] = {}
+        place = place[part]
+        if not isinstance(place, dict):
+            raise UsageError(f'"{part}" has no keys below it', where=f"--set {item}")
+    try:
+        place[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UsageError("the value is not valid YAML", where=f"--set {item}") from None
+    return key
+
+
+def _interpolate(value: Any, root: dict[str, Any], source: Source, path: tuple = ()) -> Any:
+    """`${a.b}` in a string becomes the value at that key."""
+    if isinstance(value, dict):
+        return {key: _interpolate(item, root, source, (*path, key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_interpolate(item, root, source, (*path, i)) for i, item in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def look(match: re.Match[str]) -> str:
+        found: Any = root
+        for part in match[1].split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        if not isinstance(found, (str, int, float)):
+            raise UsageError(f'"${{{match[1]}}}" names no value in the recipe', where=source.where(path))
+        return str(found)
+
+    return re.sub(r"\$\{([\w.\-]+)\}", look, value)
+
+
+def _fields_at(loc: tuple[str | int, ...]) -> list[str]:
+    """Known keys of the mapping at a place in the recipe."""
+    kind: Any = Recipe
+    for part in loc:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            info = kind.model_fields.get(str(part))
+            kind = info.annotation if info else None
+        elif typing.get_origin(kind) in (dict, Mapping):
+            kind = typing.get_args(kind)[1]
+        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+            models = [arg for arg in typing.get_args(kind) if isinstance(arg, type) and issubclass(arg, BaseModel)]
+            kind = models[0] if models else None
+    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+
+
+def _explain(error: ValidationError, source: Source) -> UsageError:
+    """The first fault as one sentence with its line."""
+    errors = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+    fault = errors[0]
+    loc = fault["loc"]
+    where = source.where(loc)
+    dotted = ".".join(map(str, loc))
+    if fault["type"] == "extra_forbidden":
+        return unknown("key", str(loc[-1]), _fields_at(loc[:-1]) or ["(none)"], where)
+    if fault["type"] == "missing":
+        near = nearest(str(loc[-1]), [])
+        return UsageError(f'"{dotted}" is missing', where=where, do=near)
+    if fault["type"] == "value_error":
+        cause = fault.get("ctx", {}).get("error")
+        return UsageError(str(cause) if cause else fault["msg"], where=where)
+    return UsageError(f"{dotted}: {fault['msg'][0].lower()}{fault['msg'][1:]}, not {fault['input']!r}", where=where)
+
+
+def _check(recipe: Recipe, source: Source) -> None:
+    """What pydantic cannot know: filters, folders, names that refer to each other."""
+    for name, tree in recipe.subsets.items():
+        if not re.fullmatch(r"[\w.+-]+", name):
+            raise UsageError(
+                f'subset "{name}": a name has letters, digits and . _ + - alone', where=source.where(("subsets", name))
+            )
+        _check_tree(tree, ("subsets", name), source)
+    if recipe.baseline is not None and recipe.baseline not in recipe.subsets:
+        raise unknown("baseline", recipe.baseline, recipe.subsets, source.where(("baseline",)))
+    for name, params in recipe.measures.items():
+        try:
+            kind = MEASURES.load(name)
+            known = {item.name for item in fields(kind)} - {"encoder", "digest"}
+            for key in params:
+                if key not in known:
+                    raise unknown(f"parameter of {name}", key, known or ["(none)"])
+        except UsageError as error:
+            raise UsageError(error.what, where=source.where(("measures", name)), do=error.do) from None
+    if recipe.scorer is None and "clip" in recipe.measure_kinds():
+        users = [
+            name
+            for name, node in recipe.trees().items()
+            if any("clip." in c for f in node.filters() for c in f.columns())
+        ]
+        raise UsageError(
+            f'subset "{users[0] if users else ""}" needs clip embeddings or scores, and the recipe has no scorer',
+            where=source.where(("subsets", users[0]) if users else ("measures",)),
+            do="Add `scorer: {model: ViT-B-32, pretrained: openai}`, a checkpoint, or one to train on trusted pairs.",
+        )
+    if recipe.scorer is not None and recipe.scorer.train is None:
+        try:
+            parse_spec(recipe.scorer.spec)
+        except UsageError as error:
+            raise UsageError(f"{error.what}", where=source.where(("scorer",)), do=error.do) from None
+    if recipe.evaluate is not None and recipe.pretrain is None:
+        raise UsageError("there is nothing to evaluate without `pretrain`", where=source.where(("evaluate",)))
+    _check_folders(recipe, source)
+
+
+def _check_tree(tree: Any, path: tuple[str | int, ...], source: Source) -> None:
+    """Parse inner trees first, so that a fault is told of at its own line."""
+    if isinstance(tree, Mapping):
+        for key, body in tree.items():
+            if key in ("all", "any") and isinstance(body, list):
+                for i, child in enumerate(body):
+                    _check_tree(child, (*path, key, i), source)
+            elif key == "not":
+                _check_tree(body, (*path, key), source)
+    try:
+        parse(tree)
+    except UsageError as error:
+        key = next(iter(tree)) if isinstance(tree, Mapping) and len(tree) else None
+        place = (*path, key) if key is not None else path
+        inner = re.search(r'"([^"]+)"', error.what)
+        if inner and (*place, inner[1]) in source.lines:
+            place = (*place, inner[1])
+        raise UsageError(error.what, where=source.where(place), do=error.do) from None
+
+
+def _check_folders(recipe: Recipe, source: Source) -> None:
+    def shards_in(url: str, place: tuple[str | int, ...]) -> list[str]:
+        try:
+            return find_shards(url)
+        except WinnowError as error:
+            raise UsageError(f"{error.what}", where=f"{source.where(place)}: {url}", do=error.do) from None
+
+    def is_demo(url: str, place: tuple[str | int, ...]) -> bool:
+        if url.startswith(DEMO) and recipe.demo is None:
+            raise UsageError(f'"{url}" needs a `demo:` block', where=source.where(place))
+        return url.startswith(DEMO)
+
+    stems: set[str] = set()
+    for i, url in enumerate(recipe.pool):
+        if not is_demo(url, ("pool", i)):
+            found = shards_in(url, ("pool",))
+            stems.update(found if len(recipe.pool) == 1 else [f"{i}-{stem}" for stem in found])
+    trusted = recipe.scorer.trusted if recipe.scorer else None
+    if trusted is not None:
+        place = ("scorer", "trusted")
+        if trusted.pool is not None and not is_demo(trusted.pool, place):
+            shards_in(trusted.pool, place)
+        for name in trusted.shards:
+            if stems and name not in stems:
+                raise unknown("shard", name, stems, source.where((*place, "shards")))
+        if stems and set(trusted.shards) >= stems:
+            raise UsageError("every shard of the pool is trusted, none is left", where=source.where((*place, "shards")))
+    for target in recipe.targets():
+        if not is_demo(target, ("subsets",)):
+            shards_in(target, ("subsets",))
+    data = recipe.evaluate.data if recipe.evaluate is not None else None
+    if data is not None and not is_demo(data, ("evaluate", "data")) and not storage.is_dir(data):
+        raise UsageError("no such folder", where=f"{source.where(('evaluate', 'data'))}: {data}")

@@ -1,0 +1,200 @@
+"""What the single-stage commands need between their arguments and a stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+
+from infra import storage
+from infra.errors import UsageError
+from infra.pool import Pool
+from infra.registry import unknown
+from infra.stage import Stage, need_manifest
+from infra.storage import digest_json, join
+from pipeline.listing import aligned
+
+STAGES = ("demo", "index", "inject", "pretrain", "measure", "curate", "reshard", "evaluate", "compare")
+
+
+def check_stage(name: str | None) -> None:
+    """Raises UsageError when `--until` names no stage."""
+    if name is not None and name not in STAGES:
+        raise unknown("stage", name, STAGES, "--until")
+
+
+def make_measures(names: list[str], scorer: str | None) -> tuple[Any, ...]:
+    """Measures by name; `clip` with the given encoder. Raises UsageError when it has none."""
+    from curation.measures import MEASURES
+
+    made = []
+    for name in names:
+        kind = MEASURES.load(name)
+        if name == "clip":
+            if scorer is None:
+                raise UsageError(
+                    "the clip measure needs an encoder", do="Give --scorer: a checkpoint folder, or NAME:TAG."
+                )
+            from pretrain.encoder import encoder_digest
+
+            made.append(kind(encoder=scorer, digest=encoder_digest(scorer)))
+        else:
+            made.append(kind())
+    return tuple(made)
+
+
+def load_filters(path: str) -> dict[str, Any]:
+    """The tree in a YAML file, checked. Raises UsageError."""
+    from curation.tree import parse
+
+    try:
+        tree = yaml.safe_load(storage.read_bytes(path))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"is not valid YAML ({' '.join(str(error).split())})", where=path) from None
+    try:
+        parse(tree)
+    except UsageError as error:
+        raise UsageError(error.what, where=path, do=error.do) from None
+    return tree or {}
+
+
+def curate_stages(tree: dict[str, Any], pool: str, out: str, scorer: str | None, columns: str | None) -> list[Stage]:
+    """The measure stages that a tree needs, and the curate stage."""
+    from curation.measure import MeasureStage
+    from curation.stage import CurateStage, Source, columns_of
+    from curation.tree import parse
+    from curation.view import measure_of
+    from infra.index import IndexStage
+
+    node = parse(tree)
+    stages: list[Stage] = []
+    names = sorted({name for column in columns_of(node) if (name := measure_of(column))})
+    if names and columns is None:
+        columns = join(out, "work", "columns")
+        stages.append(MeasureStage(pool, make_measures(names, scorer), columns))
+    targets = {}
+    for item in node.filters():
+        for target in item.targets():
+            place = join(out, "work", f"target-{digest_json(storage.absolute(target))[:8]}")
+            stages.append(IndexStage((target,), place, captions=False))
+            stages.append(MeasureStage(place, make_measures(["clip"], scorer), join(place, "columns")))
+            targets[target] = Source(place, join(place, "columns"))
+    stages.append(CurateStage(Source(pool, columns), (("", tree),), out, targets))
+    return stages
+
+
+def print_funnel(funnel: dict[str, Any]) -> str:
+    """The funnel as an indented table."""
+    rows: list[tuple[str, ...]] = [("node", "kept", "dropped", "by it alone", "no value")]
+
+    def walk(node: dict[str, Any], depth: int) -> None:
+        counts = [f"{node[name]:,}" for name in ("kept", "dropped", "alone", "nan")]
+        rows.append((f"{'  ' * depth}{node['label']}", *counts))
+        for child in node["children"]:
+            walk(child, depth + 1)
+
+    walk(funnel["tree"], 0)
+    return aligned(rows)
+
+
+def load_pretrain_config(path: str | None, overrides: list[str]) -> Any:
+    """A PretrainConfig out of a YAML file and `--set key=value`. Raises UsageError."""
+    from pydantic import ValidationError
+
+    from pretrain.config import PretrainConfig
+
+    raw: Any = {}
+    if path is not None:
+        try:
+            raw = yaml.safe_load(storage.read_bytes(path)) or {}
+        except yaml.YAMLError as error:
+            raise UsageError(f"is not valid YAML ({' '.join(str(error).split())})", where=path) from None
+    if not isinstance(raw, dict):
+        raise UsageError("is no mapping of keys to values", where=path)
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UsageError("is not of the form key=value", where=f"--set {item}")
+        place = raw
+        *parents, last = key.split(".")
+        for part in parents:
+            place = place.setdefault(part, {})
+        place[last] = yaml.safe_load(value)
+    try:
+        return PretrainConfig.model_validate(raw)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        name = ".".join(map(str, fault["loc"]))
+        if fault["type"] == "extra_forbidden":
+            raise unknown("key", str(fault["loc"][-1]), PretrainConfig.model_fields, path) from None
+        raise UsageError(f"{name}: {fault['msg']}" if name else fault["msg"], where=path) from None
+
+
+def pretrain_stage(config: Any, pool: str, subset: str | None, seed: int, out: str) -> Stage:
+    """The stage that trains one model."""
+    from pretrain.stage import PretrainStage, TrainRun
+
+    mark = storage.digest_file(subset) if subset is not None else None
+    digest = digest_json([Pool.open(pool).digest, mark])
+    run = TrainRun(name="model", seed=seed, pool=pool, subset=subset, digest=digest)
+    return PretrainStage(config=config, runs=(run,), out=out)
+
+
+def evaluate_stage(specs: list[str], data: str, tasks: str, protocols: str, out: str) -> Stage:
+    """The stage that scores checkpoints."""
+    from evaluate.stage import EvaluateStage
+    from pretrain.encoder import encoder_digest
+
+    if not storage.is_dir(data):
+        raise UsageError("no such folder", where=data)
+    names = tasks if tasks == "all" else tuple(name.strip() for name in tasks.split(","))
+    return EvaluateStage(
+        checkpoints=tuple((spec, spec, encoder_digest(spec)) for spec in specs),
+        data=data,
+        tasks=names,
+        protocols=tuple(name.strip() for name in protocols.split(",")),
+        out=out,
+    )
+
+
+def score_table(out: str) -> str:
+    """scores.parquet as text."""
+    with storage.open_read(join(out, "scores.parquet")) as file:
+        scores = pq.read_table(file)
+    rows: list[tuple[str, ...]] = [("checkpoint", "task", "protocol", "metric", "value", "stderr", "n")]
+    for row in scores.to_pylist():
+        stderr = "" if row["stderr"] is None else f"{row['stderr']:.4f}"
+        value = "" if row["value"] is None else f"{row['value']:.4f}"
+        rows.append((row["checkpoint"], row["task"], row["protocol"], row["metric"], value, stderr, str(row["n"])))
+    return aligned(rows)
+
+
+def compare_stages(runs: list[str], baseline: str | None, out: str) -> list[Stage]:
+    """What compares the subsets of finished runs; with several runs, names get the run's in front."""
+    from evaluate.compare import CompareStage
+    from pipeline.graph import Graph
+    from pipeline.merge import MergeScoresStage
+    from pipeline.recipe import parse_recipe
+
+    graphs = {}
+    for url in runs:
+        name = storage.name_of(url)
+        if name in graphs:
+            raise UsageError(f'two runs are called "{name}"', do="Rename one of the directories.")
+        need_manifest(join(url, "scores"), "scores")
+        text = storage.read_bytes(join(url, "recipe.yaml")).decode()
+        graphs[name] = Graph(parse_recipe(text, join(url, "recipe.yaml"), []), url)
+    first = next(iter(graphs.values()))
+    stages: list[Stage] = []
+    if len(graphs) == 1:
+        entries, scores, reference = first.entries(), first.url("scores"), first.recipe.reference
+    else:
+        scores = join(storage.absolute(out), "scores")
+        stages.append(MergeScoresStage(tuple((name, graph.url("scores")) for name, graph in graphs.items()), scores))
+        entries = tuple(entry for name, graph in graphs.items() for entry in graph.entries(f"{name}/"))
+        reference = f"{next(iter(graphs))}/{first.recipe.reference}"
+    names = [entry.name for entry in entries]
+    if baseline is not None and baseline not in names:
+        raise unknown("baseline", baseline, names, "--baseline")
+    return [*stages, CompareStage(entries, scores, out, baseline or reference)]

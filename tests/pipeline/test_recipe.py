@@ -1,0 +1,153 @@
+"""Recipes: what is read, what is overridden, and that every mistake is told with its place and a remedy."""
+
+import pytest
+
+from infra.errors import UsageError
+from pipeline.recipe import load_recipe, parse_recipe
+from tests.drawing import write_pool
+
+MODEL = (
+    "{embed_dim: 32, vision_cfg: {image_size: 32, patch_size: 16, width: 32, layers: 1}, "
+    "text_cfg: {width: 32, layers: 1, heads: 2, context_length: 16}}"
+)
+
+
+@pytest.fixture
+def text(tmp_path):
+    write_pool(tmp_path / "shards", shards=2, per_shard=2)
+    (tmp_path / "eval").mkdir()
+    return f"""\
+pool: {tmp_path}/shards
+scorer: {{model: ViT-B-32, pretrained: openai}}
+subsets:
+  none: {{}}
+  best: {{clip_score: {{fraction: 0.3}}}}
+  both:
+    all:
+      - clip_score: {{threshold: 0.2}}
+      - image_cluster: {{target: "${{pool}}", clusters: 5}}
+pretrain:
+  model: {MODEL}
+  samples_seen: 64
+  batch_size: 8
+  warmup: 2
+  seeds: [0, 1]
+evaluate: {{data: {tmp_path}/eval}}
+"""
+
+
+def read(text, *overrides):
+    return parse_recipe(text, "my.yaml", list(overrides))
+
+
+def test_a_good_recipe(text, tmp_path):
+    recipe = read(text)
+    assert recipe.pool == (f"{tmp_path}/shards",)
+    assert list(recipe.subsets) == ["none", "best", "both"]
+    assert recipe.reference == "none"
+    assert recipe.targets() == [f"{tmp_path}/shards"]
+    assert list(recipe.measure_kinds()) == ["clip"]
+    assert recipe.pretrain.seeds == (0, 1)
+    assert recipe.pretrain.config().batch_size == 8
+
+
+def test_overrides(text, tmp_path):
+    recipe = read(text, "pretrain.batch_size=16", "subsets.best.clip_score.fraction=0.5", "max_set_aside=0.2")
+    assert recipe.pretrain.batch_size == 16
+    assert recipe.subsets["best"] == {"clip_score": {"fraction": 0.5}}
+    assert recipe.max_set_aside == 0.2
+    assert read(text, "subsets.new={basic: {}}").subsets["new"] == {"basic": {}}
+    write_pool(tmp_path / "other")
+    assert read(text, f"pool={tmp_path}/other").targets() == [f"{tmp_path}/other"]  # ${pool} follows
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("scorer:", "scorrer:", 'my.yaml, line 2: unknown key "scorrer". Did you mean "scorer"?'),
+        ("samples_seen", "sample_seen", 'my.yaml, line 12: unknown key "sample_seen". Did you mean "samples_seen"?'),
+        (
+            'clip_score: {threshold',
+            'clip_scor: {threshold',
+            'my.yaml, line 8: unknown filter "clip_scor". Did you mean "clip_score"?',
+        ),
+        (
+            '{threshold: 0.2}',
+            '{treshold: 0.2}',
+            'my.yaml, line 8: unknown parameter of clip_score "treshold". Did you mean "threshold"?',
+        ),
+        ("fraction: 0.3", "fraction: 3", "my.yaml, line 5: clip_score: fraction 3 is not in (0, 1]"),
+        (
+            'batch_size: 8',
+            'batch_size: many',
+            'my.yaml, line 13: pretrain.batch_size: input should be a valid integer',
+        ),
+        ("/shards\n", "/nowhere\n", "line 1: "),
+        ("/eval}", "/nowhere}", "my.yaml, line 16: "),
+        ('"${pool}"', '"${pol}"', '"${pol}" names no value in the recipe'),
+        ("  best:", "  none:", 'my.yaml, line 5: "none" is given twice (before in line 4)'),
+        ("  best:", "  be st:", 'my.yaml, line 5: subset "be st": a name has letters'),
+        ("ViT-B-32", "ViT-B-33", 'my.yaml, line 2: unknown open_clip model "ViT-B-33". Did you mean "ViT-B-32"?'),
+        ("openai", "openaj", "my.yaml, line 2: "),
+        ("  model: {embed", "  objective: clipp\n  model: {embed", 'unknown objective "clipp". Did you mean "clip"?'),
+        ("subsets:", "baseline: nobe\nsubsets:", 'my.yaml, line 3: unknown baseline "nobe". Did you mean "none"?'),
+        (
+            'subsets:',
+            'measures: {langage: {}}\nsubsets:',
+            'my.yaml, line 3: unknown measure "langage". Did you mean "language"?',
+        ),
+        (
+            'subsets:',
+            'inject: {mismatch: 0.5}\nsubsets:',
+            'line 3: unknown key "mismatch". Did you mean "mismatched"?',
+        ),
+        ("pool: ", "pool: [", "is not valid YAML"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_with_line_and_remedy(text, old, new, words):
+    assert old in text
+    with pytest.raises(UsageError) as caught:
+        read(text.replace(old, new, 1))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistaken_override_names_itself(text):
+    with pytest.raises(
+        UsageError, match=r'--set pretrain\.batchsize: unknown key "batchsize"\. Did you mean "batch_size"'
+    ):
+        read(text, "pretrain.batchsize=3")
+    with pytest.raises(UsageError, match="not of the form"):
+        read(text, "pretrain")
+
+
+def test_what_filters_need_must_be_there(text):
+    with pytest.raises(
+        UsageError, match=r'line 4: subset "best" needs clip embeddings or scores, and the recipe has no scorer'
+    ):
+        read("".join(line for line in text.splitlines(keepends=True) if not line.startswith("scorer")))
+    with pytest.raises(UsageError, match=r"needs a `demo:` block"):
+        read(text, "pool=demo:pool")
+
+
+def test_trusted_shards_are_of_the_pool(text):
+    train = f"{{model: {MODEL}, samples_seen: 8, batch_size: 4, warmup: 1}}"
+    good = read(text, f"scorer={{trusted: {{shards: ['00001']}}, train: {train}}}")
+    assert good.scorer.trusted.shards == ("00001",)
+    with pytest.raises(UsageError, match=r'unknown shard "00002"'):
+        read(text, f"scorer={{trusted: {{shards: ['00002']}}, train: {train}}}")
+    with pytest.raises(UsageError, match="none is left"):
+        read(text, f"scorer={{trusted: {{shards: ['00000', '00001']}}, train: {train}}}")
+    with pytest.raises(UsageError, match="either shards"):
+        read(text, f"scorer={{trusted: {{}}, train: {train}}}")
+
+
+def test_packaged_recipes_are_valid(real_data):
+    assert load_recipe("quickstart").demo is not None
+    real = load_recipe("real", [f"pool={real_data}/pool", f"evaluate.data={real_data}/eval"])
+    assert real.inject is not None and real.scorer.trusted.shards
+
+
+def test_no_such_recipe():
+    with pytest.raises(UsageError, match=r"nothing\.yaml: cannot be read"):
+        load_recipe("nothing.yaml")

@@ -1,0 +1,1 @@
+"""Pretraining: a subset of a pool in, a checkpoint out. The rooms above come in through `pretrain.encoder`."""

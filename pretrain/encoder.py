@@ -1,0 +1,201 @@
+"""The one door to a model: whatever made it, it comes out as an `Encoder`."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from infra import storage
+from infra.errors import UsageError, WinnowError
+from pretrain.models import check_config, model_config, pretrained_tags
+from pretrain.spec import RANDOM, Spec, encoder_digest, is_winnow, parse_spec
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+__all__ = ["Encoder", "encoder_digest", "load_encoder", "parse_spec"]
+
+_CACHED = 2
+_cache: dict[tuple[str, str], Encoder] = {}
+
+
+def load_encoder(spec: str, device: str = "auto", threads: int | None = None) -> Encoder:
+    """Load an encoder; the last two loaded in a process are kept, for workers that are handed unit after unit.
+
+    Args:
+        spec: see `parse_spec`. Weights are read as safetensors or with `weights_only`, never executed.
+        device: auto (CUDA where there is), cpu, cuda, cuda:1.
+        threads: CPU threads torch computes with in this process; None leaves them.
+
+    Raises:
+        UsageError: the spec names nothing.
+        WinnowError: the weights do not fit, are damaged, or cannot be downloaded.
+    """
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    key = (encoder_digest(spec), device)
+    if key in _cache:
+        _cache[key] = _cache.pop(key)
+        return _cache[key]
+    model, tokenizer = _load(parse_spec(spec))
+    encoder = _cache[key] = Encoder(spec, key[0], model, tokenizer, device)
+    while len(_cache) > _CACHED:
+        del _cache[next(iter(_cache))]
+    return encoder
+
+
+def _load(spec: Spec) -> tuple[Any, Any]:
+    """The model and its tokenizer (None when it reads no text)."""
+    import open_clip
+    import torch
+
+    from pretrain.nets import build_model, build_tokenizer, quiet
+
+    try:
+        if spec.kind == "folder":
+            with _local(spec.model, folder=True) as folder:
+                return _load_folder(folder)
+        if spec.kind == "config":
+            content = storage.read_json(spec.model)
+            config = check_config(content, spec.model)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model = build_model(config, content.get("preprocess_cfg"))
+            if spec.is_file:
+                with _local(spec.weights) as path:
+                    open_clip.load_checkpoint(model, str(path))
+            return model, build_tokenizer(config)
+        with torch.random.fork_rng(devices=[]), quiet():
+            torch.manual_seed(0)
+            if spec.weights == RANDOM:
+                model = open_clip.create_model(spec.model, pretrained_text=False)
+            elif spec.is_file:
+                with _local(spec.weights) as path:
+                    model = open_clip.create_model(spec.model, pretrained=str(path))
+            else:
+                # open_clip only warns when a tag was trained with another activation than the model's name implies.
+                quick = pretrained_tags(spec.model)[spec.weights]
+                model = open_clip.create_model(spec.model, pretrained=spec.weights, force_quick_gelu=quick)
+        return model, build_tokenizer(model_config(spec.model), spec.model)
+    except WinnowError:
+        raise
+    except Exception as error:  # whatever a library raises on a file that is not what it should be, or on no network
+        text = str(error).strip().splitlines()
+        raise WinnowError(
+            f"cannot be loaded ({type(error).__name__}: {text[0] if text else ''})",
+            where=spec.text,
+            do="Published weights are downloaded once; without a network give a local file, as NAME:FILE."
+            if spec.kind == "name" and not spec.is_file
+            else "The weights must be a state dict that fits the model.",
+        ) from error
+
+
+def _load_folder(folder: Path) -> tuple[Any, Any]:
+    import open_clip
+    from safetensors.torch import load_file
+
+    from pretrain.nets import build_tokenizer, quiet
+    from pretrain.objectives import OBJECTIVES
+
+    if is_winnow(str(folder)):
+        content = json.loads((folder / "config.json").read_text())
+        if isinstance(content, dict) and "objective" in content:
+            cls = OBJECTIVES.load(content["objective"]["name"])
+            model = cls.build_encoder(content["model"], content["preprocess"])
+            model.load_state_dict(load_file(folder / "model.safetensors"))
+            return model, build_tokenizer(content["model"]) if hasattr(model, "encode_text") else None
+    with quiet():
+        model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
+    return model, open_clip.get_tokenizer(f"local-dir:{folder}")
+
+
+@contextlib.contextmanager
+def _local(url: str, folder: bool = False) -> Iterator[Path]:
+    """A local path of a file or of a checkpoint folder, fetched if need be."""
+    if storage.is_local(url):
+        yield storage.local_path(url)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        target = Path(name)
+        if not folder:
+            target = target / storage.name_of(url)
+            target.write_bytes(storage.read_bytes(url))
+        else:
+            for part in storage.list_names(url):
+                if not storage.is_dir(storage.join(url, part)):
+                    (target / part).write_bytes(storage.read_bytes(storage.join(url, part)))
+        yield target
+
+
+class Encoder:
+    """Embeds pictures, and texts where the model reads them. For one caller at a time.
+
+    Attributes:
+        spec, digest: what was loaded, and its identity by content.
+        dim: of the embeddings.
+        has_text: whether `encode_texts` can be called.
+        image_size: side of the preprocessed pictures, pixels.
+        preprocess_key: equal for two encoders exactly when they preprocess pictures identically.
+        logit_scale: what cosines are multiplied by; 1 where the model has none.
+    """
+
+    def __init__(self, spec: str, digest: str, model: Any, tokenizer: Any, device: str) -> None:
+        import torch
+
+        from pretrain.nets import image_size, preprocess_config, val_transform
+
+        self.spec, self.digest = spec, digest
+        self._device = torch.device(device)
+        self._model = model.eval().requires_grad_(False).to(self._device)
+        self._tokenizer = tokenizer
+        self._bf16 = self._device.type == "cuda" and torch.cuda.is_bf16_supported()
+        config = preprocess_config(model)
+        self.image_size = image_size(model)
+        self.preprocess_key = hashlib.sha256(storage.canonical_json(config).encode()).hexdigest()
+        self._transform = val_transform(config)
+        self.has_text = tokenizer is not None and hasattr(model, "encode_text")
+        scale = getattr(model, "logit_scale", None)
+        self.logit_scale = float(scale.exp()) if scale is not None else 1.0
+        blank = torch.zeros(1, 3, self.image_size, self.image_size)
+        self.dim = self.encode_images(blank).shape[1]
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        """RGB picture to float32 [3, H, W], as open_clip preprocesses for evaluation."""
+        return self._transform(image)
+
+    def encode_images(self, batch: torch.Tensor | np.ndarray) -> np.ndarray:
+        """Preprocessed pictures, float32 [n, 3, H, W], to L2-normalised float32 [n, dim]."""
+        import torch
+
+        return self._run(lambda x: self._model.encode_image(x), torch.as_tensor(batch))
+
+    def encode_texts(self, texts: Sequence[str], batch: int = 256) -> np.ndarray:
+        """Texts to L2-normalised float32 [n, dim]. Raises UsageError when the model reads no text."""
+        if not self.has_text:
+            raise UsageError("this encoder reads no text", where=self.spec)
+        parts = [
+            self._run(lambda x: self._model.encode_text(x), self._tokenizer(list(texts[i : i + batch])))
+            for i in range(0, len(texts), batch)
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, self.dim), np.float32)
+
+    def _run(self, encode: Any, batch: torch.Tensor) -> np.ndarray:
+        import torch
+
+        with torch.inference_mode(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+            features = encode(batch.to(self._device))
+        features = torch.nn.functional.normalize(features.float(), dim=-1)
+        result: np.ndarray = features.cpu().numpy()
+        return result

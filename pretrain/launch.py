@@ -1,0 +1,156 @@
+"""Starting the processes of a training: by Ray Train under the Ray executor, else on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from infra import storage
+from infra.errors import UsageError, WinnowError
+from infra.executors import on_ray
+from pretrain.config import PretrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from pretrain.loop import Job
+
+
+def launch(jobs: list[Job], via: Literal["auto", "local", "ray"] = "auto") -> None:
+    """Run trainings of one config to their ends, one after the other in the same processes.
+
+    Args:
+        jobs: the trainings; their URLs must be absolute.
+        via: `ray` starts the processes by Ray Train, `local` on this machine: one in this process, several by
+            `torch.multiprocessing`. `auto` takes Ray Train under the Ray executor.
+
+    Raises:
+        WinnowError: as a process raised it, or that processes died more often than allowed.
+    """
+    config = PretrainConfig(**jobs[0].config)
+    if via == "ray" or (via == "auto" and on_ray()):
+        _by_ray(jobs, config)
+    elif config.workers == 1:
+        _local_process(0, jobs, config, None, None)
+    else:
+        _by_spawn(jobs, config)
+
+
+def _local_process(rank: int, jobs: list[Job], config: PretrainConfig, rendezvous: str | None, errors: Any) -> None:
+    import torch.distributed as dist
+
+    from pretrain.engine import load_deepspeed
+    from pretrain.loop import train
+
+    device = _local_device(rank, config)
+    with _environment(RANK=str(rank), WORLD_SIZE=str(config.workers), LOCAL_RANK=str(rank)), _folder() as folder:
+        rendezvous = rendezvous or str(Path(folder) / "rendezvous")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=rank, world_size=config.workers)
+        try:
+            for job in jobs:
+                train(job, device, "local")
+        except WinnowError as error:
+            if errors is not None:
+                errors.put(error)
+            raise
+        finally:
+            # DeepSpeed's own, for it keeps groups made from this one.
+            load_deepspeed(device)
+            import deepspeed.comm as ds_comm
+
+            (ds_comm if ds_comm.is_initialized() else dist).destroy_process_group()
+
+
+def _local_device(rank: int, config: PretrainConfig) -> torch.device:
+    import torch
+
+    if config.device == "cpu" or (config.device == "auto" and torch.cuda.device_count() < config.workers):
+        return torch.device("cpu")
+    if torch.cuda.device_count() < config.workers:
+        raise UsageError(
+            f"{config.workers} workers want a GPU each, there are {torch.cuda.device_count()}", where="device"
+        )
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory()
+
+
+def _by_spawn(jobs: list[Job], config: PretrainConfig) -> None:
+    import torch.multiprocessing as mp
+
+    with _folder() as folder:
+        errors = mp.get_context("spawn").SimpleQueue()
+        try:
+            mp.spawn(
+                _local_process, args=(jobs, config, str(Path(folder) / "rendezvous"), errors), nprocs=config.workers
+            )
+        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+            if not errors.empty():
+                raise errors.get() from None
+            raise WinnowError(f"a training process died: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _by_ray(jobs: list[Job], config: PretrainConfig) -> None:
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    # Several trainings may be waiting for cores at once; that is no fault to time out on.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(7 * 24 * 3600))
+    gpus = ray.cluster_resources().get("GPU", 0)
+    use_gpu = config.device == "cuda" or (config.device == "auto" and gpus >= config.workers)
+    scratch = storage.join(jobs[0].out, ".ray")
+    trainer = TorchTrainer(
+        _ray_process,
+        train_loop_config={"jobs": [asdict(job) for job in jobs]},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.workers, use_gpu=use_gpu, resources_per_worker={"CPU": config.threads}
+        ),
+        run_config=RunConfig(
+            name="train", storage_path=scratch, failure_config=FailureConfig(max_failures=config.max_failures)
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        for failure in getattr(error, "worker_failures", {}).values():
+            cause = getattr(failure, "_base_exc", failure)
+            if isinstance(cause, WinnowError):
+                raise cause from None
+        raise WinnowError(f"training failed: {str(error).strip().splitlines()[-1]}", where=jobs[0].out) from error
+    finally:
+        storage.remove(scratch)
+
+
+def _ray_process(values: dict[str, Any]) -> None:
+    import ray.train.torch
+
+    from pretrain.loop import Job, train
+
+    for job in values["jobs"]:
+        train(Job(**job), ray.train.torch.get_device(), "ray")

@@ -1,0 +1,103 @@
+"""open_clip's model names, configs and pretrained tags, read from its folder without importing it or torch."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from infra.errors import UsageError
+from infra.registry import nearest, unknown
+
+_NEEDED = ("embed_dim", "vision_cfg", "text_cfg")
+
+
+@functools.cache
+def _package() -> Path:
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None or spec.origin is None:
+        raise UsageError("open_clip is not installed", do="pip install open_clip_torch")
+    return Path(spec.origin).parent
+
+
+@functools.cache
+def model_names() -> list[str]:
+    """Names of the models open_clip knows."""
+    return sorted(path.stem for path in (_package() / "model_configs").glob("*.json"))
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """open_clip's config of a model by name. Raises UsageError with the nearest name."""
+    if name not in model_names():
+        raise unknown("open_clip model", name, model_names())
+    config: dict[str, Any] = json.loads((_package() / "model_configs" / f"{name}.json").read_text())
+    return config
+
+
+def check_config(config: Any, where: str | None = None) -> dict[str, Any]:
+    """A model config, out of `{"model_cfg": …}` if it is wrapped. Raises UsageError when it is not one."""
+    if isinstance(config, dict) and "model_cfg" in config:
+        config = config["model_cfg"]
+    missing = [key for key in _NEEDED if not isinstance(config, dict) or key not in config]
+    if missing:
+        raise UsageError(f"is no open_clip model config: {', '.join(missing)} missing", where=where)
+    assert isinstance(config, dict)
+    return config
+
+
+@functools.cache
+def pretrained_tags(name: str) -> dict[str, bool]:
+    """Tags with published weights for a model, each with whether it was trained with QuickGELU.
+
+    Read from the syntax tree of open_clip's table: its module imports torch, and a recipe with a misspelt tag should
+    be refused before that takes its seconds.
+    """
+    groups: dict[str, dict[str, bool]] = {}
+    table: dict[str, str] = {}
+    for node in ast.parse((_package() / "pretrained.py").read_text()).body:
+        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
+            continue
+        target, value = node.targets[0].id, node.value
+        if target == "_PRETRAINED" and isinstance(value, ast.Dict):
+            for key, entry in zip(value.keys, value.values, strict=True):
+                if isinstance(key, ast.Constant):
+                    if isinstance(entry, ast.Name):
+                        table[str(key.value)] = entry.id
+                    else:
+                        table[str(key.value)] = str(key.value)
+                        groups[str(key.value)] = _tags(entry)
+        else:
+            groups.setdefault(target, _tags(value))
+    plain = name.removesuffix("-quickgelu")
+    tags = groups.get(table.get(name, ""), {})
+    if plain != name and not tags:
+        tags = {tag: quick for tag, quick in groups.get(table.get(plain, ""), {}).items() if quick}
+    return tags
+
+
+def _tags(node: ast.expr) -> dict[str, bool]:
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict"):
+        return {}
+    tags = {}
+    for item in node.keywords:
+        if item.arg and isinstance(item.value, ast.Call):
+            settings = {keyword.arg: keyword.value for keyword in item.value.keywords}
+            quick = settings.get("quick_gelu")
+            tags[item.arg] = isinstance(quick, ast.Constant) and quick.value is True
+    return tags
+
+
+def find_tag(name: str, tag: str) -> str:
+    """The tag as open_clip spells it. Raises UsageError with the nearest one."""
+    tags = pretrained_tags(name)
+    clean = tag.lower().replace("-", "_")
+    if clean in tags:
+        return clean
+    near = nearest(clean, tags)
+    hint = f'Did you mean "{name}:{near}"?' if near else f"Known: {', '.join(sorted(tags)) or 'none'}."
+    raise UsageError(
+        f'"{tag}" is neither a pretrained tag of {name} nor a file', do=f"{hint} A file with weights will do as well."
+    )

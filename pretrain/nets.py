@@ -1,0 +1,143 @@
+"""open_clip's networks, tokenizers and picture preprocessing, built from a config."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from infra.errors import UsageError
+
+# Captions repeat (every epoch, and on the web); BPE of one takes about as long as decoding a thumbnail.
+_TOKEN_CACHE = 1 << 17
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """open_clip warns that a model made to be trained is initialised randomly."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
+def build_model(config: dict[str, Any], preprocess: dict[str, Any] | None = None) -> torch.nn.Module:
+    """A randomly initialised open_clip model (float32, CPU), drawn from torch's global generator.
+
+    Args:
+        config: open_clip's model config dict.
+        preprocess: open_clip's preprocess_cfg; its defaults where None.
+
+    Raises:
+        UsageError: open_clip refuses the config.
+    """
+    import open_clip
+
+    # open_clip takes a config dict only from a file; a folder of its own keeps its global table of models as it is.
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        content = {"model_cfg": config, "preprocess_cfg": preprocess or {}}
+        (Path(folder) / "open_clip_config.json").write_text(json.dumps(content))
+        try:
+            model: torch.nn.Module = open_clip.create_model(
+                f"local-dir:{folder}", load_weights=False, pretrained_text=False
+            )
+        except (TypeError, ValueError, RuntimeError, ZeroDivisionError, AssertionError) as error:
+            raise UsageError(f"open_clip cannot build the model: {error}", where="model") from error
+    return model
+
+
+def preprocess_config(model: torch.nn.Module) -> dict[str, Any]:
+    """open_clip's preprocess_cfg of a model: size, mean, std, interpolation, resize_mode, fill_color, mode."""
+    import open_clip
+
+    config = open_clip.get_model_preprocess_cfg(model)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+
+
+def image_size(model: torch.nn.Module) -> int:
+    """Side of the square pictures a model takes. Raises UsageError when they are not square."""
+    size = preprocess_config(model)["size"]
+    if isinstance(size, int):
+        return size
+    if len(set(size)) != 1:
+        raise UsageError(f"pictures must be square, the model takes {size}", where="model")
+    return int(size[0])
+
+
+def val_transform(preprocess: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
+    """open_clip's own preprocessing for evaluation: RGB picture to float32 [3, H, W]."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    transform: Callable[[Image.Image], torch.Tensor] = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+    return transform
+
+
+def build_tokenizer(config: dict[str, Any], name: str | None = None) -> Callable[[Sequence[str]], torch.Tensor]:
+    """The tokenizer of a model: texts to int64 [n, context]; by open_clip's name where it has one."""
+    import open_clip
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    if name is not None:
+        named: Callable[[Sequence[str]], torch.Tensor] = open_clip.get_tokenizer(name)
+        return named
+    text = config["text_cfg"]
+    context = text.get("context_length", 77)
+    kwargs = text.get("tokenizer_kwargs") or {}
+    tokenizer: Callable[[Sequence[str]], torch.Tensor]
+    if text.get("hf_tokenizer_name"):
+        tokenizer = HFTokenizer(
+            text["hf_tokenizer_name"], context_length=context, tokenizer_mode=text.get("tokenizer_mode"), **kwargs
+        )
+    else:
+        tokenizer = SimpleTokenizer(context_length=context, **kwargs)
+    return tokenizer
+
+
+def caching_tokens(tokenizer: Callable[[Sequence[str]], torch.Tensor]) -> Callable[[str], np.ndarray]:
+    """One caption to int32 [context], remembering the latest."""
+
+    @functools.lru_cache(maxsize=_TOKEN_CACHE)
+    def tokens(text: str) -> np.ndarray:
+        result = tokenizer([text])[0].numpy().astype(np.int32)
+        result.flags.writeable = False
+        return result
+
+    return tokens
+
+
+def random_resized_crop(
+    image: Image.Image, size: int, scale: tuple[float, float], rng: np.random.Generator
+) -> np.ndarray:
+    """A random crop of `scale` of the area and of aspect ratio 3/4 to 4/3, resized; uint8 [3, size, size].
+
+    torchvision's RandomResizedCrop with bicubic interpolation, which open_clip trains with, but drawn from `rng`.
+    Normalisation is left to the device, where a whole batch takes one operation.
+    """
+    width, height = image.size
+    ratio = (math.log(3 / 4), math.log(4 / 3))
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(*ratio))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            break
+    else:  # torchvision's fallback: the central crop of the nearest allowed aspect ratio
+        w = min(width, max(1, round(height * 4 / 3)))
+        h = min(height, max(1, round(width * 4 / 3)))
+        top, left = (height - h) // 2, (width - w) // 2
+    image = image.crop((left, top, left + w, top + h)).resize((size, size), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))

@@ -1,0 +1,107 @@
+"""The pretrain stage: one unit a training, each with a directory of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from infra import storage
+from infra.execute import note_url
+from infra.stage import Output, Stage, Unit
+from pretrain.config import PretrainConfig
+
+if TYPE_CHECKING:
+    from pretrain.loop import Job
+
+FILES = ("model.safetensors", "config.json", "open_clip_config.json")
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """One training.
+
+    Attributes:
+        name: of the subset.
+        seed: of initialisation, order and augmentation.
+        pool: URL of an indexed pool.
+        subset: URL of a subset's .npy, or None for the whole pool.
+        digest: of the data: pool and subset.
+    """
+
+    name: str
+    seed: int
+    pool: str
+    subset: str | None
+    digest: str
+
+
+@dataclass
+class PretrainStage(Stage):
+    """Train a model on each of several subsets, with each of several seeds.
+
+    Args:
+        config: how, the same for all.
+        runs: on what.
+        out: directory; a training's files lie in `<name>/seed-<seed>/`.
+    """
+
+    config: PretrainConfig
+    runs: tuple[TrainRun, ...]
+    out: str
+
+    name = "pretrain"
+    version = 1
+    keep_orphans = True
+    waits = True
+
+    @property
+    def cpus(self) -> float:
+        return self.config.workers * self.config.threads
+
+    @property
+    def gpus(self) -> float:
+        return {"cuda": self.config.workers, "auto": -self.config.workers}.get(self.config.device, 0)
+
+    def params(self) -> dict[str, Any]:
+        return self.config.identity()
+
+    def parents(self) -> dict[str, str]:
+        return {run.name: run.digest for run in self.runs}
+
+    def plan(self) -> list[Unit]:
+        return [
+            Unit(
+                f"{run.name}/seed-{run.seed}",
+                inputs={"data": run.digest},
+                params={"seed": run.seed},
+                args={"pool": run.pool, "subset": run.subset},
+                group=str(number // self.config.runs_per_start),
+                items=self.config.steps * self.config.batch_size,
+            )
+            for number, run in enumerate(self.runs)
+        ]
+
+    def run_group(self, units: list[Unit]) -> Iterator[tuple[Unit, Output]]:
+        from pretrain.launch import launch
+
+        launch([self._job(unit) for unit in units])
+        for unit in units:
+            training = storage.read_json(self.url(unit.name, "config.json"))["training"]
+            training.pop("config")
+            files = [f"{unit.name}/{name}" for name in FILES]
+            yield unit, Output(files=files, items=training["samples_seen"], values=training)
+
+    def _job(self, unit: Unit) -> Job:
+        from pretrain.loop import Job
+
+        subset = unit.args["subset"]
+        return Job(
+            config=self.config.model_dump(mode="json"),
+            pool=storage.absolute(unit.args["pool"]),
+            subset=None if subset is None else storage.absolute(subset),
+            out=storage.absolute(self.url(unit.name)),
+            seed=unit.params["seed"],
+            key=self.key(unit),
+            note=storage.absolute(note_url(self, unit)),
+        )

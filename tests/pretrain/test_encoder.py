@@ -1,0 +1,136 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from infra.errors import UsageError, WinnowError
+from pretrain.encoder import encoder_digest, load_encoder
+from pretrain.nets import build_model, build_tokenizer
+from tests.pretrain.tiny import MODEL
+
+TEXTS = ["a diagram", "a dog", "a cat"]
+
+
+@pytest.fixture
+def image() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, torch.nn.Module]:
+    """A model's config, and its weights in a state dict and in safetensors."""
+    torch.manual_seed(7)
+    model = build_model(MODEL).eval()
+    (tmp_path / "tiny.json").write_text(json.dumps(MODEL))
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "weights.pt")
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    return tmp_path, model
+
+
+@pytest.mark.parametrize("file", ["weights.pt", "weights.safetensors"])
+def test_a_config_and_a_file_give_open_clips_embeddings(
+    file: str, saved: tuple[Path, torch.nn.Module], image: Image.Image
+) -> None:
+    folder, model = saved
+    encoder = load_encoder(f"{folder}/tiny.json:{folder}/{file}", device="cpu")
+    pixels = encoder.preprocess(image)
+    with torch.no_grad():
+        images = model.encode_image(pixels[None], normalize=True).numpy()
+        texts = model.encode_text(build_tokenizer(MODEL)(TEXTS), normalize=True).numpy()
+    np.testing.assert_allclose(encoder.encode_images(pixels[None]), images, atol=1e-6)
+    np.testing.assert_allclose(encoder.encode_texts(TEXTS, batch=2), texts, atol=1e-6)
+    assert (encoder.dim, encoder.image_size, encoder.has_text) == (16, 32, True)
+    assert encoder.logit_scale == pytest.approx(1 / 0.07)
+    assert encoder.encode_texts([]).shape == (0, 16)
+
+
+def test_a_published_model_with_a_local_file(tmp_path: Path, image: Image.Image) -> None:
+    name = min(open_clip.list_models(), key=lambda n: 0 if n == "ViT-S-32-alt" else 1)
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    encoder = load_encoder(f"{name}:{tmp_path}/w.pt", device="cpu")
+    pixels = preprocess(image)
+    torch.testing.assert_close(encoder.preprocess(image), pixels)
+    with torch.no_grad():
+        images = model.eval().encode_image(pixels[None], normalize=True).numpy()
+        texts = model.encode_text(open_clip.get_tokenizer(name)(TEXTS), normalize=True).numpy()
+    np.testing.assert_allclose(encoder.encode_images(pixels[None]), images, atol=1e-5)
+    np.testing.assert_allclose(encoder.encode_texts(TEXTS), texts, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(encoder.encode_texts(TEXTS), axis=1), 1, atol=1e-6)
+
+
+def test_random_weights_are_the_same_each_time(saved: tuple[Path, torch.nn.Module]) -> None:
+    spec = f"{saved[0]}/tiny.json:random"
+    first = load_encoder(spec, device="cpu")
+    assert load_encoder(spec, device="cpu") is first
+    assert encoder_digest(f"{saved[0]}/tiny.json:") == first.digest
+    x = np.zeros((2, 3, 32, 32), np.float32)
+    for i in range(3):  # push it out of the cache
+        torch.save(build_model(MODEL).state_dict(), saved[0] / f"{i}.pt")
+        load_encoder(f"{saved[0]}/tiny.json:{saved[0]}/{i}.pt", device="cpu")
+    again = load_encoder(spec, device="cpu")
+    assert again is not first
+    np.testing.assert_array_equal(again.encode_images(x), first.encode_images(x))
+
+
+def test_preprocess_key_follows_the_preprocessing(saved: tuple[Path, torch.nn.Module]) -> None:
+    folder, _ = saved
+    mean = {"model_cfg": MODEL, "preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}}
+    (folder / "mean.json").write_text(json.dumps(mean))
+    a, b, c = (
+        load_encoder(f"{folder}/{name}:{weights}", device="cpu")
+        for name, weights in (("tiny.json", "random"), ("tiny.json", folder / "weights.pt"), ("mean.json", "random"))
+    )
+    assert a.preprocess_key == b.preprocess_key != c.preprocess_key
+
+
+def test_digest_is_of_the_content(saved: tuple[Path, torch.nn.Module]) -> None:
+    folder, _ = saved
+    spec = f"{folder}/tiny.json:{folder}/weights.pt"
+    before = encoder_digest(spec)
+    (folder / "copy.pt").write_bytes((folder / "weights.pt").read_bytes())
+    assert encoder_digest(f"{folder}/tiny.json:{folder}/copy.pt") == before
+    assert encoder_digest("ViT-B-32:openai") != encoder_digest("ViT-B-16:openai")
+    torch.save(build_model(MODEL).state_dict(), folder / "weights.pt")
+    assert encoder_digest(spec) != before
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("ViT-B-23:openai", 'Did you mean "ViT-B-32"'),
+        ("ViT-B-32:opnai", 'Did you mean "ViT-B-32:openai"'),
+        ("ViT-B-32", "says no weights"),
+        ("ViT-B-32:./w.pt", "no such file of weights"),
+        ("runs/none", "no such checkpoint folder"),
+        ("none.json:w.pt", "no such model config"),
+    ],
+)
+def test_a_wrong_spec_says_what_is_wrong(spec: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        encoder_digest(spec)
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no checkpoint"):
+        encoder_digest(str(tmp_path))
+
+
+def test_weights_are_never_executed(saved: tuple[Path, torch.nn.Module]) -> None:
+    folder, _ = saved
+
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return Path.touch, (folder / "executed",)
+
+    torch.save({"state_dict": Evil()}, folder / "evil.pt")
+    (folder / "garbage.safetensors").write_bytes(b"x" * 100)
+    for name in ("evil.pt", "garbage.safetensors"):
+        with pytest.raises(WinnowError, match="cannot be loaded"):
+            load_encoder(f"{folder}/tiny.json:{folder}/{name}", device="cpu")
+    assert not (folder / "executed").exists()

@@ -1,0 +1,33 @@
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from infra.execute import execute
+from infra.executors import SerialExecutor
+from infra.pool import Pool
+from pretrain.stage import PretrainStage, TrainRun
+from tests.pretrain.test_train import close, lines
+from tests.pretrain.tiny import config, make_pool
+
+
+def test_ray_train_on_one_and_two_processes_trains_as_serial(ray_executor, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    pool = make_pool(tmp_path)
+    run = TrainRun("all", 0, pool, None, Pool.open(pool).digest)
+
+    def trained(name: str, executor, workers: int) -> tuple[dict[str, torch.Tensor], object]:  # type: ignore[no-untyped-def]
+        stage = PretrainStage(config(workers=workers), (run,), str(tmp_path / name))
+        manifest = execute(stage, executor)
+        return load_file(tmp_path / name / "all" / "seed-0" / "model.safetensors"), manifest
+
+    serial, serial_manifest = trained("serial", SerialExecutor(), 1)
+    one, one_manifest = trained("one", ray_executor, 1)
+    two, _ = trained("two", ray_executor, 2)
+    assert one_manifest == serial_manifest
+    for name, value in serial.items():
+        assert torch.equal(one[name], value)
+    close(two, serial)
+    for name, workers in (("one", 1), ("two", 2)):
+        start = lines(tmp_path / name / "all" / "seed-0")[0]
+        assert (start["via"], start["workers"]) == ("ray", workers)
+    assert not (tmp_path / "two" / "all" / "seed-0" / ".ray").exists()

@@ -1,0 +1,118 @@
+"""A pool and a model small enough to train in a test, and objectives of a user's own."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from infra.execute import execute
+from infra.executors import SerialExecutor
+from infra.index import IndexStage
+from infra.uids import derived_uid
+from pretrain.config import PretrainConfig
+from pretrain.objectives.base import Losses, Objective, Sample
+from pretrain.objectives.clip import CLIP
+
+MODEL: dict[str, Any] = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 32},
+    "text_cfg": {"context_length": 16, "width": 16, "heads": 1, "layers": 1},
+}
+COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200), "grey": (128, 128, 128)}
+DIE_AT = "PRETRAIN_TEST_DIE_AT"
+
+
+def uid(i: int) -> str:
+    return derived_uid("tiny", str(i))
+
+
+def make_pool(folder: Path, count: int = 40, broken: tuple[int, ...] = (), shards: int = 2) -> str:
+    """Draw captioned pictures into tars with parquet and index them; numbers in `broken` are cut short."""
+    source = folder / "shards"
+    source.mkdir()
+    rng = np.random.default_rng(0)
+    for shard in range(shards):
+        rows = []
+        with tarfile.open(source / f"{shard:05d}.tar", "w") as tar:
+            for i in range(shard, count, shards):
+                name = sorted(COLOURS)[i % len(COLOURS)]
+                noise = rng.integers(-20, 20, (40, 48, 3))
+                pixels = np.clip(np.array(COLOURS[name]) + noise, 0, 255).astype(np.uint8)
+                picture = io.BytesIO()
+                Image.fromarray(pixels).save(picture, "JPEG")
+                data = picture.getvalue()
+                if i in broken:
+                    data = data[:200] + bytes(len(data) - 200)
+                    data = data[: len(data) // 2]
+                text = f"a {name} picture number {i}"
+                for ext, content in (("jpg", data), ("txt", text.encode())):
+                    info = tarfile.TarInfo(f"{i:05d}.{ext}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+                rows.append({"uid": uid(i), "key": f"{i:05d}", "text": text})
+        pq.write_table(pa.Table.from_pylist(rows), source / f"{shard:05d}.parquet")
+    execute(IndexStage((str(source),), str(folder / "pool")), SerialExecutor())
+    return str(folder / "pool")
+
+
+def config(**changes: Any) -> PretrainConfig:
+    values: dict[str, Any] = {
+        "model": MODEL,
+        "samples_seen": 48,
+        "batch_size": 8,
+        "lr": 1e-2,
+        "warmup": 2,
+        "device": "cpu",
+        "max_failures": 0,
+    }
+    return PretrainConfig(**values | changes)
+
+
+@dataclass(frozen=True)
+class Config:
+    logit_scale_max: float = 100.0
+
+
+class Dying(CLIP):
+    """CLIP in a process that dies after the step the environment names."""
+
+    def after_step(self, step: int) -> None:
+        super().after_step(step)
+        if step == int(os.environ.get(DIE_AT, 0)):
+            raise KeyboardInterrupt
+
+
+class Brightness(Objective):
+    """Predict a picture's mean brightness: a loss that does not couple the batch."""
+
+    def __init__(self, config: Any, model: dict[str, Any], augment: tuple[float, float]) -> None:
+        super().__init__(config, model, augment)
+        self.head = torch.nn.Linear(3 * 16, 1)
+
+    def views(self, sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        small = np.asarray(sample.image.resize((4, 4)), np.float32) / 255
+        return {"pixels": small.reshape(-1), "target": np.asarray(sample.image, np.float32).mean() / 255}
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> Losses:
+        loss = (self.head(batch["pixels"])[:, 0] - batch["target"]).square().mean()
+        return Losses(loss, {"squared_error": loss.detach()})
+
+    def encoder(self) -> torch.nn.Module:
+        return self.head
+
+    def preprocess(self) -> dict[str, Any]:
+        return {"size": 4}
+
+    @classmethod
+    def build_encoder(cls, model: dict[str, Any], preprocess: dict[str, Any]) -> torch.nn.Module:
+        return torch.nn.Linear(3 * 16, 1)

@@ -1,0 +1,228 @@
+"""Every stage keeps the contract: a second run does nothing; killed half-way and resumed it gives the same bytes;
+changed parameters never reuse stale output; serial equals Ray."""
+
+from __future__ import annotations
+
+import ast
+import json
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from curation.inject import InjectConfig, InjectStage
+from curation.measure import MeasureStage
+from curation.measures.caption import Caption
+from curation.measures.clip import Clip
+from curation.reshard import ReshardStage, subset_digest
+from curation.stage import CurateStage, Source
+from evaluate.compare import CompareStage, SubsetEntry
+from evaluate.stage import EvaluateStage
+from infra.execute import execute
+from infra.executors import SerialExecutor
+from infra.index import IndexStage
+from infra.pool import Pool
+from infra.stage import Stage, pending_units, read_manifest
+from infra.storage import digest_json
+from pipeline.demo import DemoConfig, DemoStage
+from pipeline.merge import MergeScoresStage
+from pretrain.encoder import encoder_digest
+from pretrain.stage import PretrainStage, TrainRun
+from tests.drawing import write_pool
+from tests.evaluate.sets import write_classification, write_config
+from tests.examples.brightness import Brightness
+from tests.pretrain.tiny import config as train_config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class World:
+    """Inputs that the stages under test read, each made once."""
+
+    folder: Path
+    pool: str
+    encoder: str
+
+    @staticmethod
+    def make(folder: Path) -> World:
+        write_pool(folder / "shards", shards=3, per_shard=8)
+        World._run(IndexStage((str(folder / "shards"),), str(folder / "pool")))
+        world = World(folder, str(folder / "pool"), write_config(folder))
+        World._run(MeasureStage(world.pool, (Caption(), world.clip), world.url("columns")))
+        World._run(CurateStage(world.source, (("none", {}), ("half", HALF)), world.url("subsets")))
+        write_classification(folder / "eval", n=12)
+        write_classification(folder / "eval", "wds_shades_test", n=10)
+        World._run(world.evaluate(world.url("scores")))
+        return world
+
+    @staticmethod
+    def _run(stage: Stage) -> None:
+        execute(stage, SerialExecutor())
+
+    def url(self, name: str) -> str:
+        return str(self.folder / name)
+
+    @property
+    def clip(self) -> Clip:
+        return Clip(self.encoder, encoder_digest(self.encoder), device="cpu")
+
+    @property
+    def source(self) -> Source:
+        return Source(self.pool, self.url("columns"))
+
+    def evaluate(self, out: str, tasks: tuple[str, ...] | str = "all") -> EvaluateStage:
+        checkpoints = tuple((name, self.encoder, encoder_digest(self.encoder)) for name in ("a/seed-0", "b/seed-0"))
+        return EvaluateStage(checkpoints, self.url("eval"), out, tasks=tasks, device="cpu")
+
+
+HALF = {"clip_score": {"fraction": 0.5}}
+SPREAD = {"all": [{"basic": {"min_side": 8, "language": None}}, {"not": HALF}]}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return World.make(tmp_path_factory.mktemp("world"))
+
+
+# For each stage: built from (world, directory, whether with changed parameters).
+CASES: dict[str, Callable[[World, str, bool], Stage]] = {
+    "demo": lambda w, out, changed: DemoStage(
+        config=DemoConfig(pool=6, trusted=4, target=3, test=4, train=4, shard_size=3, seed=int(changed)), out=out
+    ),
+    "index": lambda w, out, changed: IndexStage((w.url("shards"),), out, captions=not changed),
+    "inject": lambda w, out, changed: InjectStage(
+        w.pool, InjectConfig(mismatched=0.4, watermark=0.3, duplicates=0.2, seed=int(changed)), out
+    ),
+    "measure": lambda w, out, changed: MeasureStage(
+        w.pool, (Brightness(),) if changed else (Caption(), Brightness()), out
+    ),
+    "curate": lambda w, out, changed: CurateStage(
+        w.source, (("a", HALF if changed else SPREAD), ("b", {}), ("c", {"not": HALF})), out
+    ),
+    "reshard": lambda w, out, changed: ReshardStage(
+        w.pool,
+        w.url("subsets/half/subset.npy"),
+        subset_digest(w.url("subsets/half/subset.npy")),
+        out,
+        samples_per_shard=3 if changed else 5,
+    ),
+    "pretrain": lambda w, out, changed: PretrainStage(
+        config=train_config(lr=5e-3 if changed else 1e-2, samples_seen=24),
+        runs=tuple(TrainRun("all", seed, w.pool, None, digest_json([Pool.open(w.pool).digest])) for seed in (0, 1)),
+        out=out,
+    ),
+    "evaluate": lambda w, out, changed: w.evaluate(out, ("shades",) if changed else "all"),
+    "compare": lambda w, out, changed: CompareStage(
+        (
+            SubsetEntry("none", w.url("subsets/none"), ((0, "a/seed-0"),), w.pool),
+            SubsetEntry("half", w.url("subsets/half"), ((0, "b/seed-0"),), w.pool),
+        ),
+        w.url("scores"),
+        out,
+        "half" if changed else "none",
+    ),
+    "merge": lambda w, out, changed: MergeScoresStage(
+        (("one", w.url("scores")), ("two" if changed else "more", w.url("scores"))), out
+    ),
+}
+# Their keys are of their units alone, so that adding a measure or a task redoes no other.
+PER_UNIT = {"measure", "evaluate"}
+
+
+def contents(stage: Stage) -> dict[str, bytes]:
+    """Every file that the stage answers for: outputs, records, manifest."""
+    manifest = read_manifest(stage.out)
+    assert manifest is not None
+    names = [*manifest.files, "manifest.json", *(f"units/{unit.name}.json" for unit in stage.plan())]
+    return {name: (Path(stage.out) / name).read_bytes() for name in names}
+
+
+def made(name: str, world: World, out: Path, changed: bool = False) -> Stage:
+    stage = CASES[name](world, str(out), changed)
+    execute(stage, SerialExecutor())
+    return stage
+
+
+def test_every_stage_has_a_case():
+    found = set()
+    for path in ROOT.glob("*/*.py"):
+        if path.parent.name in ("infra", "pretrain", "curation", "evaluate", "pipeline"):
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "Stage" for base in node.bases):
+                    found.add(node.name)
+    assert found == {name.capitalize() + "Stage" for name in CASES if name != "merge"} | {"MergeScoresStage"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_second_run_does_nothing(name, world, tmp_path, monkeypatch):
+    stage = made(name, world, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+
+    def refuse(*_):
+        raise AssertionError("ran again")
+
+    monkeypatch.setattr(type(stage), "run_group", refuse)
+    monkeypatch.setattr(type(stage), "finish", refuse)
+    again = CASES[name](world, str(tmp_path), False)
+    assert execute(again, SerialExecutor()) == read_manifest(str(tmp_path))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+KILL = """
+import os, pickle, signal, sys
+import infra.stage, infra.execute
+from infra.executors import SerialExecutor
+stage, after = pickle.loads(open(sys.argv[1], "rb").read())
+write = infra.stage.write_record
+count = 0
+def dying(*args):
+    global count
+    if count == after:
+        os.kill(os.getpid(), signal.SIGKILL)
+    count += 1
+    return write(*args)
+infra.stage.write_record = dying
+infra.execute.execute(stage, SerialExecutor())
+"""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_killed_half_way_and_resumed_gives_the_same_bytes(name, world, tmp_path):
+    clean = made(name, world, tmp_path / "clean")
+    stage = CASES[name](world, str(tmp_path / "killed"), False)
+    units = len(stage.plan())
+    (tmp_path / "stage").write_bytes(pickle.dumps((stage, units // 2)))
+    child = subprocess.run([sys.executable, "-c", KILL, str(tmp_path / "stage")], cwd=ROOT, capture_output=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    assert read_manifest(stage.out) is None
+    _, done = pending_units(stage)
+    assert len(done) == units // 2
+    execute(stage, SerialExecutor())
+    assert contents(stage) == contents(clean)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_changed_parameters_never_reuse_stale_output(name, world, tmp_path):
+    fresh = made(name, world, tmp_path / "fresh", changed=True)
+    made(name, world, tmp_path / "used")
+    over = made(name, world, tmp_path / "used", changed=True)
+    assert contents(over) == contents(fresh)
+    if name not in PER_UNIT:
+        first = json.loads((tmp_path / "used" / "manifest.json").read_text())
+        before = made(name, world, tmp_path / "first")
+        assert first["key"] != json.loads(contents(before)["manifest.json"])["key"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_serial_equals_ray(name, world, tmp_path, ray_executor):
+    serial = made(name, world, tmp_path / "serial")
+    ray = CASES[name](world, str(tmp_path / "ray"), False)
+    execute(ray, ray_executor)
+    assert [unit.name for unit in ray.plan()] == [unit.name for unit in serial.plan()]
+    assert contents(ray) == contents(serial)

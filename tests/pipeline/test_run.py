@@ -1,0 +1,225 @@
+"""A whole recipe, small: through every stage, again, with a subset changed, and with everything on an object store."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pyarrow.parquet as pq
+import pytest
+
+from infra.execute import Budget, execute
+from infra.executors import SerialExecutor
+from infra.index import IndexStage
+from infra.pool import Pool
+from infra.progress import RunLog
+from infra.uids import encode_uids
+from pipeline.cli import main
+from pipeline.graph import Graph
+from pipeline.recipe import parse_recipe
+from tests.drawing import write_pool
+
+RECIPE = """
+demo: {pool: 60, trusted: 24, target: 12, test: 16, train: 8, shard_size: 20}
+pool: demo:pool
+inject: {mismatched: 0.4, duplicates: 0.1}
+scorer:
+  trusted: {pool: demo:trusted}
+  train:
+    model: &model
+      embed_dim: 16
+      vision_cfg: {image_size: 32, patch_size: 16, width: 32, layers: 1, head_width: 16}
+      text_cfg: {context_length: 16, width: 16, layers: 1, heads: 1}
+    samples_seen: 24
+    batch_size: 8
+    warmup: 1
+measures: {"tests.examples.brightness:Brightness": {}}
+subsets:
+  none: {}
+  half: {clip_score: {fraction: 0.5}}
+  both:
+    any:
+      - all:
+          - image_cluster: {target: demo:target, clusters: 4}
+          - not: {basic: {max_aspect: 1.0, language: null}}
+      - clip_score: {fraction: 0.1}
+  own: {"tests.examples.caption_length:CaptionLength": {most: 8}}
+reshard: {samples_per_shard: 16}
+pretrain: {model: *model, samples_seen: 16, batch_size: 8, warmup: 1, seeds: [0, 1]}
+evaluate: {data: demo:eval}
+"""
+
+
+def run(out, *overrides, text=RECIPE):
+    graph = Graph(parse_recipe(text, "small.yaml", list(overrides)), str(out))
+    return graph, graph.run(SerialExecutor(), RunLog(str(out), stream=None))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    _, manifests = run(out)
+    return out, manifests
+
+
+def times(out, *folders):
+    return {
+        path: path.stat().st_mtime_ns
+        for folder in folders
+        for path in (out / folder).rglob("*")
+        if path.is_file() and path.name not in ("manifest.json", "places.json")
+    }
+
+
+def test_every_stage_left_what_it_should(finished):
+    out, manifests = finished
+    pool = Pool.open(str(out / "injected"))
+    assert manifests["curate"].values["subsets"]["none"] == len(pool) > 60
+    n = len(pool)
+    assert manifests["curate"].values["subsets"]["half"] == int(n * 0.5) + 1
+    short = [
+        uid for uid, text in zip(pool.column("uid"), pool.column("text"), strict=True) if len(str(text).split()) <= 8
+    ]
+    assert encode_uids(np.load(out / "subsets" / "own" / "subset.npy")) == sorted(map(str, short))
+    for name in ("none", "half", "both", "own"):
+        kept = np.load(out / "subsets" / name / "subset.npy")
+        shards = Pool.open(str(out / "shards" / name))
+        assert np.array_equal(np.sort(shards.uids()), kept)
+        assert all(shard.rows <= 16 for shard in shards.shards)
+        for seed in (0, 1):
+            folder = out / "checkpoints" / name / f"seed-{seed}"
+            model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+            assert model.visual.output_dim == 16
+            assert json.loads((folder / "config.json").read_text())["training"]["samples_seen"] == 16
+    scores = pq.read_table(out / "scores" / "scores.parquet").to_pylist()
+    assert {row["checkpoint"] for row in scores} == {
+        f"{n}/seed-{s}" for n in ("none", "half", "both", "own") for s in (0, 1)
+    }
+    assert {"acc1", "mean_recall@1"} <= {row["metric"] for row in scores}
+    page = (out / "report" / "report.html").read_text()
+    assert "mismatched" in page and "caption_length(most=8)" in page
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page  # self-contained
+    table = (out / "report" / "comparison.txt").read_text()
+    assert all(name in table for name in ("none", "half", "both", "own", "vs none"))
+
+
+def test_manifests_lead_back_to_the_pool(finished):
+    out, manifests = finished
+    pool = Pool.open(str(out / "injected")).digest
+    for name in ("measure", "curate", "reshard half"):
+        assert manifests[name].parents["pool"] == pool
+    assert manifests["reshard half"].parents["subset"] == manifests["curate"].files["half/subset.npy"]["sha256"]
+    assert manifests["inject"].parents
+    text = (out / "report" / "manifest.json").read_text() + (out / "scores" / "manifest.json").read_text()
+    assert str(out) not in text
+
+
+def test_running_again_does_nothing(finished, monkeypatch):
+    out, manifests = finished
+    before = times(out, ".")
+    monkeypatch.setattr("infra.stage.write_record", None)
+    _, again = run(out)
+    assert again == manifests
+    after = times(out, ".")
+    changed = {path.name for path in after if after[path] != before.get(path)}
+    assert changed == {"log.jsonl", "recipe.yaml"}
+
+
+def test_a_changed_threshold_recomputes_one_subset(finished, tmp_path):
+    out, manifests = finished
+    kept = ("columns", "scorer", "pool", "injected", "subsets/none", "subsets/both", "shards/both", "checkpoints/both")
+    before = times(out, *kept)
+    old = times(out, "subsets/half", "checkpoints/half")
+    _, again = run(out, "subsets.half.clip_score.fraction=0.25")
+    assert times(out, *kept) == before
+    new = times(out, "subsets/half", "checkpoints/half")
+    assert all(new[path] != old[path] for path in old if path.name in ("subset.npy", "model.safetensors"))
+    pool = len(Pool.open(str(out / "injected")))
+    assert again["curate"].values["subsets"]["half"] == int(pool * 0.25) + 1
+    # and back: the scores are what they were
+    _, back = run(out)
+    assert back["compare"].digest == manifests["compare"].digest
+
+
+def test_plan_says_what_is_left(finished, tmp_path):
+    out, _ = finished
+    recipe = parse_recipe(RECIPE, "small.yaml", [])
+    assert {plan.text for plan in Graph(recipe, str(out)).plan()} == {"finished"}
+    fresh = Graph(recipe, str(tmp_path / "new")).plan()
+    assert fresh[0].name == "demo" and "units to do" in fresh[0].text
+    assert fresh[-1].text == "waits for the steps before"
+    more = Graph(parse_recipe(RECIPE, "small.yaml", ["subsets.new={clip_score: {fraction: 0.3}}"]), str(out)).plan()
+    texts = {plan.name: plan.text for plan in more}
+    assert texts["curate"] == "1 of 5 units to do" and texts["measure"] == "finished"
+
+
+def test_comparing_runs(finished, tmp_path, monkeypatch, capsys):
+    out, _ = finished
+    monkeypatch.setattr(
+        sys, "argv", ["winnow", "compare", str(out), "--out", str(tmp_path / "c"), "--baseline", "half"]
+    )
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    assert "vs half" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """An S3 of moto's, as s3fs reaches it."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    old = dict(os.environ)
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "FSSPEC_S3_ENDPOINT_URL": f"http://{host}:{port}",
+    }
+    import fsspec
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    fsspec.filesystem("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"]).mkdir("winnow")
+    yield "s3://winnow"
+    server.stop()
+    os.environ.clear()
+    os.environ.update(old)
+
+
+def test_a_run_on_an_object_store_gives_the_same(bucket, tmp_path):
+    import fsspec
+
+    from curation.measure import MeasureStage
+    from curation.measures.caption import Caption
+    from curation.reshard import ReshardStage, subset_digest
+    from curation.stage import CurateStage, Source
+
+    write_pool(tmp_path / "shards", shards=2, per_shard=6)
+    fsspec.filesystem("s3").put(str(tmp_path / "shards"), f"{bucket}/shards", recursive=True)
+    tree = {"basic": {"language": None, "min_side": 8, "min_words": 1, "max_aspect": 1.02}}
+
+    def chain(source, out):
+        def go(stage):
+            return execute(stage, SerialExecutor(), budget=Budget(0))
+
+        go(IndexStage((source,), f"{out}/pool"))
+        go(MeasureStage(f"{out}/pool", (Caption(),), f"{out}/columns"))
+        curated = go(CurateStage(Source(f"{out}/pool", f"{out}/columns"), (("a", tree),), f"{out}/subsets"))
+        url = f"{out}/subsets/a/subset.npy"
+        shards = go(ReshardStage(f"{out}/pool", url, subset_digest(url), f"{out}/a", samples_per_shard=4))
+        again = go(ReshardStage(f"{out}/pool", url, subset_digest(url), f"{out}/a", samples_per_shard=4))
+        assert again == shards
+        pool = Pool.open(f"{out}/a")
+        return curated, shards, [data for shard in pool.shards for data in shard.image_bytes(shard.table())]
+
+    here = chain(str(tmp_path / "shards"), str(tmp_path / "run"))
+    there = chain(f"{bucket}/shards", f"{bucket}/run")
+    assert there == here
+    assert Path(tmp_path / "run").exists()

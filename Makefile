@@ -10,8 +10,8 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv || true
-	if [ -x $(BIN)/uv ]; then $(BIN)/uv pip install --python $(BIN)/python -e '.[dev]'; \
-	else $(BIN)/python -m pip install -e '.[dev]'; fi
+	UV_SYSTEM_CERTS=1 $(BIN)/uv pip install --python $(BIN)/python -e '.[dev]' || \
+	$(BIN)/python -m pip install -e '.[dev]'
 	touch $@
 
 quickstart: install

@@ -10,6 +10,7 @@ import open_clip
 import pyarrow.parquet as pq
 import pytest
 
+from infra.errors import WinnowError
 from infra.execute import Budget, execute
 from infra.executors import SerialExecutor
 from infra.index import IndexStage
@@ -19,7 +20,7 @@ from infra.uids import encode_uids
 from pipeline.cli import main
 from pipeline.graph import Graph
 from pipeline.recipe import parse_recipe
-from tests.drawing import write_pool
+from tests.drawing import sample, write_pool, write_tar
 
 RECIPE = """
 demo: {pool: 60, trusted: 24, target: 12, test: 16, train: 8, shard_size: 20}
@@ -164,6 +165,38 @@ def test_comparing_runs(finished, tmp_path, monkeypatch, capsys):
         main()
     assert not stop.value.code
     assert "vs half" in capsys.readouterr().out
+
+
+BROKEN = """
+pool: {folder}
+subsets:
+  none: {{}}
+  long: {{"tests.examples.caption_length:CaptionLength": {{most: 99, least: 5}}}}
+max_set_aside: {budget}
+"""
+
+
+def test_broken_samples_are_set_aside_within_the_recipes_budget(tmp_path):
+    samples = [sample(i) for i in range(20)]
+    samples[3]["members"]["jpg"] = b"nothing"
+    samples[4]["members"]["txt"] = b"\xff\xfe"
+    samples[5]["members"]["json"] = samples[6]["members"]["json"]
+    write_tar(tmp_path / "shards" / "00000.tar", samples[:10])
+    write_tar(tmp_path / "shards" / "00001.tar", samples[10:])
+    whole = (tmp_path / "shards" / "00001.tar").read_bytes()
+    (tmp_path / "shards" / "00001.tar").write_bytes(whole[:-11000])
+    text = BROKEN.format(folder=tmp_path / "shards", budget=0.3)
+    _, manifests = run(tmp_path / "run", text=text)
+    index = manifests["index"]
+    assert set(index.set_aside["reasons"]) == {
+        "undecodable picture", "caption is not UTF-8", "duplicated uid", "truncated tar"
+    }  # fmt: skip
+    assert index.state.startswith("complete with ")
+    kept = np.load(tmp_path / "run" / "subsets" / "none" / "subset.npy")
+    assert len(kept) == manifests["curate"].values["subsets"]["none"] == len(Pool.open(str(tmp_path / "run" / "pool")))
+    assert 14 <= len(kept) <= 17
+    with pytest.raises(WinnowError, match=r"index: \d of \d+ set aside, the budget is 1 .*raise max_set_aside"):
+        run(tmp_path / "strict", text=BROKEN.format(folder=tmp_path / "shards", budget=1))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -66,8 +67,10 @@ def test_tables_read_from_source_are_open_clips() -> None:
     import open_clip
     from open_clip.pretrained import get_pretrained_cfg
 
-    assert set(model_names()) >= set(open_clip.list_models())
-    for name in open_clip.list_models():
+    shipped = Path(open_clip.__file__).parent / "model_configs"
+    names = [name for name in open_clip.list_models() if (shipped / f"{name}.json").exists()]
+    assert len(names) > 100 and set(model_names()) >= set(names)
+    for name in names:
         tags = open_clip.list_pretrained_tags_by_model(name)
         assert sorted(pretrained_tags(name)) == sorted(tags), name
         for tag in tags:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation.filters.base import Filter, Node, State
-from curation.tree import Judge, fingerprint, parse, unparse
+from curation.fitting import columns_of, fit_tree
+from curation.tree import Judge, Verdict, fingerprint, parse, unparse
 from curation.view import View
 from infra import storage
+from infra.arrow import mask_array
+from infra.errors import UsageError, WinnowError
 from infra.pool import Pool
 from infra.stage import Output, Record, Stage, Unit
 from infra.storage import digest_json
-from infra.uids import decode_uids, save_subset
+from infra.uids import UID_DTYPE, decode_uids, save_subset
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class CurateStage(Stage):
     reasons: bool = True
 
     name = "curate"
-    version = 1
+    version = 2
     keep_orphans = True
 
     def params(self) -> dict[str, Any]:
@@ -76,40 +80,41 @@ class CurateStage(Stage):
             node = parse(tree)
             view.check(columns_of(node))
             inputs = {"columns": view.digest(columns_of(node))}
-            wanted = [(target, item.target_columns()) for item in node.filters() for target in item.targets()]
-            for number, (target, columns) in enumerate(wanted):
+            for number, (target, columns) in enumerate(_wanted(node)):
                 view.target(target).check(columns)
                 inputs[f"target{number}"] = view.target(target).digest(columns)
+            for item in node.filters():
+                item.check(view)
             units.append(
                 Unit(
                     name or "subset",
                     inputs,
                     {"tree": fingerprint(node)},
                     {"subset": name, "tree": tree},
-                    items=len(view),
+                    items=len(view) if view.pool.counted else 0,
                 )
             )
         return units
 
     def run(self, unit: Unit) -> Output:
         node, view, prefix = parse(unit.args["tree"]), self._view(), unit.args["subset"]
-        judge = Judge(node, [self._fit(item, view) for item in node.filters()])
-        columns = ("uid", *columns_of(node))
-        kept, dropped = [], []
-        for batch in view.batches(columns):
+        judge = Judge(node, self.states(node, view))
+        kept, dropped, seen = bytearray(), [], 0
+        for batch in view.batches(tuple(dict.fromkeys(("uid", *columns_of(node))))):
+            seen += batch.num_rows
             if self.reasons:
                 mask, why = judge.reasons(batch)
-                out = pa.array(~mask)
+                out = mask_array(~mask)
                 dropped.append(pa.table({"uid": batch["uid"].filter(out), "reason": why.filter(out)}))
             else:
                 mask = judge.keep(batch)
-            kept.append(decode_uids(batch["uid"])[mask])
-        uids = np.concatenate(kept) if kept else np.empty(0, "u8,u8")
+            kept += decode_uids(batch["uid"].filter(mask_array(mask))).view(np.uint8).data
+        uids = np.frombuffer(kept, UID_DTYPE)
         funnel = {
             "name": prefix,
             "filter": str(node),
             "yaml": unparse(node),
-            "pool": len(view),
+            "pool": seen,
             "kept": len(uids),
             "tree": judge.tally.as_json(),
         }
@@ -121,7 +126,12 @@ class CurateStage(Stage):
             table = pa.concat_tables(dropped) if dropped else pa.table({"uid": pa.array([], pa.string())})
             with storage.writing(self.url(files[2])) as path:
                 pq.write_table(table, path, compression="zstd", use_dictionary=["reason"])
-        return Output(files, len(view), values={"kept": len(uids), "subset": files[0]})
+        facts = {tally.label: tally.facts for tally in judge.tally.leaves() if tally.facts}
+        return Output(files, seen, values={"kept": len(uids), "subset": files[0], "fits": facts})
+
+    def states(self, node: Node, view: View | None = None) -> list[State]:
+        """The fitted states of a tree's filters, out of files where an earlier subset left them."""
+        return fit_tree(node, self._view() if view is None else view, self._fit)
 
     def _fit(self, item: Filter, view: View) -> State:
         """The filter's state, out of the file an earlier subset left if the same was fitted to the same columns."""
@@ -139,9 +149,65 @@ class CurateStage(Stage):
         return state
 
     def finish(self, records: list[Record]) -> Output:
-        return Output(values={"subsets": {record.unit: record.values["kept"] for record in records}})
+        values: dict[str, Any] = {"subsets": {record.unit: record.values["kept"] for record in records}}
+        if fits := {record.unit: record.values["fits"] for record in records if record.values.get("fits")}:
+            values["fits"] = fits
+        return Output(values=values)
+
+    def why(self, subset: str, uid: str) -> tuple[str | None, list[Verdict]]:
+        """Why a sample is in a subset or not.
+
+        Args:
+            subset: its name.
+            uid: 32 hex characters.
+
+        Returns:
+            the label of the first node that dropped the sample (None if it was kept), and each node's verdict.
+
+        Raises:
+            UsageError: the uid is none.
+            WinnowError: the pool has no such sample.
+        """
+        wanted = check_uid(uid)
+        node, view = parse(dict(self.subsets)[subset]), self._view()
+        for shard, table in zip(view.pool.shards, view.batches(("uid",)), strict=True):
+            found = np.flatnonzero(decode_uids(table["uid"]) == wanted)
+            if len(found):
+                columns = tuple(dict.fromkeys(("uid", *columns_of(node))))
+                sample = view.table(shard, columns).slice(int(found[0]), 1)
+                return Judge(node, self.states(node, view)).verdicts(sample)
+        raise WinnowError(f"no sample has the uid {uid}", where=self.source.pool)
 
 
-def columns_of(node: Node) -> tuple[str, ...]:
-    """The columns a tree reads, each once, in order."""
-    return tuple(dict.fromkeys(column for item in node.filters() for column in item.columns()))
+def check_trees(source: Source, trees: Iterable[dict[str, Any]], targets: Mapping[str, Source] | None = None) -> None:
+    """Refuse, before anything is measured, trees that cannot come out on a pool: columns of its own that it has not,
+    too few samples, arrays of another dimension.
+
+    Args:
+        source: the pool; its measures need not be there.
+        trees: in YAML form.
+        targets: those that are there already.
+
+    Raises:
+        WinnowError: saying what to do.
+    """
+    pool = Pool.open(source.pool)
+    view = View(pool, None, {name: place.view() for name, place in (targets or {}).items()})
+    for tree in trees:
+        node = parse(tree)
+        view.check([column for column in columns_of(node) if view.knows(column)])
+        for item in node.filters():
+            item.check(view)
+
+
+def check_uid(uid: str) -> np.void:
+    """A uid as a `u8,u8` pair. Raises UsageError when it is none."""
+    try:
+        return decode_uids(pa.array([uid], pa.string()))[0]
+    except WinnowError as error:
+        raise UsageError(error.what, do="A uid has 32 hexadecimal digits.") from None
+
+
+def _wanted(node: Node) -> list[tuple[str, tuple[str, ...]]]:
+    """Target sets of a tree with the columns read of each."""
+    return [(target, item.target_columns()) for item in node.filters() for target in item.targets()]

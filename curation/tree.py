@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from curation.digest import content_digest
 from curation.filters import FILTERS
-from curation.filters.base import All, Any_, Filter, Node, Not, State
+from curation.filters.base import All, Any_, Filter, Node, Not, State, parameter_name
 from curation.view import missing
 from infra.errors import UsageError
 from infra.registry import unknown
@@ -56,7 +57,8 @@ def _make(kind: Any, params: Any) -> Filter:
         )
     if not isinstance(params, Mapping):
         raise UsageError(f"{kind.name}: parameters are written `name: value`, this is {params!r}")
-    known = {item.name: item for item in fields(kind)}
+    known = {parameter_name(item): item for item in fields(kind)}
+    params = kind.read(params)
     for key in params:
         if key not in known:
             raise unknown(f"parameter of {kind.name}", str(key), known)
@@ -81,10 +83,44 @@ def unparse(node: Node) -> dict[str, Any]:
     return {FILTERS.name_of(type(node)): node.given()}
 
 
+def from_python(text: str) -> Node:
+    """The tree that a node's `str` says, with registered filters alone; `from_python(str(node)) == node`.
+
+    Raises:
+        UsageError: it is no expression of filters, `&`, `|`, `~`, `All`, `Any_` and `Not` over literal parameters.
+    """
+    try:
+        return _node(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError, TypeError) as error:
+        raise UsageError(f"is not a filter expression ({error})", where=text) from None
+
+
+def _node(part: ast.AST) -> Node:
+    if isinstance(part, ast.UnaryOp) and isinstance(part.op, ast.Invert):
+        return ~_node(part.operand)
+    if isinstance(part, ast.BinOp) and isinstance(part.op, ast.BitAnd):
+        return _node(part.left) & _node(part.right)
+    if isinstance(part, ast.BinOp) and isinstance(part.op, ast.BitOr):
+        return _node(part.left) | _node(part.right)
+    if not (isinstance(part, ast.Call) and isinstance(part.func, ast.Name)):
+        raise ValueError(ast.unparse(part))
+    name = part.func.id
+    if name in ("All", "Any_"):
+        inner = part.args[0] if part.args else ast.Tuple(elts=[])
+        nodes = tuple(_node(item) for item in getattr(inner, "elts", ()))
+        return All(nodes) if name == "All" else Any_(nodes)
+    if name == "Not":
+        return Not(_node(part.args[0]))
+    if part.args:
+        raise ValueError(f"{name}: parameters are named")
+    params = {str(item.arg): ast.literal_eval(item.value) for item in part.keywords}
+    return _make(FILTERS.load(name), params)
+
+
 def fingerprint(node: Node) -> Any:
     """What decides a tree's decision beside the data: parameters and versions, and the source of filters of one's own.
 
-    Targets stand in it by name; their content is an input of its own.
+    Targets stand in it by name; their content is an input of its own. Files stand in it by their content.
     """
     if isinstance(node, Filter):
         name = FILTERS.name_of(type(node))
@@ -92,6 +128,11 @@ def fingerprint(node: Node) -> Any:
         params = asdict(node)
         if node.targets():
             params.pop("target", None)
+        for key in node.files:
+            if isinstance(named := params.get(key), str):
+                params[key] = content_digest(named)
+            elif isinstance(named, (list, tuple)):
+                params[key] = [content_digest(url) for url in named]
         mark["params"] = params
         if ":" in name:
             module = inspect.getmodule(type(node))
@@ -102,7 +143,10 @@ def fingerprint(node: Node) -> Any:
 
 @dataclass
 class Tally:
-    """Counts of one node: how many it kept and dropped, dropped by it alone, and could not judge."""
+    """Counts of one node: how many it kept and dropped, dropped by it alone, and could not judge.
+
+    `state` and `facts` are a filter's: what it was fitted to, and what it reports of that.
+    """
 
     node: Node
     label: str
@@ -112,17 +156,41 @@ class Tally:
     alone: int = 0
     nan: int = 0
     children: list[Tally] = field(default_factory=list)
+    state: State = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
-    def of(node: Node) -> Tally:
+    def of(node: Node, states: Iterator[State]) -> Tally:
         kind = "filter" if isinstance(node, Filter) else type(node).__name__.strip("_").lower()
-        label = str(node) if isinstance(node, Filter) or not node.children else kind
-        return Tally(node, label, kind, children=[Tally.of(child) for child in node.children])
+        label = str(node) if isinstance(node, Filter) else kind if node.children else "no filter"
+        tally = Tally(node, label, kind)
+        if isinstance(node, Filter):
+            tally.state = next(states)
+            tally.facts = node.report(tally.state)
+        tally.children = [Tally.of(child, states) for child in node.children]
+        return tally
+
+    def leaves(self) -> Iterator[Tally]:
+        """Those of the filters, in order."""
+        if isinstance(self.node, Filter):
+            yield self
+        for child in self.children:
+            yield from child.leaves()
 
     def as_json(self) -> dict[str, Any]:
         result: dict[str, Any] = {"label": self.label, "kind": self.kind, "kept": self.kept, "dropped": self.dropped}
         result |= {"alone": self.alone, "nan": self.nan, "children": [child.as_json() for child in self.children]}
-        return result
+        return result | ({"facts": self.facts} if self.facts else {})
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one node said of one sample: whether it kept it, and, if it is a filter, what it saw and held against it."""
+
+    label: str
+    depth: int
+    kept: bool
+    facts: dict[str, Any]
 
 
 class Judge:
@@ -134,9 +202,10 @@ class Judge:
     """
 
     def __init__(self, node: Node, states: list[State]) -> None:
+        if len(states) != sum(1 for _ in node.filters()):
+            raise ValueError("one state for each filter")
         self.node = node
-        self.states = {id(item): state for item, state in zip(node.filters(), states, strict=True)}
-        self.tally = Tally.of(node)
+        self.tally = Tally.of(node, iter(states))
 
     def keep(self, batch: pa.Table) -> np.ndarray:
         """bool, shape [n]; counts the batch in."""
@@ -151,6 +220,25 @@ class Judge:
         array = pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), pa.array(labels, pa.string()))
         return mask, array.cast(pa.string())
 
+    def verdicts(self, sample: pa.Table) -> tuple[str | None, list[Verdict]]:
+        """Of one sample (a batch of one row): the label of the first node that dropped it, and each node's verdict."""
+        masks: dict[int, np.ndarray] = {}
+        kept = bool(self._mask(self.tally, sample, masks)[0])
+        found: list[Verdict] = []
+
+        def walk(tally: Tally, depth: int) -> None:
+            node = tally.node
+            facts = node.explain(sample, tally.state) if isinstance(node, Filter) else {}
+            found.append(Verdict(tally.label, depth, bool(masks[id(tally)][0]), facts))
+            for child in tally.children:
+                walk(child, depth + 1)
+
+        walk(self.tally, 0)
+        labels: list[str] = []
+        code = np.zeros(1, np.int32)
+        self._first(self.tally, masks, np.array([not kept]), labels, code)
+        return (None if kept else labels[code[0]]), found
+
     def _judge(self, batch: pa.Table) -> tuple[np.ndarray, dict[int, np.ndarray]]:
         masks: dict[int, np.ndarray] = {}
         mask = self._mask(self.tally, batch, masks)
@@ -161,12 +249,13 @@ class Judge:
         node = tally.node
         parts = [self._mask(child, batch, masks) for child in tally.children]
         if isinstance(node, Filter):
-            mask = np.asarray(node.keep(batch, self.states[id(node)]), dtype=bool)
+            mask = np.asarray(node.keep(batch, tally.state), dtype=bool)
             if mask.shape != (batch.num_rows,):
                 raise UsageError(f"{node.name}: keep returned shape {mask.shape} for {batch.num_rows} samples")
             unknown_rows = missing(batch, node.numeric())
-            tally.nan += int(pc.sum(unknown_rows).as_py() or 0)
-            mask &= ~np.asarray(unknown_rows)
+            if unknown_rows.any():
+                tally.nan += int(np.count_nonzero(unknown_rows))
+                mask = mask & ~unknown_rows
         elif isinstance(node, Not):
             mask = ~parts[0]
         elif isinstance(node, Any_):
@@ -179,9 +268,10 @@ class Judge:
     def _count(self, tally: Tally, masks: dict[int, np.ndarray], decides: np.ndarray) -> None:
         """Add a batch to the counts. `decides`: samples that the whole tree keeps if and only if this node does."""
         mask = masks[id(tally)]
-        tally.kept += int(mask.sum())
-        tally.dropped += int((~mask).sum())
-        tally.alone += int((~mask & decides).sum())
+        kept = int(np.count_nonzero(mask))
+        tally.kept += kept
+        tally.dropped += len(mask) - kept
+        tally.alone += int(np.count_nonzero(decides & ~mask))
         parts = [masks[id(child)] for child in tally.children]
         for i, child in enumerate(tally.children):
             others = [part for j, part in enumerate(parts) if j != i]

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from curation.measures import MEASURES
 from infra import storage
+from infra.ahead import ahead
+from infra.arrow import float_values, null_mask
 from infra.errors import WinnowError
+from infra.metadata import FEATURES, open_parquet, unreadable
 from infra.pool import Pool, Shard
 from infra.stage import need_manifest
 from infra.storage import digest_json
@@ -20,6 +22,10 @@ from infra.storage import digest_json
 _STAND_INS = {
     "clip_b32_similarity_score": "clip (with scorer ViT-B-32:openai), as `clip_score: {model: scorer}`",
     "clip_l14_similarity_score": "clip (with scorer ViT-L-14:openai), as `clip_score: {model: scorer}`",
+    "l14_img": "clip (with scorer ViT-L-14:openai), as `clip.image`",
+    "l14_txt": "clip (with scorer ViT-L-14:openai), as `clip.text`",
+    "b32_img": "clip (with scorer ViT-B-32:openai), as `clip.image`",
+    "b32_txt": "clip (with scorer ViT-B-32:openai), as `clip.text`",
 }
 
 
@@ -62,7 +68,15 @@ class View:
                 hint = (
                     f"The measure that would give it: {stand_in}." if stand_in else f"It has: {', '.join(sorted(own))}."
                 )
+                if column in FEATURES and not self.pool.pictures:
+                    hint = "It is an array of the NAME.npz that DataComp has beside each NAME.parquet; fetch them."
                 raise WinnowError(f'the pool has no column "{column}"', where=self.pool.url, do=hint)
+            if column in FEATURES:
+                for shard in self.pool.shards:
+                    if shard.features is None and not shard.tars:
+                        raise WinnowError(
+                            f'no "{column}": {shard.name}.npz is missing', where=shard.view, do="Fetch it."
+                        )
             if measure is not None and measure not in ids:
                 MEASURES.path(measure)
                 raise WinnowError(
@@ -70,6 +84,10 @@ class View:
                     where=self.pool.url,
                     do=f"Run the measure `{measure}` on this pool first.",
                 )
+
+    def knows(self, column: str) -> bool:
+        """Whether a column is the pool's own, or measured; before the measures have run, those are not."""
+        return measure_of(column) is None or self.columns_url is not None
 
     def digest(self, columns: Sequence[str]) -> str:
         """Of the pool and the named columns; other columns may come and go without changing it."""
@@ -80,16 +98,36 @@ class View:
                 parts[measure] = manifest.values["digests"][manifest.values["columns"][measure]]
         return digest_json(parts)
 
+    @property
+    def whole(self) -> View:
+        """The view of the whole pool, where this one is of some of its samples."""
+        return self
+
+    def type_of(self, column: str) -> pa.DataType:
+        """The type of a column, out of the first shard's headers."""
+        shard = self.pool.shards[0]
+        name, _, field_name = column.partition(".")
+        if not field_name:
+            return shard.schema().field(name).type
+        assert self.columns_url is not None
+        with open_parquet(storage.join(self.columns_url, self._ids()[name], f"{shard.name}.parquet")) as parquet:
+            return parquet.schema_arrow.field(field_name).type
+
     def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """One table a shard, in pool order, with the named columns."""
+        """One table a shard, in pool order, with the named columns; read ahead by a thread a core."""
         ids = self._ids()
-        for shard in self.pool.shards:
-            yield self.table(shard, columns, ids)
+        return ahead(lambda shard: self.table(shard, columns, ids), self.pool.shards)
+
+    def shards(self, columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
+        """As `batches`, each table with the name of its shard."""
+        return zip((shard.name for shard in self.pool.shards), self.batches(columns), strict=True)
 
     def table(self, shard: Shard, columns: Sequence[str], ids: Mapping[str, str] | None = None) -> pa.Table:
         """The named columns of a shard, rows in its order."""
         ids = self._ids() if ids is None else ids
         own = [column for column in columns if measure_of(column) is None]
+        if len(own) == len(columns):
+            return shard.table(columns)
         arrays = {}
         if own:
             table = shard.table(own)
@@ -101,12 +139,16 @@ class View:
                 by_measure.setdefault(name, []).append(field_name)
         for measure, fields in by_measure.items():
             assert self.columns_url is not None
-            with storage.open_read(storage.join(self.columns_url, ids[measure], f"{shard.name}.parquet")) as file:
-                table = pq.read_table(file, columns=fields)
+            url = storage.join(self.columns_url, ids[measure], f"{shard.name}.parquet")
+            with open_parquet(url) as parquet:
+                try:
+                    table = parquet.read(columns=fields, use_threads=False)
+                except (pa.ArrowException, OSError) as error:
+                    raise unreadable(url, error) from error
             if table.num_rows != shard.rows:
                 raise WinnowError(
                     f"measure {measure} has {table.num_rows} rows, the shard {shard.rows}",
-                    where=f"{self.columns_url}/{ids[measure]}/{shard.name}.parquet",
+                    where=url,
                     do="Remove that directory and measure again.",
                 )
             arrays.update({f"{measure}.{name}": table[name] for name in fields})
@@ -119,11 +161,13 @@ class View:
         return self.targets[name]
 
 
-def missing(table: pa.Table, columns: Sequence[str]) -> pa.Array:
+def missing(table: pa.Table, columns: Sequence[str]) -> np.ndarray:
     """Rows in which one of the numeric or embedding columns is null or NaN; bool [n]."""
-    result = pa.array([False] * table.num_rows, pa.bool_()) if not columns else None
+    result = np.zeros(table.num_rows, dtype=bool)
     for column in columns:
         values = table[column]
-        bad = pc.is_null(values, nan_is_null=pa.types.is_floating(values.type))
-        result = bad if result is None else pc.or_(result, bad)
+        if pa.types.is_floating(values.type):
+            result |= np.isnan(float_values(values))
+        elif values.null_count:
+            result |= null_mask(values)
     return result

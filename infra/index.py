@@ -119,13 +119,28 @@ def tar_samples(file: Any, keep: tuple[str, ...]) -> Iterator[tuple[str, dict[st
 
 
 def find_shards(source: str) -> list[str]:
-    """Stems of the `NAME.tar` in a directory, sorted. Raises UsageError when there are none."""
+    """Stems of the `NAME.tar` in a directory, sorted.
+
+    A directory without any may be evaluation sets in DataComp's layout, whose test shards these are then: of one set
+    `test/NAME`, of a folder of sets `wds_TASK_test/test/NAME`.
+
+    Raises:
+        UsageError: there are none.
+    """
     if not storage.is_dir(source):
         raise UsageError("no such folder", where=source)
-    names = [name.removesuffix(".tar") for name in storage.list_names(source) if name.endswith(".tar")]
-    if not names:
+    found = _tars(source) or _tars(source, "test/")
+    if not found:
+        sets = [name for name in storage.list_names(source) if name.startswith("wds_")]
+        found = [stem for name in sets for stem in _tars(source, f"{name}/test/")]
+    if not found:
         raise UsageError("holds no .tar shard", where=source)
-    return names
+    return found
+
+
+def _tars(source: str, folder: str = "") -> list[str]:
+    names = storage.list_names(storage.join(source, folder))
+    return [folder + name.removesuffix(".tar") for name in names if name.endswith(".tar")]
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infra import storage
+from infra.ahead import ahead
+from infra.arrow import mask_array
 from infra.errors import WinnowError
+from infra.metadata import FEATURES, feature_dims, is_metadata, metadata_files, open_parquet, read_feature, unreadable
 from infra.stage import PLACES, need_manifest
 from infra.storage import digest_json
 from infra.uids import decode_uids
@@ -50,44 +54,78 @@ class Shard:
     Attributes:
         name: file stem.
         view: URL of its view parquet.
-        tars: URLs of the tars the view's `tar` column counts in.
-        rows: samples, without the dropped ones.
+        tars: URLs of the tars the view's `tar` column counts in; none in a metadata folder.
+        count: samples, without the dropped ones; None to count them when `rows` is asked for.
         digest: of the view and of the tars' content.
         dropped: row numbers in the view that are set aside (uids met before in another shard).
+        features: URL of the .npz beside a metadata parquet; its arrays are columns too.
     """
 
     name: str
     view: str
     tars: tuple[str, ...]
-    rows: int
+    count: int | None
     digest: str
     dropped: tuple[int, ...] = ()
+    features: str | None = None
+
+    @functools.cached_property
+    def rows(self) -> int:
+        """Samples, without the dropped ones."""
+        if self.count is not None:
+            return self.count
+        with open_parquet(self.view) as parquet:
+            return int(parquet.metadata.num_rows)
+
+    def schema(self) -> pa.Schema:
+        """Names and types of the columns."""
+        with open_parquet(self.view) as parquet:
+            schema = parquet.schema_arrow
+        for name, dim in feature_dims(self.features).items() if self.features else ():
+            schema = schema.append(pa.field(name, pa.list_(pa.float16(), dim)))
+        return schema
 
     def columns(self) -> list[str]:
-        """Names of the view's columns."""
-        with storage.open_read(self.view) as file:
-            return list(pq.read_schema(file).names)
+        """Names of the columns."""
+        return list(self.schema().names)
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """The view in tar order; a column the shard has not comes back null. Shape [rows]."""
-        with storage.open_read(self.view) as file:
-            parquet = pq.ParquetFile(file)
-            present = parquet.schema_arrow.names
-            wanted = present if columns is None else [name for name in columns if name in present]
-            if not wanted:
-                table = parquet.read(columns=["uid"])
-            else:
-                table = parquet.read(columns=wanted)
+        """Columns in tar order; one that the shard has not comes back null. Shape [rows].
+
+        Raises:
+            WinnowError: the file cannot be read, or a metadata parquet has not the column.
+        """
+        with open_parquet(self.view) as parquet:
+            try:
+                table = parquet.read(columns=columns, use_threads=False)
+                lacking = () if columns is None else sorted(set(columns) - set(table.column_names))
+                if columns is not None and not table.num_columns:
+                    table = parquet.read(columns=["uid"], use_threads=False)
+            except (pa.ArrowException, OSError) as error:
+                raise unreadable(self.view, error) from error
+        if lacking and not self.tars:
+            table = self._with_features(table, lacking)
         if self.dropped:
             keep = np.ones(table.num_rows, dtype=bool)
             keep[list(self.dropped)] = False
-            table = table.filter(pa.array(keep))
-        if columns is not None:
+            table = table.filter(mask_array(keep))
+        if columns is not None and table.column_names != list(columns):
             arrays = [
                 table[name] if name in table.column_names else pa.nulls(table.num_rows, _type_of(name))
                 for name in columns
             ]
             table = pa.Table.from_arrays(arrays, names=list(columns))
+        return table
+
+    def _with_features(self, table: pa.Table, names: Iterable[str]) -> pa.Table:
+        for name in names:
+            if name not in FEATURES:
+                raise WinnowError(f'has no column "{name}"', where=self.view)
+            if self.features is None:
+                raise WinnowError(
+                    f'no "{name}": {self.name}.npz is missing', where=self.view, do="Fetch the features beside it."
+                )
+            table = table.append_column(name, read_feature(self.features, name, table.num_rows))
         return table
 
     def uids(self) -> np.ndarray:
@@ -122,7 +160,7 @@ def read_members(tars: Sequence[str], table: pa.Table, member: str) -> list[byte
 
 @dataclass(frozen=True)
 class Pool:
-    """An indexed pool: what `index`, `inject` and `reshard` leave in their directories.
+    """A pool: what `index`, `inject` and `reshard` leave in their directories, or DataComp's folder of metadata.
 
     Attributes:
         url: the directory.
@@ -136,7 +174,13 @@ class Pool:
 
     @staticmethod
     def open(url: str) -> Pool:
-        """Open an indexed pool. Raises WinnowError when the directory is not one."""
+        """Open a pool. Raises WinnowError when the directory is not one."""
+        if is_metadata(url):
+            shards = [
+                Shard(stem, view, (), None, digest_json(token), features=features)
+                for stem, view, features, token in metadata_files(url)
+            ]
+            return Pool(url, tuple(shards), digest_json([[shard.name, shard.digest] for shard in shards]))
         manifest = need_manifest(url, "pool")
         if "shards" not in manifest.values:
             raise WinnowError(f"is the output of {manifest.stage}, not a pool", where=url)
@@ -152,7 +196,7 @@ class Pool:
                     name=entry["name"],
                     view=storage.join(url, entry["view"]),
                     tars=tuple(tars),
-                    rows=entry["rows"],
+                    count=entry["rows"],
                     digest=entry["digest"],
                     dropped=tuple(entry.get("dropped", ())),
                 )
@@ -160,7 +204,17 @@ class Pool:
         return Pool(url, tuple(shards), digest_json([[shard.name, shard.digest] for shard in shards]))
 
     def __len__(self) -> int:
-        return sum(shard.rows for shard in self.shards)
+        return sum(ahead(lambda shard: shard.rows, self.shards))
+
+    @property
+    def counted(self) -> bool:
+        """Whether the number of samples is known without opening the views."""
+        return all(shard.count is not None for shard in self.shards)
+
+    @property
+    def pictures(self) -> bool:
+        """Whether the pool has pictures; a folder of metadata has not."""
+        return all(shard.tars for shard in self.shards)
 
     def shard(self, name: str) -> Shard:
         return next(shard for shard in self.shards if shard.name == name)

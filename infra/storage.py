@@ -117,9 +117,27 @@ def version_token(url: str) -> str:
         stat = local_path(url).stat()
         return f"{stat.st_size}-{stat.st_mtime_ns}"
     fs, path = _fs(url)
-    info = fs.info(path)
-    mark = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("LastModified") or info.get("mtime")
+    return _token(fs.info(path))
+
+
+def _token(info: dict[str, Any]) -> str:
+    marks = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "created")
+    mark = next((info[name] for name in marks if info.get(name)), "")
     return f"{info.get('size')}-{mark}"
+
+
+def list_tokens(url: str) -> dict[str, str]:
+    """Names of the files in a directory with the version token of each, by one listing."""
+    if is_local(url):
+        folder = local_path(url)
+        if not folder.is_dir():
+            return {}
+        with os.scandir(folder) as entries:
+            files = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
+        return {name: f"{stat.st_size}-{stat.st_mtime_ns}" for name, stat in files}
+    fs, path = _fs(url)
+    entries = fs.ls(path, detail=True) if fs.isdir(path) else []
+    return {name_of(info["name"]): _token(info) for info in entries if info.get("type") == "file"}
 
 
 def make_dir(url: str) -> None:

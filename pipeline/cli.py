@@ -14,6 +14,7 @@ from infra import storage
 from infra.errors import WinnowError
 from infra.execute import Budget, execute
 from infra.executors import Executor, make_executor
+from infra.metadata import is_metadata
 from infra.progress import RunLog
 from infra.stage import Manifest, Stage, read_manifest
 
@@ -53,12 +54,12 @@ def _run(stage: Stage, executor: str, address: str | None, max_set_aside: float 
 
 
 def _pool(url: str, work: str, executor: str, address: str | None, captions: bool = True) -> str:
-    """The pool directory of a URL: itself if it is indexed, else an index of it made below `work`."""
+    """The pool directory of a URL: itself if it is indexed or a folder of metadata, else an index made below `work`."""
+    manifest = read_manifest(url)
+    if (manifest is not None and "shards" in manifest.values) or is_metadata(url):
+        return storage.absolute(url)
     from infra.index import IndexStage
 
-    manifest = read_manifest(url)
-    if manifest is not None and "shards" in manifest.values:
-        return storage.absolute(url)
     out = storage.join(storage.absolute(work), "pool")
     _run(IndexStage((url,), out, captions=captions), executor, address)
     return out
@@ -131,7 +132,7 @@ def index(
 
 @app.command()
 def measure(
-    pool: Annotated[str, typer.Argument(help="Indexed pool, or shards to index first.")],
+    pool: Annotated[str, typer.Argument(help="Indexed pool, shards to index first, or DataComp's metadata folder.")],
     out: Out,
     measures: Annotated[
         str, typer.Option("--measures", help="Names, comma-separated; `winnow ls measures` lists them.")
@@ -147,9 +148,11 @@ def measure(
 ) -> None:
     """Compute columns: embeddings and scores, language, caption statistics."""
     from curation.measure import MeasureStage
-    from pipeline.stages import make_measures
+    from pipeline.stages import make_measures, need_pictures
 
-    made = make_measures([name.strip() for name in measures.split(",")], scorer)
+    names = [name.strip() for name in measures.split(",")]
+    need_pictures(pool, names)
+    made = make_measures(names, scorer)
     url = _pool(pool, out, executor, address, captions)
     manifest = _run(MeasureStage(url, made, storage.join(out, "columns")), executor, address, max_set_aside)
     typer.echo(f"{', '.join(manifest.values['columns'])}: {storage.join(out, 'columns')}")
@@ -157,7 +160,7 @@ def measure(
 
 @app.command()
 def curate(
-    pool: Annotated[str, typer.Argument(help="Indexed pool, or shards to index first.")],
+    pool: Annotated[str, typer.Argument(help="Indexed pool, shards to index first, or DataComp's metadata folder.")],
     out: Out,
     filters: Annotated[str, typer.Option("--filters", help="YAML file with one tree of filters.")],
     scorer: Annotated[
@@ -167,24 +170,36 @@ def curate(
         str | None, typer.Option("--columns", help="Columns measured before; else they are measured here.")
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Print the funnel.")] = False,
+    why: Annotated[
+        str | None, typer.Option("--why", metavar="UID", help="Say what each node made of this sample.")
+    ] = None,
+    reasons: Annotated[
+        bool, typer.Option("--reasons", help="Write reasons.parquet: for each dropped sample, which node dropped it.")
+    ] = False,
     executor: ExecutorName = "ray",
     address: Address = None,
     max_set_aside: Aside = 0.05,
     debug: Debug = False,
 ) -> None:
     """Apply a tree of filters; write subset.npy, funnel.json and the manifest."""
-    from pipeline.stages import curate_stages, load_filters, print_funnel
+    from curation.stage import CurateStage, check_uid
+    from pipeline.stages import curate_stages, load_filters, print_funnel, print_why
 
     tree = load_filters(filters)
+    if why is not None:
+        check_uid(why)
     runner = _executor(executor, address)
     try:
         url = _pool(pool, storage.join(out, "work"), executor, address)
-        for stage in curate_stages(tree, url, out, scorer, columns):
+        for stage in curate_stages(tree, url, out, scorer, columns, reasons):
             manifest = execute(stage, runner, budget=Budget(max_set_aside), log=RunLog(out))
     finally:
         runner.close()
     if explain:
         typer.echo(print_funnel(storage.read_json(storage.join(out, "funnel.json"))))
+    if why is not None:
+        assert isinstance(stage, CurateStage)
+        typer.echo(print_why(why, *stage.why("", why)))
     kept = manifest.values["subsets"]["subset"]
     typer.echo(f"{kept:,} of {manifest.items:,} samples: {storage.join(out, 'subset.npy')}")
 

@@ -11,10 +11,9 @@ import yaml
 
 from curation.inject import InjectStage
 from curation.measure import MeasureStage
-from curation.measures.base import Measure
-from curation.measures.clip import Clip
+from curation.measures.base import Measure, make
 from curation.reshard import ReshardStage
-from curation.stage import CurateStage, Source
+from curation.stage import CurateStage, Source, check_trees
 from evaluate.compare import CompareStage, SubsetEntry
 from evaluate.stage import EvaluateStage
 from infra import storage
@@ -114,6 +113,8 @@ class Graph:
             stage = step.build()
             budget = Budget(self.recipe.max_set_aside)
             manifests[step.name] = execute(stage, executor, budget=budget, log=log, label=step.name)
+            if stage.out == self.pool_url:
+                check_trees(Source(self.pool_url), self.recipe.subsets.values())
             if until is not None and step.name.split()[0] == until and step.name == self._last(until):
                 break
         return manifests
@@ -180,9 +181,12 @@ class Graph:
             return self.url("scorer", "scorer", "seed-0")
         return scorer.spec
 
-    def _clip(self, params: dict[str, Any]) -> Measure:
-        spec = self._encoder()
-        return Clip(encoder=spec, digest=encoder_digest(spec), **params)
+    def _made(self, kinds: dict[str, tuple[type[Measure], dict[str, Any]]]) -> tuple[Measure, ...]:
+        def scorer() -> tuple[str, str]:
+            spec = self._encoder()
+            return spec, encoder_digest(spec)
+
+        return tuple(make(kind, params, scorer) for kind, params in kinds.values())
 
     def _target_name(self, target: str) -> str:
         name = re.sub(r"[^\w.-]", "-", storage.name_of(target))
@@ -193,14 +197,11 @@ class Graph:
 
     def _measure_target(self, target: str) -> Stage:
         name = self._target_name(target)
-        _, params = self.recipe.measure_kinds()["clip"]
-        return MeasureStage(self.url("targets", name), (self._clip(params),), self.url("target-columns", name))
+        made = self._made(self.recipe.target_kinds(target))
+        return MeasureStage(self.url("targets", name), made, self.url("target-columns", name))
 
     def _measure(self) -> Stage:
-        made = []
-        for name, (kind, params) in self.recipe.measure_kinds().items():
-            made.append(self._clip(params) if name == "clip" else kind(**params))
-        return MeasureStage(self.pool_url, tuple(made), self.url("columns"))
+        return MeasureStage(self.pool_url, self._made(self.recipe.measure_kinds()), self.url("columns"))
 
     def _curate(self) -> Stage:
         columns = self.url("columns") if self.recipe.measure_kinds() else None

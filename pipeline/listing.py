@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from curation.filters.base import parameter_name
+from curation.measures.base import Measure
 from infra.registry import Registry, config_fields, unknown
+
+_BY_SCORER = ("encoder", "digest")
 
 
 def listing(what: str) -> str:
@@ -21,7 +26,8 @@ def listing(what: str) -> str:
     }
     if what not in tables:
         raise unknown("list", what, tables)
-    return aligned(tables[what]())
+    rows = tables[what]()
+    return blocks(rows) if what in ("filters", "measures") else aligned(rows)
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> str:
@@ -34,43 +40,56 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> str:
     )
 
 
+def blocks(rows: Sequence[tuple[str, ...]]) -> str:
+    """A paragraph a row: the first cell, then the others under it by the names that the first row has for them."""
+    names, width = rows[0][1:], max(len(name) for name in rows[0])
+    indent = " " * (width + 4)
+    found = []
+    for head, *cells in rows[1:]:
+        lines = [
+            textwrap.fill(f"  {name.ljust(width)}  {cell or '(none)'}", 100, subsequent_indent=indent)
+            for name, cell in zip(names, cells, strict=True)
+        ]
+        found.append("\n".join([head, *lines]))
+    return "\n\n".join(found)
+
+
 def parameters(kind: Any) -> str:
-    """`name=default` of a dataclass's fields; a name alone must be given."""
+    """`name=default` of a dataclass's fields; a name alone must be given. The recipe's scorer is not a parameter."""
     parts = []
     for item in fields(kind):
+        if item.name in _BY_SCORER and issubclass(kind, Measure):
+            continue
         default = item.default_factory() if item.default_factory is not MISSING else item.default
-        parts.append(item.name if default is MISSING else f"{item.name}={default}")
+        name = parameter_name(item)
+        parts.append(name if default is MISSING else f"{name}={default}")
     return ", ".join(parts)
 
 
 def _needs(kind: Any) -> str:
-    """The columns a filter reads, with the parameters it must be given made up."""
-    example: dict[str, Any] = {
-        item.name: "x" for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING
-    }
-    if kind.__name__ == "ClipScore":
-        example["fraction"] = 0.3
-    return ", ".join(kind(**example).columns())
+    """The columns a filter reads."""
+    return ", ".join(kind(**kind.example).columns())
 
 
 def _filters() -> Sequence[tuple[str, ...]]:
     from curation.filters import FILTERS
 
-    rows = [("name", "needs", "parameters", "paper")]
+    rows = [("name", "paper", "needs", "parameters")]
     for name in FILTERS.names():
         kind = FILTERS.load(name)
-        rows.append((name, _needs(kind), parameters(kind), kind.paper))
+        rows.append((name, kind.paper, _needs(kind), parameters(kind)))
     return rows
 
 
 def _measures() -> Sequence[tuple[str, ...]]:
     from curation.measures import MEASURES
 
-    rows = [("name", "reads", "parameters", "what")]
+    rows = [("name", "what", "reads", "parameters")]
     for name in MEASURES.names():
         kind = MEASURES.load(name)
-        reads = ", ".join([*(["pixels"] if kind.pixels else []), *kind.reads])
-        rows.append((name, reads, parameters(kind), kind.summary))
+        files = [word for word, wanted in (("pixels", kind.pixels), ("files", kind.encoded)) if wanted]
+        reads = ", ".join([*files, *kind.reads, *kind.derived])
+        rows.append((name, kind.summary, reads, parameters(kind)))
     return rows
 
 

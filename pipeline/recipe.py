@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from curation.filters.base import Node
 from curation.inject import InjectConfig
 from curation.measures import MEASURES
-from curation.measures.base import Measure
+from curation.measures.base import Measure, make, with_upstream
 from curation.tree import parse
 from curation.view import measure_of
 from infra import storage
@@ -142,10 +142,20 @@ class Recipe(Strict):
             kind = MEASURES.load(key)
             kinds[kind.name] = (kind, params)
         filters = [item for node in self.trees().values() for item in node.filters()]
-        for name in {measure_of(column) for item in filters for column in item.columns()} - {None, *kinds}:
-            kind = MEASURES.load(str(name))
-            kinds[kind.name] = (kind, {})
+        columns = {column for item in filters for column in item.columns()}
+        wanted = {name for column in columns if (name := measure_of(column))} - set(kinds)
+        wanted |= {name for kind, _ in kinds.values() for name in kind.upstream()}
+        for name, kind in with_upstream(wanted, MEASURES.load).items():
+            kinds.setdefault(name, (kind, {}))
         return dict(sorted(kinds.items()))
+
+    def target_kinds(self, target: str) -> dict[str, tuple[type[Measure], dict[str, Any]]]:
+        """The measures to run on a target set, with the parameters they have on the pool."""
+        filters = [item for node in self.trees().values() for item in node.filters() if target in item.targets()]
+        columns = {column for item in filters for column in item.target_columns()}
+        known = self.measure_kinds()
+        wanted = with_upstream({name for column in columns if (name := measure_of(column))}, MEASURES.load)
+        return {name: known.get(name, (kind, {})) for name, kind in wanted.items()}
 
     def targets(self) -> list[str]:
         """The target sets that filters name, each once, in order."""
@@ -332,7 +342,14 @@ def _check(recipe: Recipe, source: Source) -> None:
                     raise unknown(f"parameter of {name}", key, known or ["(none)"])
         except UsageError as error:
             raise UsageError(error.what, where=source.where(("measures", name)), do=error.do) from None
-    if recipe.scorer is None and "clip" in recipe.measure_kinds():
+    for name, (kind, params) in recipe.measure_kinds().items():
+        try:
+            make(kind, params, lambda: ("", ""))
+        except (UsageError, TypeError) as error:
+            what, do = (error.what, error.do) if isinstance(error, UsageError) else (str(error), None)
+            raise UsageError(what, where=source.where(("measures", name)), do=do) from None
+    on_targets = [name for target in recipe.targets() for name in recipe.target_kinds(target)]
+    if recipe.scorer is None and "clip" in (*recipe.measure_kinds(), *on_targets):
         users = [
             name
             for name, node in recipe.trees().items()

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 import yaml
 
 from infra import storage
 from infra.errors import UsageError
+from infra.metadata import is_metadata
 from infra.pool import Pool
 from infra.registry import unknown
 from infra.stage import Stage, need_manifest
 from infra.storage import digest_json, join
 from pipeline.listing import aligned
+
+if TYPE_CHECKING:
+    from curation.filters.base import Node
+    from curation.tree import Verdict
 
 STAGES = ("demo", "index", "inject", "pretrain", "measure", "curate", "reshard", "evaluate", "compare")
 
@@ -25,23 +31,22 @@ def check_stage(name: str | None) -> None:
 
 
 def make_measures(names: list[str], scorer: str | None) -> tuple[Any, ...]:
-    """Measures by name; `clip` with the given encoder. Raises UsageError when it has none."""
+    """Measures by name, and those they read of, with the given encoder where they want one.
+
+    Raises:
+        UsageError: one wants an encoder and there is none, or parameters that only a recipe can give.
+    """
     from curation.measures import MEASURES
+    from curation.measures.base import make, with_upstream
 
-    made = []
-    for name in names:
-        kind = MEASURES.load(name)
-        if name == "clip":
-            if scorer is None:
-                raise UsageError(
-                    "the clip measure needs an encoder", do="Give --scorer: a checkpoint folder, or NAME:TAG."
-                )
-            from pretrain.encoder import encoder_digest
+    def encoder() -> tuple[str, str]:
+        if scorer is None:
+            raise UsageError("the clip measure needs an encoder", do="Give --scorer: a checkpoint folder, or NAME:TAG.")
+        from pretrain.encoder import encoder_digest
 
-            made.append(kind(encoder=scorer, digest=encoder_digest(scorer)))
-        else:
-            made.append(kind())
-    return tuple(made)
+        return scorer, encoder_digest(scorer)
+
+    return tuple(make(kind, {}, encoder) for kind in with_upstream(names, MEASURES.load).values())
 
 
 def load_filters(path: str) -> dict[str, Any]:
@@ -59,29 +64,82 @@ def load_filters(path: str) -> dict[str, Any]:
     return tree or {}
 
 
-def curate_stages(tree: dict[str, Any], pool: str, out: str, scorer: str | None, columns: str | None) -> list[Stage]:
+def need_pictures(pool: str, names: list[str], where: str | None = None) -> None:
+    """Raises UsageError when a measure wants pictures and the pool is a folder of metadata."""
+    from curation.measures import MEASURES
+
+    for name in names:
+        kind = MEASURES.load(name)
+        if (kind.pixels or kind.encoded) and is_metadata(pool):
+            hint = "Give the shards with the pictures as the pool."
+            if name == "clip":
+                hint += " Scores and embeddings that the metadata has are called by `model: b32` or `l14`, `l14_img` …"
+            raise UsageError(
+                f'the measure "{name}" needs pictures, and the pool is a folder of metadata',
+                where=where or pool,
+                do=hint,
+            )
+
+
+def curate_stages(
+    tree: dict[str, Any], pool: str, out: str, scorer: str | None, columns: str | None, reasons: bool = True
+) -> list[Stage]:
     """The measure stages that a tree needs, and the curate stage."""
     from curation.measure import MeasureStage
-    from curation.stage import CurateStage, Source, columns_of
+    from curation.stage import CurateStage, Source, check_trees, columns_of
     from curation.tree import parse
     from curation.view import measure_of
     from infra.index import IndexStage
 
     node = parse(tree)
     stages: list[Stage] = []
+    ready = {t: Source(t) for item in node.filters() for t in item.targets() if is_metadata(t)}
+    check_trees(Source(pool), [tree], ready)
     names = sorted({name for column in columns_of(node) if (name := measure_of(column))})
     if names and columns is None:
+        need_pictures(pool, names)
         columns = join(out, "work", "columns")
         stages.append(MeasureStage(pool, make_measures(names, scorer), columns))
     targets = {}
     for item in node.filters():
         for target in item.targets():
+            if target in targets:
+                continue
+            if is_metadata(target):
+                targets[target] = Source(storage.absolute(target))
+                continue
             place = join(out, "work", f"target-{digest_json(storage.absolute(target))[:8]}")
             stages.append(IndexStage((target,), place, captions=False))
-            stages.append(MeasureStage(place, make_measures(["clip"], scorer), join(place, "columns")))
+            wanted = target_measures(node, target)
+            stages.append(MeasureStage(place, make_measures(wanted, scorer), join(place, "columns")))
             targets[target] = Source(place, join(place, "columns"))
-    stages.append(CurateStage(Source(pool, columns), (("", tree),), out, targets))
+    stages.append(CurateStage(Source(pool, columns), (("", tree),), out, targets, reasons))
     return stages
+
+
+def target_measures(node: Node, target: str) -> list[str]:
+    """Names of the measures whose columns a tree's filters read of a target set."""
+    from curation.view import measure_of
+
+    columns = [name for item in node.filters() if target in item.targets() for name in item.target_columns()]
+    return sorted({name for column in columns if (name := measure_of(column))})
+
+
+def print_why(uid: str, dropped_by: str | None, verdicts: Sequence[Verdict]) -> str:
+    """What each node of a tree said of one sample, as an indented table under one sentence."""
+    rows: list[tuple[str, ...]] = [("node", "verdict", "values")]
+    for verdict in verdicts:
+        facts = ", ".join(f"{name} = {_value(value)}" for name, value in verdict.facts.items())
+        rows.append((f"{'  ' * verdict.depth}{verdict.label}", "keeps" if verdict.kept else "drops", facts))
+    end = "kept" if dropped_by is None else f"dropped by {dropped_by}"
+    return f"{uid} is {end}.\n{aligned(rows)}"
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "none"
+    text = f"{value:.6g}" if isinstance(value, float) else f'"{value}"' if isinstance(value, str) else str(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def print_funnel(funnel: dict[str, Any]) -> str:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
-from curation.clusters import assign, stack, train_centroids
+from curation.clusters import (
+    Nearest,
+    check_clusters,
+    enough,
+    fitted_state,
+    nearest_of,
+    sample_vectors,
+    train_centroids,
+)
 from curation.filters.base import Filter, State
 from curation.measures.clip import as_matrix
 from infra.errors import UsageError, WinnowError
@@ -29,7 +37,10 @@ class ImageCluster(Filter):
         clusters: k.
         min_hits: target pictures that a cluster needs to be kept (DataComp: 1).
         seed: of k-means.
-        sample: pool embeddings to train k-means on; None for 256 a cluster.
+        sample: pool embeddings to train k-means on; None for 256 a cluster, fewer if those took more than 8 GiB.
+        iterations: of k-means.
+        column: of the embeddings, the pool's and the targets' (`l14_img` in DataComp's metadata).
+        search: "exact"; "coarse", whose recall the funnel states; "auto", exact up to 20,000 clusters and on a GPU.
     """
 
     target: str | tuple[str, ...]
@@ -37,46 +48,69 @@ class ImageCluster(Filter):
     min_hits: int = 1
     seed: int = 0
     sample: int | None = None
+    iterations: int = 20
+    column: str = "clip.image"
+    search: str = "auto"
 
     name: ClassVar[str] = "image_cluster"
     paper: ClassVar[str] = "Gadre et al. 2023 (DataComp)"
+    example: ClassVar[dict[str, Any]] = {"target": "targets"}
 
     def __post_init__(self) -> None:
         if isinstance(self.target, list):
             object.__setattr__(self, "target", tuple(self.target))
         if not self.target:
             raise UsageError("image_cluster: the target is empty")
-        if self.clusters < 1 or self.min_hits < 1:
-            raise UsageError("image_cluster: clusters and min_hits start at 1")
+        check_clusters(self.name, self.clusters, self.sample, self.search)
+        if self.min_hits < 1 or self.iterations < 1:
+            raise UsageError("image_cluster: min_hits and iterations start at 1")
 
     def columns(self) -> tuple[str, ...]:
-        return ("clip.image",)
+        return (self.column,)
 
     def numeric(self) -> tuple[str, ...]:
-        return ("clip.image",)
+        return (self.column,)
 
     def targets(self) -> tuple[str, ...]:
         return (self.target,) if isinstance(self.target, str) else self.target
 
     def target_columns(self) -> tuple[str, ...]:
-        return ("clip.image",)
+        return (self.column,)
+
+    def check(self, view: View) -> None:
+        enough(self.name, self.clusters, len(view))
+        if all(name in view.targets for name in self.targets()) and not sum(
+            len(view.target(name)) for name in self.targets()
+        ):
+            raise WinnowError("the target set is empty", where=", ".join(self.targets()), do="Give one with pictures.")
 
     def fit(self, view: View) -> State:
-        pool = stack(_embeddings(batch) for batch in view.batches(self.columns()))
-        wanted = stack(
-            _embeddings(batch) for name in self.targets() for batch in view.target(name).batches(("clip.image",))
+        pool = sample_vectors(view, self.column, self.clusters, self.sample, self.seed)
+        centroids = train_centroids(
+            pool, self.clusters, seed=self.seed, iterations=self.iterations, sample=len(pool), search=self.search
         )
-        if not len(wanted):
+        nearest = Nearest(centroids, self.search)
+        nearest.tune(pool)
+        hits = np.zeros(self.clusters, np.int64)
+        for name in self.targets():
+            for batch in view.target(name).batches((self.column,)):
+                hits += np.bincount(nearest(_embeddings(batch[self.column])), minlength=self.clusters)
+        if not hits.any():
             raise WinnowError("the target set has no usable picture", where=", ".join(self.targets()))
-        centroids = train_centroids(pool, self.clusters, seed=self.seed, sample=self.sample)
-        hits = np.bincount(assign(wanted, centroids), minlength=self.clusters)
-        return {"centroids": centroids, "hits": hits}
+        return fitted_state(nearest, hits)
 
     def keep(self, batch: pa.Table, state: State) -> np.ndarray:
-        vectors, present = as_matrix(batch["clip.image"])
-        return (state["hits"] >= self.min_hits)[assign(vectors, state["centroids"])] & present
+        vectors, present = as_matrix(batch[self.column])
+        return (state["hit"] >= self.min_hits)[nearest_of(state)(vectors)] & present
+
+    def report(self, state: State) -> dict[str, Any]:
+        return {
+            "clusters": len(state["hit"]),
+            "clusters with a target": int((state["hit"] >= self.min_hits).sum()),
+            "recall of the search": float(state["recall"]),
+        }
 
 
-def _embeddings(batch: pa.Table) -> np.ndarray:
-    vectors, present = as_matrix(batch["clip.image"])
+def _embeddings(column: pa.ChunkedArray) -> np.ndarray:
+    vectors, present = as_matrix(column)
     return vectors[present]

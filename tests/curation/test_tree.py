@@ -8,10 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from curation.filters import FILTERS
 from curation.filters.base import All, Any_, Filter, Not
 from curation.filters.basic import Basic
 from curation.filters.clip_score import ClipScore
-from curation.tree import Judge, fingerprint, parse, unparse
+from curation.tree import Judge, fingerprint, from_python, parse, unparse
 from infra.errors import UsageError
 
 
@@ -98,13 +99,13 @@ def test_reasons_name_the_first_node_that_drops():
     mask, why = judge.reasons(TABLE)
     for (a, b, c), kept, reason in zip(ALL_ROWS, mask, why.to_pylist(), strict=True):
         if not a:
-            assert reason == "has(column=a)"
+            assert reason == "has(column='a')"
         elif not (b or c):
-            assert reason == "has(column=b) | has(column=c)"
+            assert reason == "has(column='b') | has(column='c')"
         else:
             assert kept and reason is None
     _, why = Judge(~A, [{}]).reasons(TABLE)
-    assert why.to_pylist() == ["~has(column=a)" if a else None for a, _, _ in ALL_ROWS]
+    assert why.to_pylist() == ["~has(column='a')" if a else None for a, _, _ in ALL_ROWS]
 
 
 def test_yaml_and_python_are_one_tree():
@@ -161,3 +162,20 @@ def test_a_filter_that_returns_the_wrong_shape_is_told_of():
 
     with pytest.raises(UsageError, match="shape"):
         Judge(Wrong("a"), [{}]).keep(TABLE)
+
+
+@pytest.mark.parametrize("name", FILTERS.names())
+def test_every_filter_prints_as_what_makes_it_again(name):
+    kind = FILTERS.load(name)
+    node = parse({name: dict(kind.example)})
+    other = parse({"clip_score": {"keep": 5, "of": "survivors"}})
+    for tree in (node, ~node, node & other, node | ~other, ~(node | other) & node, All((node,)), All(), Not(~node)):
+        assert from_python(str(tree)) == tree == parse(unparse(tree)), str(tree)
+
+
+@pytest.mark.parametrize(
+    "text", ["clip_score(", "open('x')", "clip_score(0.3)", "1 + 1", "clip_score(fraction=len('a'))"]
+)
+def test_what_is_no_tree_of_filters_is_refused(text):
+    with pytest.raises(UsageError):
+        from_python(text)

@@ -18,7 +18,9 @@ COMMANDS = {
     "plan": "recipe --out --set --debug",
     "index": "pool --out --captions --executor --address --max-set-aside --debug",
     "measure": "pool --out --measures --scorer --captions --executor --address --max-set-aside --debug",
-    "curate": "pool --out --filters --scorer --columns --explain --executor --address --max-set-aside --debug",
+    "curate": (
+        "pool --out --filters --scorer --columns --explain --why --reasons --executor --address --max-set-aside --debug"
+    ),
     "reshard": "pool --out --subset --samples-per-shard --executor --address --debug",
     "pretrain": "pool --out --config --set --subset --seed --executor --address --debug",
     "evaluate": "specs --data --out --tasks --protocols --executor --address --debug",

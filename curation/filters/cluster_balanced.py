@@ -1,0 +1,103 @@
+"""Cluster-balanced sampling: as much of rare kinds of pictures as of common ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from curation.clusters import assign, enough, train_centroids
+from curation.cut import Cut
+from curation.filters.base import State
+from curation.gather import Chosen, chosen, gather
+from infra.errors import UsageError
+from infra.uids import hash_unit
+
+if TYPE_CHECKING:
+    from curation.view import View
+
+
+@dataclass(frozen=True)
+class ClusterBalanced(Chosen):
+    """Keep a share of the pool spread over the clusters of its embeddings.
+
+    Vo et al. 2024 ("Automatic Data Curation for Self-Supervised Learning"), section 3.4, for one level of clusters:
+    from a cluster of s samples min(s, c) are drawn at random, the cap c such that they sum to the budget. With a
+    power a above 0 the cap is c s^a, which keeps part of the imbalance (for a = 1 all of it), as Conneau & Lample 2019
+    smooth languages by p^a. Deviations: one level of spherical k-means, no hierarchy; where theirs takes the whole c
+    whose sum is nearest the budget, ours splits the budget `int(n * fraction)` exactly, fractions of a sample going to
+    the clusters with the largest remainder.
+
+    Args:
+        clusters: k of k-means.
+        fraction: of the pool to keep, in (0, 1].
+        power: a, in [0, 1].
+        column: of the embeddings.
+        seed: of k-means and of the draw, which goes by the hash of the uid.
+        of: `pool` or `survivors`: what is clustered and drawn from.
+    """
+
+    clusters: int
+    fraction: float
+    power: float = 0.0
+    column: str = "clip.image"
+    seed: int = 0
+    of: str = "pool"
+
+    name: ClassVar[str] = "cluster_balanced"
+    paper: ClassVar[str] = "Vo et al. 2024 (automatic data curation)"
+    example: ClassVar[dict[str, Any]] = {"clusters": 100, "fraction": 0.3}
+
+    def __post_init__(self) -> None:
+        if self.clusters < 1:
+            raise UsageError("cluster_balanced: clusters start at 1")
+        Cut(self.fraction, None, None, self.of).check(self.name)
+        if not 0 <= self.power <= 1:
+            raise UsageError(f"cluster_balanced: power {self.power} is not in [0, 1]")
+
+    def columns(self) -> tuple[str, ...]:
+        return ("uid", self.column)
+
+    def numeric(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    def check(self, view: View) -> None:
+        enough(self.name, self.clusters, len(view))
+
+    def fit(self, view: View) -> State:
+        pool = gather(view, (self.column,))
+        vectors = pool.vectors[self.column]
+        label = assign(vectors, train_centroids(vectors, self.clusters, seed=self.seed))
+        sizes = np.bincount(label, minlength=self.clusters)
+        quota = quotas(sizes, min(int(pool.total * self.fraction), len(pool)), self.power)
+        order = np.lexsort((hash_unit(pool.uids, self.seed, "cluster_balanced"), label))
+        place = np.empty(len(order), np.int64)
+        place[order] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return chosen(pool.uids, place < quota[label])
+
+
+def quotas(sizes: np.ndarray, budget: int, power: float) -> np.ndarray:
+    """How many to draw from each cluster: min(s, c s^power) in whole numbers that sum to the budget. Shape [k].
+
+    Args:
+        sizes: s, shape [k].
+        budget: at most the sum of the sizes.
+        power: in [0, 1].
+    """
+    weight = np.where(sizes > 0, np.maximum(sizes, 1.0) ** power, 0.0)
+    # Clusters fill up in the order of s / weight; c lies where what is not yet full takes up the rest.
+    order = np.argsort(np.where(sizes > 0, sizes / np.maximum(weight, 1e-300), -1), kind="stable")
+    full = np.r_[0, np.cumsum(sizes[order])]
+    open_weight = np.r_[np.cumsum(weight[order][::-1])[::-1], 0]
+    share = np.asarray(sizes, dtype=np.float64)
+    for i, at in enumerate(order):
+        if open_weight[i] > 0:
+            cap = (budget - full[i]) / open_weight[i]
+            if cap * weight[at] < sizes[at]:
+                share = np.minimum(sizes, cap * weight)
+                break
+    whole = np.floor(share + 1e-9).astype(np.int64)
+    rest = np.argsort(whole - share, kind="stable")
+    whole[rest[: budget - int(whole.sum())]] += 1
+    return whole

@@ -1,0 +1,134 @@
+"""Decontamination: drop pictures that evaluation sets hold too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from curation.filters.base import Filter, State
+from curation.filters.near_duplicates import HASH, VECTOR, check_near
+from curation.gather import gather
+from curation.hamming import hamming_pairs
+from curation.measures.clip import as_matrix
+from curation.neighbours import cosine_pairs
+from infra.errors import UsageError, WinnowError
+from infra.uids import decode_uids, is_member, sort_uids
+
+if TYPE_CHECKING:
+    from curation.view import View
+
+
+@dataclass(frozen=True)
+class Decontaminate(Filter):
+    """Drop a sample whose picture is too near to a picture of a target set, and count per task.
+
+    Near is, as in `near_duplicates`, a perceptual hash within `radius` bits or an embedding of a cosine of at least
+    `cosine`; with both given, either. (Gadre et al. 2023, appendix F, drop by a copy-detection embedding's similarity
+    of 0.604169; here a CLIP embedding and pHash stand in for that network.) A sample that lacks one of the values is
+    dropped, as it cannot be cleared.
+
+    The funnel says per task how many pool samples are near one of its pictures, and how many of its pictures have a
+    near one in the pool. A task is a set's folder in DataComp's layout; of a plain folder of shards, the folder.
+
+    Args:
+        target: folder of evaluation sets in DataComp's layout (their `test` shards count), folder of shards, or a
+            list of such.
+        radius: most bits that differ, 0 to 16.
+        cosine: least cosine, in (0, 1].
+    """
+
+    target: str | tuple[str, ...]
+    radius: int | None = 4
+    cosine: float | None = None
+
+    name: ClassVar[str] = "decontaminate"
+    paper: ClassVar[str] = "Gadre et al. 2023 (DataComp), appendix F"
+    example: ClassVar[dict[str, Any]] = {"target": "evalsets"}
+
+    def __post_init__(self) -> None:
+        if not self.target:
+            raise UsageError("decontaminate: the target is empty")
+        if self.radius is None and self.cosine is None:
+            raise UsageError("decontaminate takes a radius, a cosine, or both")
+        check_near(self.name, self.radius, self.cosine)
+
+    def columns(self) -> tuple[str, ...]:
+        return ("uid", *self.numeric())
+
+    def numeric(self) -> tuple[str, ...]:
+        return self.target_columns()
+
+    def targets(self) -> tuple[str, ...]:
+        return (self.target,) if isinstance(self.target, str) else self.target
+
+    def target_columns(self) -> tuple[str, ...]:
+        hashed = (HASH,) if self.radius is not None else ()
+        return (*hashed, VECTOR) if self.cosine is not None else hashed
+
+    def fit(self, view: View) -> State:
+        hashes, vectors, task, names = self._pictures(view)
+        if not len(task):
+            raise WinnowError("the target sets have no usable picture", where=", ".join(self.targets()))
+        pool = gather(view, [VECTOR] if vectors is not None else [], [HASH] if hashes is not None else [])
+        pairs = [np.empty((2, 0), np.int64)]
+        if hashes is not None:
+            assert self.radius is not None
+            pairs.append(np.stack(hamming_pairs(pool.numbers[HASH], hashes, self.radius)))
+        if vectors is not None:
+            assert self.cosine is not None
+            pairs.append(np.stack(cosine_pairs(pool.vectors[VECTOR], vectors, self.cosine)))
+        sample, picture = np.concatenate(pairs, axis=1)
+        kinds = len(names)
+        near = np.unique(sample * kinds + task[picture]) % kinds
+        return {
+            "near": sort_uids(pool.uids[np.unique(sample)]),
+            "tasks": np.array(names),
+            "pictures": np.bincount(task, minlength=kinds),
+            "samples": np.bincount(near, minlength=kinds),
+            "leaked": np.bincount(task[np.unique(picture)], minlength=kinds),
+        }
+
+    def _pictures(self, view: View) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray, list[str]]:
+        """Hashes and embeddings of the targets' pictures, the number of each picture's task, and the tasks' names."""
+        hashes, vectors, numbers, names = [], [], [], []
+        for target in self.targets():
+            name = target.rstrip("/").rsplit("/", 1)[-1]
+            for shard, batch in view.target(target).shards(self.target_columns()):
+                known = ~np.logical_or.reduce([np.asarray(batch[column].is_null()) for column in batch.column_names])
+                batch = batch.filter(pa.array(known))
+                task = task_name(shard, name)
+                if task not in names:
+                    names.append(task)
+                numbers.append(np.full(batch.num_rows, names.index(task)))
+                if self.radius is not None:
+                    hashes.append(batch[HASH].to_numpy().astype(np.uint64))
+                if self.cosine is not None:
+                    vectors.append(as_matrix(batch[VECTOR])[0])
+        return (
+            np.concatenate(hashes) if hashes else None,
+            np.concatenate(vectors) if vectors else None,
+            np.concatenate(numbers) if numbers else np.empty(0, np.int64),
+            names,
+        )
+
+    def keep(self, batch: pa.Table, state: State) -> np.ndarray:
+        return ~is_member(decode_uids(batch["uid"]), state["near"])
+
+    def report(self, state: State) -> dict[str, Any]:
+        rows = zip(*(state[name].tolist() for name in ("tasks", "pictures", "samples", "leaked")), strict=True)
+        return {
+            "tasks": {
+                task: {"pictures": pictures, "near_samples": samples, "leaked_pictures": leaked}
+                for task, pictures, samples, leaked in rows
+            }
+        }
+
+
+def task_name(shard: str, folder: str) -> str:
+    """The task of a target's shard: imagenet1k for `wds_imagenet1k_test/test/0`, and for `test/0` in that folder."""
+    parts = shard.split("/")
+    name = parts[-3] if len(parts) > 2 else folder
+    return name.removeprefix("wds_").removesuffix("_test")

@@ -1,0 +1,29 @@
+"""Data filtering networks: keep pairs that a network trained on trusted pairs scores high."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from curation.filters.clip_score import ClipScore
+
+
+@dataclass(frozen=True, init=False)
+class Dfn(ClipScore):
+    """Keep the pairs of highest image-text cosine under a CLIP trained on high-quality pairs.
+
+    Fang et al. 2023 (Data Filtering Networks), section 3: the filter is the CLIP score and its quantile; what is new
+    is the network. So this is `clip_score` with the recipe's scorer, and the recipe says how that is trained:
+    `scorer: {trusted: {pool: TRUSTED}, train: {...}}`, or names a published network. It is a name of its own so that a
+    report says which of the two was meant.
+
+    Args:
+        fraction: of the pool, in (0, 1] (the paper: 0.15 to 0.2).
+        threshold: of the score; instead of a fraction.
+        keep, of: as for `clip_score`.
+    """
+
+    name: ClassVar[str] = "dfn"
+    paper: ClassVar[str] = "Fang et al. 2023 (DFN)"
+    example: ClassVar[Mapping[str, Any]] = {"fraction": 0.15}

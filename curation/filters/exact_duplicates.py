@@ -1,0 +1,79 @@
+"""Exact duplicates: of samples equal in given columns, one stays."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from curation.filters.base import State, numbers
+from curation.gather import Chosen, check_scope, chosen
+from infra.errors import UsageError
+from infra.uids import UID_DTYPE, decode_uids
+
+if TYPE_CHECKING:
+    from curation.view import View
+
+
+@dataclass(frozen=True)
+class ExactDuplicates(Chosen):
+    """Keep of samples that agree in all columns named one, the best by a score or the first.
+
+    The columns default to the sha256 of the picture's file as it lies in the shard, which the measure `content` takes;
+    a pool with DataComp's column `sha256` has that of the original picture, before it was scaled: `by: sha256`.
+    Values are compared by a 128-bit BLAKE2b of them. A sample without a value is dropped.
+
+    Args:
+        by: column or columns; with `text` among them, captions must agree too.
+        score: column of numbers; of equal samples the one with the most stays, without a score last, of equal scores
+            the first. None for the first in the pool.
+        of: `pool` or `survivors`: what is compared.
+    """
+
+    by: str | tuple[str, ...] = "content.sha256"
+    score: str | None = None
+    of: str = "pool"
+
+    name: ClassVar[str] = "exact_duplicates"
+    paper: ClassVar[str] = "sha256 of the file"
+
+    def __post_init__(self) -> None:
+        if not self.by:
+            raise UsageError("exact_duplicates: by names no column")
+        check_scope(self.name, self.of)
+
+    def _by(self) -> tuple[str, ...]:
+        return (self.by,) if isinstance(self.by, str) else self.by
+
+    def columns(self) -> tuple[str, ...]:
+        return ("uid", *self._by(), *((self.score,) if self.score else ()))
+
+    def numeric(self) -> tuple[str, ...]:
+        return self._by()
+
+    def fit(self, view: View) -> State:
+        uids, marks, scores = [np.empty(0, UID_DTYPE)], [np.empty(0, UID_DTYPE)], [np.empty(0)]
+        for batch in view.batches(self.columns()):
+            there = ~np.logical_or.reduce([np.asarray(batch[name].is_null()) for name in self._by()])
+            batch = batch.filter(pa.array(there))
+            uids.append(decode_uids(batch["uid"]))
+            marks.append(fingerprints([batch[name] for name in self._by()]))
+            if self.score:
+                scores.append(numbers(batch[self.score]))
+        mark = np.concatenate(marks)
+        score = np.nan_to_num(np.concatenate(scores), nan=-np.inf) if self.score else np.zeros(len(mark))
+        order = np.lexsort((np.arange(len(mark)), -score, mark["f1"], mark["f0"]))
+        ordered = mark[order]
+        mask = np.zeros(len(mark), dtype=bool)
+        mask[order[np.r_[True, ordered[1:] != ordered[:-1]]] if len(order) else order] = True
+        return chosen(np.concatenate(uids), mask)
+
+
+def fingerprints(columns: list[pa.ChunkedArray]) -> np.ndarray:
+    """128 bits of the values of each row; dtype u8,u8, shape [n]."""
+    rows = zip(*(column.to_pylist() for column in columns), strict=True)
+    digests = b"".join(hashlib.blake2b(repr(row).encode(), digest_size=16).digest() for row in rows)
+    return np.frombuffer(digests, dtype=UID_DTYPE)

@@ -1,0 +1,219 @@
+"""DataComp's image-based filter, with its caption pre-filter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from curation.arrays import is_array, load_matrix, matrix_shape
+from curation.clusters import (
+    Nearest,
+    check_clusters,
+    enough,
+    fitted_state,
+    nearest_of,
+    sample_vectors,
+    train_centroids,
+)
+from curation.filters.base import Filter, State
+from curation.gather import dimensions
+from curation.measures.clip import as_matrix
+from infra.errors import UsageError, WinnowError
+
+if TYPE_CHECKING:
+    from curation.view import View
+
+_MEASURED, _DATACOMP = "clip.image", "l14_img"
+# What fastText splits at; a newline is a token of its own besides (Dictionary::readWord).
+_TOKEN = r"[^ \n\r\t\v\f\x00]+"
+
+
+@dataclass(frozen=True)
+class ImageBased(Filter):
+    """English captions of some length, and an image embedding whose nearest centroid is also a target picture's.
+
+    Gadre et al. 2023 (DataComp), "Image-based filtering": captions in English by fastText, of more than 1 fastText
+    token and more than 5 characters; of k centroids the one with the largest inner product with the embedding must be
+    that of at least one target picture. DataComp releases the centroids of its pools (k = 100,000) and takes the
+    embeddings of ImageNet-1k's training pictures as targets, both by OpenAI's ViT-L/14. With `clip_score` under `all`
+    this is its "image-based ∩ CLIP score". `image_cluster` is the same without the captions.
+
+    Deviations: a target picture whose embedding is not finite counts as none; so does a sample's, which never passes.
+
+    Args:
+        target: embeddings as a .npy file (float16 or float32, shape [m, d]), a folder of shards with the target
+            pictures, or a list of the one or of the other.
+        centroids: .npy file, shape [k, d]; None to find them by k-means on the pool's embeddings.
+        clusters: k, when there is no file.
+        features: the pool's column of image embeddings; None for `clip.image` where a target is a folder, which the
+            recipe's scorer embeds, and for DataComp's `l14_img` where targets are arrays.
+        target_features: the same of target folders; None for `clip.image`.
+        language: ISO 639 code; None for any.
+        min_tokens, min_characters: at least this many (DataComp: more than 1, more than 5).
+        seed: of k-means.
+        sample: pool embeddings to train k-means on; None for 256 a cluster, fewer if those took more than 8 GiB.
+        search: "exact", DataComp's; "coarse", whose recall the funnel states; "auto", exact up to 20,000 centroids and
+            on a GPU.
+    """
+
+    target: str | tuple[str, ...]
+    centroids: str | None = None
+    clusters: int = 100_000
+    features: str | None = None
+    target_features: str | None = None
+    language: str | None = "en"
+    min_tokens: int = 2
+    min_characters: int = 6
+    seed: int = 0
+    sample: int | None = None
+    search: str = "exact"
+
+    name: ClassVar[str] = "image_based"
+    paper: ClassVar[str] = "Gadre et al. 2023 (DataComp)"
+    example: ClassVar[Mapping[str, Any]] = {"target": "target.npy"}
+    files: ClassVar[tuple[str, ...]] = ("centroids", "target")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target, list):
+            object.__setattr__(self, "target", tuple(self.target))
+        if not self.target:
+            raise UsageError("image_based: the target is empty", do="Name a .npy file of embeddings or a folder.")
+        if self.targets() and self.arrays():
+            raise UsageError(
+                f"image_based: {self.arrays()[0]} is an array and {self.targets()[0]} a folder",
+                do="A target is one or several of one kind.",
+            )
+        check_clusters(self.name, self.clusters, self.sample, self.search)
+        if self.centroids is not None and not is_array(self.centroids):
+            raise UsageError(
+                f'image_based: centroids "{self.centroids}" is no .npy file',
+                do="Save them with `numpy.save`, or leave them out to cluster the pool.",
+            )
+
+    def _named(self) -> tuple[str, ...]:
+        return (self.target,) if isinstance(self.target, str) else self.target
+
+    def targets(self) -> tuple[str, ...]:
+        return tuple(name for name in self._named() if not is_array(name))
+
+    def arrays(self) -> tuple[str, ...]:
+        """The targets that are array files."""
+        return tuple(name for name in self._named() if is_array(name))
+
+    def target_columns(self) -> tuple[str, ...]:
+        return (self.target_features or _MEASURED,)
+
+    @property
+    def column(self) -> str:
+        """The pool's column of embeddings."""
+        return self.features or (_MEASURED if self.targets() else _DATACOMP)
+
+    def columns(self) -> tuple[str, ...]:
+        return ("text", self.column, *(("language.code",) if self.language is not None else ()))
+
+    def numeric(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    def check(self, view: View) -> None:
+        """Refuse, before any work, what cannot come out.
+
+        Raises:
+            WinnowError: an empty target set, fewer samples than clusters, or embeddings of the pool, the centroids and
+                the targets that differ in dimension.
+        """
+        if self.centroids is None:
+            enough(self.name, self.clusters, len(view))
+        shapes = {name: matrix_shape(name) for name in self.arrays()}
+        known = [name for name in self.targets() if name in view.targets]
+        for name in known:
+            target = view.target(name)
+            shapes[name] = (len(target), dimensions(target, self.target_columns()[0]) or 0)
+        if len(known) == len(self.targets()) and not sum(rows for rows, _ in shapes.values()):
+            raise WinnowError("the target set is empty", where=", ".join(self._named()), do="Give one with pictures.")
+        found = {f"the pool's {self.column}": dimensions(view, self.column)}
+        if self.centroids is not None:
+            found[f"the centroids {self.centroids}"] = matrix_shape(self.centroids)[1]
+            if not matrix_shape(self.centroids)[0]:
+                raise WinnowError("holds no centroid", where=self.centroids, do="Leave it out to cluster the pool.")
+        found |= {f"the target {name}": width for name, (rows, width) in shapes.items() if rows}
+        widths = {place: width for place, width in found.items() if width}
+        if len(set(widths.values())) > 1:
+            raise WinnowError(
+                "embeddings differ in dimension: " + ", ".join(f"{place} has {n}" for place, n in widths.items()),
+                where="image_based",
+                do="All must come from one model; name the pool's column of its embeddings as `features`.",
+            )
+
+    def fit(self, view: View) -> State:
+        self.check(view)
+        if self.centroids is not None:
+            centroids = np.array(load_matrix(self.centroids), dtype=np.float32)
+        else:
+            pool = sample_vectors(view, self.column, self.clusters, self.sample, self.seed)
+            centroids = train_centroids(pool, self.clusters, seed=self.seed, sample=len(pool), search=self.search)
+        nearest = Nearest(centroids, self.search)
+        hit = np.zeros(len(centroids), dtype=bool)
+        for number, vectors in enumerate(self._target_embeddings(view)):
+            if number == 0:
+                nearest.tune(vectors)
+            hit[nearest(vectors)] = True
+        if not hit.any():
+            raise WinnowError(
+                "the target set has no usable picture", where=", ".join(self._named()), do="Give one that has."
+            )
+        return fitted_state(nearest, hit)
+
+    def _target_embeddings(self, view: View, block: int = 1 << 16) -> Any:
+        for name in self.arrays():
+            matrix = load_matrix(name)
+            for start in range(0, len(matrix), block):
+                part = np.array(matrix[start : start + block], dtype=np.float32)
+                yield part[np.isfinite(part).all(axis=1)]
+        (column,) = self.target_columns()
+        for name in self.targets():
+            for batch in view.target(name).batches((column,)):
+                yield _embeddings(batch[column])
+
+    def keep(self, batch: pa.Table, state: State) -> np.ndarray:
+        mask = self._caption(batch)
+        vectors, present = as_matrix(batch[self.column])
+        rows = np.flatnonzero(mask & present)
+        wanted = vectors[rows].astype(np.float32)
+        finite = np.isfinite(wanted).all(axis=1)
+        rows, wanted = rows[finite], wanted[finite]
+        mask[:] = False
+        mask[rows] = state["hit"][nearest_of(state)(wanted)]
+        return mask
+
+    def report(self, state: State) -> dict[str, Any]:
+        return {
+            "clusters": len(state["hit"]),
+            "clusters with a target": int(state["hit"].sum()),
+            "recall of the search": float(state["recall"]),
+        }
+
+    def _caption(self, batch: pa.Table) -> np.ndarray:
+        text = batch["text"]
+        mask = pc.and_(
+            pc.greater_equal(tokens(text), self.min_tokens), pc.greater_equal(pc.utf8_length(text), self.min_characters)
+        )
+        if self.language is not None:
+            mask = pc.and_(mask, pc.equal(batch["language.code"], self.language))
+        return np.array(pc.fill_null(mask, False))
+
+
+def tokens(text: pa.ChunkedArray) -> pa.ChunkedArray:
+    """How many tokens `fasttext.tokenize` makes of each text: the runs between its separators, and every newline."""
+    runs = pc.count_substring_regex(text, pattern=_TOKEN)
+    return pc.add(runs, pc.count_substring(text, pattern="\n"))
+
+
+def _embeddings(column: pa.ChunkedArray) -> np.ndarray:
+    vectors, present = as_matrix(column)
+    vectors = vectors[present]
+    return vectors[np.isfinite(vectors).all(axis=1)]

@@ -1,0 +1,100 @@
+"""Near duplicates: of pictures that are almost the same, one stays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from curation.filters.base import State
+from curation.gather import Chosen, check_scope, chosen, gather
+from curation.hamming import hamming_pairs
+from curation.neighbours import cosine_pairs, first_of_groups
+from infra.errors import UsageError
+from infra.registry import unknown
+
+if TYPE_CHECKING:
+    from curation.view import View
+
+HASH, VECTOR = "image_hash.phash", "clip.image"
+_JOIN = ("greedy", "components")
+
+
+@dataclass(frozen=True)
+class NearDuplicates(Chosen):
+    """Keep of pictures near each other one, the best by a score or the first.
+
+    Two pictures are near when their perceptual hashes (measure `image_hash`, 64 bits) differ in at most `radius` bits,
+    or when the cosine of their embeddings is at least `cosine`. Nearness does not carry on from picture to picture, so
+    there are two ways to thin out: `greedy` goes through the samples from the best, and keeps one when it is near none
+    kept before, so every sample dropped has a near one kept, and no two kept are near; `components` keeps the best of
+    each connected component, and may drop what is like its neighbour's neighbour alone.
+
+    Hash pairs are exact (Manku, Jain & Das Sarma 2007). Embedding pairs are exact up to 200,000 samples, beyond from
+    FAISS's inverted file, which may miss some.
+
+    Args:
+        radius: most bits that differ, 0 to 16; instead of a cosine.
+        cosine: least cosine, in (0, 1].
+        score: column of numbers; of near samples the one with the most stays, without a score last. None for the
+            first in the pool.
+        join: "greedy" or "components".
+        of: `pool` or `survivors`: what is compared.
+    """
+
+    radius: int | None = None
+    cosine: float | None = None
+    score: str | None = None
+    join: str = "greedy"
+    of: str = "pool"
+
+    name: ClassVar[str] = "near_duplicates"
+    paper: ClassVar[str] = "Zauner 2010 (pHash); Manku et al. 2007 (search)"
+    example: ClassVar[dict[str, Any]] = {"radius": 4}
+
+    def __post_init__(self) -> None:
+        if (self.radius is None) == (self.cosine is None):
+            raise UsageError("near_duplicates takes either a radius or a cosine", do="Join two of them under `all:`.")
+        check_near(self.name, self.radius, self.cosine)
+        check_scope(self.name, self.of)
+        if self.join not in _JOIN:
+            raise unknown("join for near_duplicates", self.join, _JOIN)
+
+    def columns(self) -> tuple[str, ...]:
+        return ("uid", *self.numeric(), *((self.score,) if self.score else ()))
+
+    def numeric(self) -> tuple[str, ...]:
+        return (HASH if self.cosine is None else VECTOR,)
+
+    def fit(self, view: View) -> State:
+        vectors, scalars = ((), (HASH,)) if self.cosine is None else ((VECTOR,), ())
+        pool = gather(view, vectors, scalars, (self.score,) if self.score else ())
+        score = pool.numbers[self.score] if self.score else np.zeros(len(pool))
+        rank = _ranks(-np.nan_to_num(score, nan=-np.inf))
+        if self.cosine is not None:
+            near = cosine_pairs(pool.vectors[VECTOR], None, self.cosine)
+            return chosen(pool.uids, first_of_groups(*near, rank, self.join))
+        assert self.radius is not None
+        # Equal hashes are as one: what is near one of them is near all, and the best of them speaks for them.
+        values, owner = np.unique(pool.numbers[HASH], return_inverse=True)
+        lead = np.full(len(values), len(rank), np.int64)
+        np.minimum.at(lead, owner, rank)
+        near = hamming_pairs(values, None, self.radius)
+        stays = first_of_groups(*near, _ranks(lead), self.join)
+        return chosen(pool.uids, stays[owner] & (rank == lead[owner]))
+
+
+def _ranks(keys: np.ndarray) -> np.ndarray:
+    """The place of each key in rising order, equal ones as they stand. int64, shape [n]."""
+    ranks = np.empty(len(keys), np.int64)
+    ranks[np.argsort(keys, kind="stable")] = np.arange(len(keys))
+    return ranks
+
+
+def check_near(name: str, radius: int | None, cosine: float | None) -> None:
+    """Raises UsageError for a radius or a cosine that cannot be meant."""
+    if radius is not None and not 0 <= radius <= 16:
+        raise UsageError(f"{name}: radius {radius} is not in 0 to 16", do="Unrelated pictures differ in some 32 bits.")
+    if cosine is not None and not 0 < cosine <= 1:
+        raise UsageError(f"{name}: cosine {cosine} is not in (0, 1]")

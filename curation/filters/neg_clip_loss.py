@@ -1,0 +1,126 @@
+"""negCLIPLoss: the CLIP score less what the contrastive loss's normalisation takes off it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from curation.cut import Cut
+from curation.filters.base import State
+from curation.gather import MODELS, Chosen, assign_fields, chosen, gather, passing
+from infra.errors import UsageError
+from infra.registry import unknown
+
+if TYPE_CHECKING:
+    from curation.view import View
+
+_ROWS = 2048
+
+
+@dataclass(frozen=True, init=False)
+class NegClipLoss(Chosen):
+    """Keep samples whose negative CLIP loss, averaged over random batches, is largest.
+
+    Wang et al. 2024 ("CLIPLoss and Norm-Based Data Selection Methods"), section 3.1: for sample i in a batch B, with
+    image embedding f, text embedding g and temperature tau,
+
+        negCLIPLoss(i) = f_i.g_i - tau/2 [log sum_{j in B} exp(f_i.g_j / tau) + log sum_{j in B} exp(f_j.g_i / tau)],
+
+    the bracket averaged over K random divisions of the pool into batches of |B|; the last batch of a division is what
+    is left over. Deviation from the authors' code, which divides each shard: the whole pool is divided.
+
+    Args:
+        fraction, threshold, keep, of: where to cut, as for `clip_score`.
+        tau: the scorer's temperature (0.01 for OpenAI's CLIP).
+        batch_size: |B|.
+        batches: K, divisions averaged over.
+        seed: of the divisions.
+        model: whose embeddings: `scorer`, the recipe's, or DataComp's features `b32` and `l14`.
+    """
+
+    fraction: float | None = None
+    threshold: float | None = None
+    tau: float = 0.01
+    batch_size: int = 32_768
+    batches: int = 10
+    seed: int = 0
+    model: str = "scorer"
+    budget: int | None = field(default=None, metadata={"parameter": "keep"})
+    of: str = "pool"
+
+    name: ClassVar[str] = "neg_clip_loss"
+    paper: ClassVar[str] = "Wang et al. 2024 (negCLIPLoss, NormSim)"
+    example: ClassVar[dict[str, Any]] = {"fraction": 0.3}
+
+    def __init__(
+        self,
+        fraction: float | None = None,
+        threshold: float | None = None,
+        tau: float = 0.01,
+        batch_size: int = 32_768,
+        batches: int = 10,
+        seed: int = 0,
+        model: str = "scorer",
+        keep: int | None = None,
+        of: str = "pool",
+    ) -> None:
+        assign_fields(self, locals())
+        self.cut.check(self.name)
+        if tau <= 0 or batch_size < 1 or batches < 1:
+            raise UsageError("neg_clip_loss: tau is above 0, batch_size and batches start at 1")
+        if self.model not in MODELS:
+            raise unknown("model for neg_clip_loss", self.model, MODELS)
+
+    @property
+    def cut(self) -> Cut:
+        return Cut(self.fraction, self.threshold, self.budget, self.of)
+
+    def columns(self) -> tuple[str, ...]:
+        return ("uid", *self.numeric())
+
+    def numeric(self) -> tuple[str, ...]:
+        return MODELS[self.model][:2]
+
+    def fit(self, view: View) -> State:
+        pool = gather(view, self.numeric())
+        rng = np.random.default_rng(self.seed)
+        divisions = [rng.permutation(len(pool)) for _ in range(self.batches)]
+        image, text = (pool.vectors[name] for name in self.numeric())
+        scores = neg_clip_loss(image, text, divisions, self.tau, self.batch_size)
+        return chosen(pool.uids, passing(self.cut, pool.uids, scores, pool.total))
+
+
+def neg_clip_loss(
+    image: np.ndarray, text: np.ndarray, divisions: list[np.ndarray], tau: float, batch_size: int
+) -> np.ndarray:
+    """negCLIPLoss of each pair, float64, shape [n].
+
+    Args:
+        image, text: L2-normalised embeddings, shape [n, d].
+        divisions: permutations of 0 to n - 1; each is cut into batches of `batch_size`.
+        tau: temperature.
+        batch_size: the memory in use grows with it, 2,048 rows of logits at a time.
+    """
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cosine = np.empty(len(image))
+    for start in range(0, len(image), _ROWS):
+        part = slice(start, start + _ROWS)
+        cosine[part] = np.einsum("nd,nd->n", image[part].astype(np.float32), text[part].astype(np.float32))
+    norm = np.zeros(len(image))
+    for order in divisions:
+        for start in range(0, len(order), batch_size):
+            rows = np.sort(order[start : start + batch_size])
+            f = torch.from_numpy(np.asarray(image[rows], np.float32)).to(device)
+            g = torch.from_numpy(np.asarray(text[rows], np.float32)).to(device)
+            over_images = torch.full((len(rows),), -torch.inf, device=device)
+            over_texts = []
+            for some in f.split(_ROWS):
+                logits = some @ g.T / tau
+                over_texts.append(torch.logsumexp(logits, 1))
+                over_images = torch.logaddexp(over_images, torch.logsumexp(logits, 0))
+            norm[rows] += (torch.cat(over_texts) + over_images).double().cpu().numpy()
+    return cosine - tau / 2 * norm / len(divisions)

@@ -1,0 +1,131 @@
+"""NormSim: keep samples whose picture is like the pictures of a target set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from curation.arrays import matrix_shape
+from curation.cut import Cut
+from curation.filters.base import State
+from curation.gather import Chosen, assign_fields, chosen, dimensions, passing, split_targets, target_vectors
+from curation.measures.clip import as_matrix
+from infra.errors import UsageError, WinnowError
+from infra.uids import UID_DTYPE, decode_uids
+
+if TYPE_CHECKING:
+    from curation.view import View
+
+_ROWS = 1024
+
+
+@dataclass(frozen=True, init=False)
+class NormSim(Chosen):
+    """Keep samples whose p-norm of the cosines with all target pictures is largest.
+
+    Wang et al. 2024 ("CLIPLoss and Norm-Based Data Selection Methods"), section 3.2, with f the image embedding:
+
+        NormSim_p(X, i) = || f(X) f_i ||_p,
+
+    for p = 2 the root of the sum of squared cosines, for p = inf the largest absolute cosine. The paper takes it of
+    what negCLIPLoss or the CLIP score has kept, which a tree says.
+
+    Args:
+        target: folder of shards with the target pictures, .npy file of their embeddings, or a list of such.
+        p: 2 or "inf".
+        fraction, threshold, keep, of: where to cut, as for `clip_score` (the paper: threshold 0.7 for p = inf).
+        column: the pool's embeddings, by the model that embedded the targets (`l14_img` in DataComp's metadata).
+    """
+
+    target: str | tuple[str, ...]
+    p: int | str = "inf"
+    fraction: float | None = None
+    threshold: float | None = None
+    column: str = "clip.image"
+    budget: int | None = field(default=None, metadata={"parameter": "keep"})
+    of: str = "pool"
+
+    name: ClassVar[str] = "norm_sim"
+    paper: ClassVar[str] = "Wang et al. 2024 (negCLIPLoss, NormSim)"
+    example: ClassVar[dict[str, Any]] = {"target": "targets", "threshold": 0.7}
+    files: ClassVar[tuple[str, ...]] = ("target",)
+
+    def __init__(
+        self,
+        target: str | tuple[str, ...],
+        p: int | str = "inf",
+        fraction: float | None = None,
+        threshold: float | None = None,
+        column: str = "clip.image",
+        keep: int | None = None,
+        of: str = "pool",
+    ) -> None:
+        assign_fields(self, locals())
+        self.cut.check(self.name)
+        if not target:
+            raise UsageError("norm_sim: the target is empty")
+        if p not in (2, "inf"):
+            raise UsageError(f'norm_sim: p is 2 or "inf", not {p!r}')
+
+    @property
+    def cut(self) -> Cut:
+        return Cut(self.fraction, self.threshold, self.budget, self.of)
+
+    def columns(self) -> tuple[str, ...]:
+        return ("uid", self.column)
+
+    def numeric(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    def targets(self) -> tuple[str, ...]:
+        return split_targets(self.target)[0]
+
+    def target_columns(self) -> tuple[str, ...]:
+        return ("clip.image",)
+
+    def check(self, view: View) -> None:
+        width = dimensions(view, self.column)
+        for name in split_targets(self.target)[1]:
+            rows, dim = matrix_shape(name)
+            if not rows:
+                raise WinnowError("the target set is empty", where=name, do="Give one with pictures.")
+            if width is not None and dim != width:
+                raise WinnowError(
+                    f'the pool\'s "{self.column}" has {width} dimensions, the targets {dim}',
+                    where=name,
+                    do="Both must come from one model.",
+                )
+
+    def fit(self, view: View) -> State:
+        target = target_vectors(view, self.target, "clip.image")
+        scores, uids = [np.empty(0)], [np.empty(0, UID_DTYPE)]
+        for batch in view.batches(self.columns()):
+            vectors, present = as_matrix(batch[self.column])
+            if vectors.shape[1] != target.shape[1]:
+                raise WinnowError(
+                    f'the pool\'s "{self.column}" has {vectors.shape[1]} dimensions, the targets {target.shape[1]}',
+                    do="Both must come from one model.",
+                )
+            scores.append(np.where(present, norm_sim(vectors, target, self.p), np.nan))
+            uids.append(decode_uids(batch["uid"]))
+        values = np.concatenate(scores)
+        found = np.concatenate(uids)
+        return chosen(found, passing(self.cut, found, values, len(values)))
+
+
+def norm_sim(vectors: np.ndarray, target: np.ndarray, p: int | str) -> np.ndarray:
+    """NormSim_p of each vector; `vectors` [n, d], `target` [m, d]; float64, shape [n]."""
+    aim = target.astype(np.float32)
+    result = np.empty(len(vectors))
+    # ||T x||^2 = x' (T' T) x, so for p = 2 the target is but a d x d matrix.
+    square = aim.astype(np.float64).T @ aim.astype(np.float64)
+    for start in range(0, len(vectors), _ROWS):
+        block = vectors[start : start + _ROWS].astype(np.float32)
+        if p == 2:
+            wide = block.astype(np.float64)
+            result[start : start + _ROWS] = np.sqrt(np.maximum(np.einsum("nd,nd->n", wide @ square, wide), 0))
+        else:
+            result[start : start + _ROWS] = np.abs(block @ aim.T).max(axis=1)
+    return result

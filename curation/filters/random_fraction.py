@@ -1,0 +1,43 @@
+"""A random fraction of the pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from curation.filters.base import Filter, State
+from infra.errors import UsageError
+from infra.uids import decode_uids, hash_unit
+
+
+@dataclass(frozen=True)
+class RandomFraction(Filter):
+    """Keep a sample when the hash of its uid and the seed, a number in [0, 1), lies below the fraction.
+
+    Each sample's lot is its own: it does not depend on the pool, the order or the shards, a larger fraction keeps all
+    that a smaller one does, and the number kept is binomial around n * fraction.
+
+    Args:
+        fraction: in (0, 1].
+        seed: another seed draws another, independent, sample.
+    """
+
+    fraction: float
+    seed: int = 0
+
+    name: ClassVar[str] = "random"
+    paper: ClassVar[str] = "the baseline of Gadre et al. 2023 (DataComp)"
+    example: ClassVar[dict[str, Any]] = {"fraction": 0.3}
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise UsageError(f"random: fraction {self.fraction} is not in (0, 1]")
+
+    def columns(self) -> tuple[str, ...]:
+        return ("uid",)
+
+    def keep(self, batch: pa.Table, state: State) -> np.ndarray:
+        return hash_unit(decode_uids(batch["uid"]), self.seed, "random") < self.fraction

@@ -1,0 +1,127 @@
+"""SemDeDup: drop semantic duplicates within k-means clusters of the embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from curation.clusters import assign, enough, train_centroids
+from curation.cut import Cut
+from curation.filters.base import State
+from curation.gather import Chosen, chosen, gather, passing
+from curation.neighbours import runs
+from infra.errors import UsageError
+from infra.registry import unknown
+from infra.uids import hash_unit
+
+if TYPE_CHECKING:
+    from curation.view import View
+
+_KEEP = ("hard", "easy", "random")
+_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class SemDeDup(Chosen):
+    """Drop a sample whose cosine with one before it in its cluster exceeds 1 - epsilon.
+
+    Abbas et al. 2023 (SemDeDup), section 3 and algorithm A7. The embeddings are clustered by spherical k-means;
+    each cluster is sorted by falling distance to its centroid, so that of duplicates the one least like the centroid
+    stays; with M the column maxima of the strictly upper triangle of the cluster's cosine matrix, zero below it, a
+    sample is dropped when M > 1 - epsilon. Samples at equal distance stand in pool order.
+
+    With `fraction`, epsilon is what keeps that share: DataComp's quantile rule on -M, samples at the quantile kept.
+
+    Args:
+        clusters: k of k-means (the paper: 50,000 for 440 M samples).
+        epsilon: in [0, 1]; instead of a fraction.
+        fraction: of the pool to keep, in (0, 1].
+        which_to_keep: "hard" (far from the centroid, the paper's default), "easy" (near it), or "random".
+        column: of the embeddings.
+        seed: of k-means and of the random order.
+        of: `pool` or `survivors`: what is clustered and compared.
+    """
+
+    clusters: int
+    epsilon: float | None = None
+    fraction: float | None = None
+    which_to_keep: str = "hard"
+    column: str = "clip.image"
+    seed: int = 0
+    of: str = "pool"
+
+    name: ClassVar[str] = "semdedup"
+    paper: ClassVar[str] = "Abbas et al. 2023 (SemDeDup)"
+    example: ClassVar[dict[str, Any]] = {"clusters": 100, "epsilon": 0.05}
+
+    def __post_init__(self) -> None:
+        if (self.epsilon is None) == (self.fraction is None):
+            raise UsageError("semdedup takes either an epsilon or a fraction", do="Give exactly one.")
+        if self.epsilon is not None and not 0 <= self.epsilon <= 1:
+            raise UsageError(f"semdedup: epsilon {self.epsilon} is not in [0, 1]", do="It is 1 minus a cosine.")
+        self.cut.check(self.name)
+        if self.clusters < 1:
+            raise UsageError("semdedup: clusters start at 1")
+        if self.which_to_keep not in _KEEP:
+            raise unknown("which_to_keep for semdedup", self.which_to_keep, _KEEP)
+
+    @property
+    def cut(self) -> Cut:
+        """Of minus the likeness."""
+        threshold = None if self.epsilon is None else self.epsilon - 1
+        return Cut(self.fraction, threshold, None, self.of if self.fraction is not None else "pool")
+
+    def columns(self) -> tuple[str, ...]:
+        return ("uid", self.column)
+
+    def numeric(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    def check(self, view: View) -> None:
+        enough(self.name, self.clusters, len(view))
+
+    def fit(self, view: View) -> State:
+        pool = gather(view, (self.column,))
+        vectors = pool.vectors[self.column]
+        centroids = train_centroids(vectors, self.clusters, seed=self.seed)
+        label = assign(vectors, centroids)
+        if self.which_to_keep == "random":
+            place = hash_unit(pool.uids, self.seed, "semdedup")
+        else:
+            place = _similarity(vectors, centroids, label) * (1 if self.which_to_keep == "hard" else -1)
+        likeness = likeness_before(vectors, label, place)
+        mask = passing(self.cut, pool.uids, -likeness, pool.total)
+        return chosen(pool.uids, mask, epsilon=np.array(1 - likeness[mask].max(initial=0)))
+
+
+def _similarity(vectors: np.ndarray, centroids: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Cosine of each vector and its centroid; float32, shape [n]."""
+    result = np.empty(len(vectors), np.float32)
+    for start in range(0, len(vectors), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        result[rows] = np.einsum("nd,nd->n", vectors[rows].astype(np.float32), centroids[label[rows]])
+    return result
+
+
+def likeness_before(vectors: np.ndarray, label: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Each sample's largest cosine with those of its cluster that stand before it, at least 0. float32, shape [n].
+
+    Args:
+        vectors: L2-normalised, shape [n, d].
+        label: cluster of each, shape [n].
+        place: what a cluster is sorted by, rising; equal ones by their number. Shape [n].
+    """
+    order = np.lexsort((np.arange(len(label)), place, label))
+    result = np.zeros(len(label), np.float32)
+    for low, high in runs(label[order]):
+        members = order[low:high]
+        cluster = np.asarray(vectors[members], dtype=np.float32)
+        for first in range(0, len(members), _BLOCK):
+            last = min(first + _BLOCK, len(members))
+            cosines = cluster[:last] @ cluster[first:last].T
+            block = cosines[first:last]
+            block[np.tril_indices(last - first)] = 0
+            result[members[first:last]] = np.maximum(cosines.max(axis=0), 0)
+    return result

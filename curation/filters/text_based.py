@@ -1,0 +1,41 @@
+"""DataComp's text-based filter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from curation.filters.base import Filter, State
+
+
+@dataclass(frozen=True)
+class TextBased(Filter):
+    """English captions that name something ImageNet-21k shows.
+
+    Gadre et al. 2023 (DataComp), "Text-based filtering": language by fastText; some whitespace-separated word whose
+    first WordNet synset is among ImageNet-21k's. The measure `entity` says how exactly.
+
+    Args:
+        language: ISO 639 code; None for any.
+    """
+
+    language: str | None = "en"
+
+    name: ClassVar[str] = "text_based"
+    paper: ClassVar[str] = "Gadre et al. 2023 (DataComp)"
+
+    def columns(self) -> tuple[str, ...]:
+        return ("entity.in21k", *(("language.code",) if self.language is not None else ()))
+
+    def numeric(self) -> tuple[str, ...]:
+        return ("entity.in21k",)
+
+    def keep(self, batch: pa.Table, state: State) -> np.ndarray:
+        mask = pc.fill_null(batch["entity.in21k"], False)
+        if self.language is not None:
+            mask = pc.and_(mask, pc.fill_null(pc.equal(batch["language.code"], self.language), False))
+        return mask.to_numpy()

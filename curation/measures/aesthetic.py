@@ -1,0 +1,48 @@
+"""The aesthetic score of a picture, by a head on its CLIP embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from curation.heads import apply_head
+from curation.measures.base import Measure, Samples
+from curation.measures.clip import as_matrix
+from infra.storage import digest_file
+
+
+@dataclass(frozen=True)
+class Aesthetic(Measure):
+    """`aesthetic.score`: about 1 to 10, float32.
+
+    Schuhmann et al. 2022 (LAION-5B), LAION-Aesthetics: a head trained on ratings of pictures over their L2-normalised
+    CLIP embedding. LAION's are for OpenAI's ViT-L/14: the linear one (`sa_0_4_vit_l_14_linear`) and "improved aesthetic
+    predictor" (`sac+logos+ava1-l14-linearMSE`), five linear layers with nothing between them at inference; convert the
+    published .pth to .safetensors with the same names. The recipe's scorer must be the model of the head.
+
+    Args:
+        head: .safetensors, .npz or .npy file; see `curation.heads.read_head`.
+        relu: whether the head has ReLUs between its layers.
+    """
+
+    head: str
+    relu: bool = False
+
+    name: ClassVar[str] = "aesthetic"
+    version: ClassVar[int] = 1
+    derived: ClassVar[tuple[str, ...]] = ("clip.image",)
+    summary: ClassVar[str] = "aesthetic score by a head on the CLIP embedding (LAION-Aesthetics)"
+
+    def params(self) -> dict[str, Any]:
+        return {"head": digest_file(self.head), "relu": self.relu}
+
+    def schema(self) -> pa.Schema:
+        return pa.schema([("score", pa.float32())])
+
+    def compute(self, samples: Samples) -> pa.Table:
+        vectors, present = as_matrix(samples.table["clip.image"])
+        scores = apply_head(self.head, vectors, relu=self.relu).astype(np.float32)
+        return pa.table([pa.array(scores, pa.float32(), mask=~present)], schema=self.schema())

@@ -1,0 +1,27 @@
+"""The digest of the picture's file."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pyarrow as pa
+
+from curation.measures.base import Measure, Samples
+
+
+@dataclass(frozen=True)
+class Content(Measure):
+    """`content.sha256`: of the picture's file as it lies in the shard, 64 hexadecimal digits."""
+
+    name: ClassVar[str] = "content"
+    version: ClassVar[int] = 1
+    encoded: ClassVar[bool] = True
+    summary: ClassVar[str] = "sha256 of the picture's file"
+
+    def schema(self) -> pa.Schema:
+        return pa.schema([("sha256", pa.string())])
+
+    def compute(self, samples: Samples) -> pa.Table:
+        return pa.table([[hashlib.sha256(data).hexdigest() for data in samples.encoded]], schema=self.schema())

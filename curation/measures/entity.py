@@ -1,0 +1,126 @@
+"""Whether the caption names something that ImageNet-21k shows (Gadre et al. 2023, "Text-based filtering")."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow as pa
+
+from curation import wordnet
+from curation.digest import content_digest
+from curation.measures.base import Measure, Samples
+from infra import storage
+from infra.errors import WinnowError
+
+MAX_WORDS = 500_000  # remembered, some 50 MB; then they are looked up anew
+MAX_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Entity(Measure):
+    """`entity.in21k`: bool, whether a word of the caption is an ImageNet-21k class; null without a caption.
+
+    As DataComp decides it (Gadre et al. 2023, section 3.2 and appendix on text-based filtering): the words are
+    `text.split()`, punctuation included; of each only the first synset in WordNet 3.0 counts (`WordNet.first`, of any
+    part of speech); its byte offset must be among ImageNet-21k's, which are nouns. So an offset that a verb, adjective
+    or adverb shares with a listed noun matches too, as it does in DataComp.
+
+    Args:
+        dictionary: folder of WordNet 3.0's dictionary files; None to look for it (`curation.wordnet.places`).
+        synsets: text file with one synset a line, as n01440764; None for ImageNet-21k's 21,843, which timm brings.
+    """
+
+    dictionary: str | None = None
+    synsets: str | None = None
+
+    name: ClassVar[str] = "entity"
+    version: ClassVar[int] = 1
+    reads: ClassVar[tuple[str, ...]] = ("text",)
+    summary: ClassVar[str] = "whether a word's first WordNet synset is an ImageNet-21k class"
+
+    def params(self) -> dict[str, Any]:
+        dictionary = wordnet.load(wordnet.find(self.dictionary))
+        return {"dictionary": dictionary.digest[:16], "synsets": content_digest(_list_url(self.synsets))[:16]}
+
+    def schema(self) -> pa.Schema:
+        return pa.schema([("in21k", pa.bool_())])
+
+    def compute(self, samples: Samples) -> pa.Table:
+        texts = samples.table["text"].to_pylist()
+        words = [text.split() if text is not None else [] for text in texts]
+        named = _lexicon(wordnet.find(self.dictionary), _list_url(self.synsets)).named(words)
+        values = [None if text is None else found for text, found in zip(texts, named, strict=True)]
+        return pa.table([pa.array(values, pa.bool_())], schema=self.schema())
+
+
+class Lexicon:
+    """Which words name a listed synset; each distinct word is looked up once.
+
+    Args:
+        dictionary: WordNet.
+        offsets: of the listed synsets.
+    """
+
+    def __init__(self, dictionary: wordnet.WordNet, offsets: frozenset[int]) -> None:
+        self.dictionary, self.offsets = dictionary, offsets
+        self._yes: set[str] = set()
+        self._no: set[str] = set()
+
+    def named(self, captions: list[list[str]]) -> list[bool]:
+        """For each caption, given as its words, whether one of them names a listed synset."""
+        if len(self._yes) + len(self._no) > MAX_WORDS:
+            self._yes.clear()
+            self._no.clear()
+        self._learn(set().union(*captions))
+        disjoint = self._yes.isdisjoint
+        return [not disjoint(words) for words in captions]
+
+    def _learn(self, words: Iterable[str]) -> None:
+        for word in set(words) - self._no - self._yes:
+            (self._yes if self.dictionary.first(word) in self.offsets else self._no).add(word)
+
+
+def read_synsets(url: str) -> frozenset[int]:
+    """The offsets in a list of synsets (n01440764, one a line; empty lines are passed over).
+
+    Raises:
+        WinnowError: a line is no synset, or there is none.
+    """
+    if storage.size_of(url) > MAX_BYTES:
+        raise WinnowError("is too large for a list of synsets", where=url)
+    offsets = set()
+    for number, line in enumerate(storage.read_bytes(url).decode("utf-8", "replace").splitlines(), 1):
+        word = line.strip()
+        if not word:
+            continue
+        if not (word[0].isalpha() and word[1:].isdecimal() and word.isascii()):
+            raise WinnowError(f'"{word[:40]}" is no synset such as n01440764', where=f"{url}, line {number}")
+        offsets.add(int(word[1:]))
+    if not offsets:
+        raise WinnowError("lists no synset", where=url)
+    return frozenset(offsets)
+
+
+def _list_url(path: str | None) -> str:
+    if path is not None:
+        if not storage.exists(path):
+            raise WinnowError("no such list of synsets", where=path)
+        return path
+    spec = importlib.util.find_spec("timm")  # without importing it
+    place = Path(spec.origin if spec and spec.origin else "").parent / "data/_info/imagenet21k_goog_synsets.txt"
+    if not place.is_file():
+        raise WinnowError(
+            "ImageNet-21k's list of synsets comes with timm, which is not here",
+            do="Install timm, or give the measure `entity` a list as `synsets`.",
+        )
+    return str(place)
+
+
+@functools.lru_cache(maxsize=2)
+def _lexicon(dictionary: str, synsets: str) -> Lexicon:
+    return Lexicon(wordnet.load(dictionary), read_synsets(synsets))

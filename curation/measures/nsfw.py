@@ -1,0 +1,26 @@
+"""Whether a picture is not safe for work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from curation.measures.prompted import Prompted
+
+
+@dataclass(frozen=True)
+class Nsfw(Prompted):
+    """`nsfw.score`: probability of sexual content, float32, by a head on the CLIP embedding or zero-shot by prompts.
+
+    A head such as LAION's CLIP-based NSFW detector (Schuhmann et al. 2022, LAION-5B), converted to .safetensors, is
+    the measure to trust; the prompts are a coarse stand-in whose level must be looked at before a threshold is set.
+    """
+
+    name: ClassVar[str] = "nsfw"
+    version: ClassVar[int] = 1
+    summary: ClassVar[str] = "probability of sexual content, by a head or prompts on the CLIP embedding"
+    prompts: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("a photo of a naked person", "a photo of a dressed person"),
+        ("pornography", "a picture for all ages"),
+        ("an explicit sexual image", "an image without sexual content"),
+    )

@@ -1,0 +1,79 @@
+"""Probabilities read off the CLIP embedding, by a trained head or by pairs of prompts."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from curation.heads import apply_head, prompt_probability
+from curation.measures.base import Measure, Samples
+from curation.measures.clip import as_matrix
+from infra.errors import UsageError
+from infra.storage import digest_file
+
+
+@dataclass(frozen=True)
+class Prompted(Measure):
+    """`score`: probability of what the subclass names, float32.
+
+    With `head` its output, through a sigmoid unless told otherwise; else zero-shot, by pairs of a prompt and its
+    opposite on the recipe's scorer (Wang, Chan & Loy 2023, CLIP-IQA, equations 1 and 2), averaged over pairs.
+
+    Args:
+        head: .safetensors, .npz or .npy file; see `curation.heads.read_head`. None for the prompts.
+        relu, sigmoid: whether the head has ReLUs between its layers and a sigmoid behind them.
+        yes, no: prompts, pair by pair; none for the measure's own.
+        encoder, digest: the scorer and its identity, as in `clip`; the recipe fills them in.
+        device: "auto", "cpu" or "cuda", for the prompts.
+    """
+
+    head: str | None = None
+    relu: bool = True
+    sigmoid: bool = True
+    yes: tuple[str, ...] = ()
+    no: tuple[str, ...] = ()
+    encoder: str = ""
+    digest: str = ""
+    device: str = "cpu"
+
+    derived: ClassVar[tuple[str, ...]] = ("clip.image",)
+    prompts: ClassVar[tuple[tuple[str, str], ...]]
+
+    def __post_init__(self) -> None:
+        for field in ("yes", "no"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        if len(self.yes) != len(self.no):
+            raise UsageError(f"{self.name}: {len(self.yes)} prompts in `yes` and {len(self.no)} in `no` make no pairs")
+
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """The prompts in use."""
+        return tuple(zip(self.yes, self.no, strict=True)) or self.prompts
+
+    def params(self) -> dict[str, Any]:
+        if self.head is not None:
+            return {"head": digest_file(self.head), "relu": self.relu, "sigmoid": self.sigmoid}
+        return {"prompts": [list(pair) for pair in self.pairs()], "encoder": self.digest}
+
+    def schema(self) -> pa.Schema:
+        return pa.schema([("score", pa.float32())])
+
+    def compute(self, samples: Samples) -> pa.Table:
+        vectors, present = as_matrix(samples.table["clip.image"])
+        if self.head is not None:
+            values = apply_head(self.head, vectors, self.relu, self.sigmoid)
+        else:
+            values = prompt_probability(vectors, *_embedded(self.encoder, self.device, self.pairs()))
+        return pa.table([pa.array(values.astype(np.float32), pa.float32(), mask=~present)], schema=self.schema())
+
+
+@functools.lru_cache(maxsize=4)
+def _embedded(encoder: str, device: str, pairs: tuple[tuple[str, str], ...]) -> tuple[np.ndarray, np.ndarray, float]:
+    from pretrain.encoder import load_encoder
+
+    model = load_encoder(encoder, device=device)
+    yes, no = zip(*pairs, strict=True)
+    return model.encode_texts(yes), model.encode_texts(no), model.logit_scale

@@ -1,0 +1,25 @@
+"""Whether a picture has a watermark."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from curation.measures.prompted import Prompted
+
+
+@dataclass(frozen=True)
+class Watermark(Prompted):
+    """`watermark.score`: probability of a watermark, float32, by a head on the CLIP embedding or zero-shot by prompts.
+
+    Schuhmann et al. 2022 (LAION-5B) give such a probability by a network of their own; a head trained on its labels
+    may be named. The prompts are a coarse stand-in whose level must be looked at before a threshold is set.
+    """
+
+    name: ClassVar[str] = "watermark"
+    version: ClassVar[int] = 1
+    summary: ClassVar[str] = "probability of a watermark, by a head or prompts on the CLIP embedding"
+    prompts: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("a photo with a watermark", "a photo without a watermark"),
+        ("a stock photo with text over it", "a photo without any text"),
+    )

@@ -1,0 +1,80 @@
+"""DataComp's metadata folder as a pool."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from infra.errors import WinnowError
+from infra.metadata import is_metadata
+from infra.pool import Pool
+from infra.uids import decode_uids, derived_uid
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two parquets of 5 and 3 rows; the first with features beside it."""
+    folder, rng = tmp_path / "metadata", np.random.default_rng(0)
+    folder.mkdir()
+    for stem, rows in (("b", range(5)), ("a", range(5, 8))):
+        table = pa.table({"uid": [derived_uid(str(i)) for i in rows], "text": [f"caption {i}" for i in rows]})
+        pq.write_table(table, folder / f"{stem}.parquet")
+    np.savez(
+        folder / "b.npz", b32_img=rng.normal(size=(5, 4)).astype(np.float16), l14_img=np.asfortranarray(np.eye(5, 3))
+    )
+    return folder
+
+
+def test_rows_columns_and_features(folder):
+    pool = Pool.open(str(folder))
+    assert [shard.name for shard in pool.shards] == ["a", "b"]
+    assert not pool.counted and not pool.pictures and len(pool) == 8
+    a, b = pool.shards
+    assert b.columns() == ["uid", "text", "l14_img", "b32_img"] and a.columns() == ["uid", "text"]
+    table = b.table(["l14_img", "text", "b32_img"])
+    with np.load(folder / "b.npz") as arrays:
+        for name in ("l14_img", "b32_img"):
+            values = table[name].combine_chunks()
+            assert values.type == pa.list_(pa.float16(), arrays[name].shape[1])
+            assert np.array_equal(
+                values.flatten().to_numpy().reshape(arrays[name].shape), arrays[name].astype(np.float16)
+            )
+    assert table["text"].to_pylist() == [f"caption {i}" for i in range(5)]
+    assert np.array_equal(b.uids(), decode_uids(pa.array([derived_uid(str(i)) for i in range(5)])))
+
+
+def test_a_changed_file_is_another_pool(folder):
+    before = Pool.open(str(folder))
+    table = pq.read_table(folder / "a.parquet")
+    pq.write_table(table.slice(0, 2), folder / "a.parquet")
+    after = Pool.open(str(folder))
+    assert before.digest != after.digest and before.shards[1].digest == after.shards[1].digest
+
+
+def test_what_is_no_metadata_folder(folder, tmp_path):
+    assert is_metadata(str(folder))
+    (folder / "0.tar").touch()
+    assert not is_metadata(str(folder)) and not is_metadata(str(tmp_path)) and not is_metadata(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / "b.npz").unlink(), "b.npz is missing.*Fetch"),
+        (lambda f: np.savez(f / "b.npz", l14_img=np.ones((4, 3), np.float16)), "4 rows, the parquet beside it 5"),
+        (lambda f: np.savez(f / "b.npz", l14_img=np.ones(5, np.float16)), "not a matrix"),
+        (lambda f: np.savez(f / "b.npz", l14_img=np.array([[{}]], object)), "not a matrix"),
+        (lambda f: np.savez(f / "b.npz", other=np.ones((5, 2))), 'holds no array "l14_img".*It holds: other'),
+        (lambda f: (f / "b.npz").write_bytes(b"PK"), "not a readable .npz"),
+        (lambda f: (f / "b.parquet").write_bytes(b"PAR1" * 9), "not a readable parquet"),
+    ],
+)
+def test_damage_is_told_of(folder, damage, words):
+    damage(folder)
+    with pytest.raises(WinnowError, match=words):
+        Pool.open(str(folder)).shard("b").table(["l14_img"])
+
+
+def test_a_column_that_is_not_there(folder):
+    with pytest.raises(WinnowError, match='no column "clip_l14_similarity_score"'):
+        Pool.open(str(folder)).shard("a").table(["clip_l14_similarity_score"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +41,8 @@ class CurateStage(Stage):
     """Curate subsets of one pool.
 
     Each subset is a unit with the files `NAME/subset.npy`, `NAME/funnel.json` and, with `reasons`,
-    `NAME/reasons.parquet`. A subset called "" puts them into the directory itself.
+    `NAME/reasons.parquet`. A subset called "" puts them into the directory itself. `NAME/timings.json` beside them, the
+    seconds that fitting each filter took, is no part of the output: equal work gives equal output.
 
     Args:
         source: the pool and its columns.
@@ -98,7 +100,8 @@ class CurateStage(Stage):
 
     def run(self, unit: Unit) -> Output:
         node, view, prefix = parse(unit.args["tree"]), self._view(), unit.args["subset"]
-        judge = Judge(node, self.states(node, view))
+        timings: dict[str, float] = {}
+        judge = Judge(node, self.states(node, view, timings))
         kept, dropped, seen = bytearray(), [], 0
         for batch in view.batches(tuple(dict.fromkeys(("uid", *columns_of(node))))):
             seen += batch.num_rows
@@ -119,6 +122,7 @@ class CurateStage(Stage):
             "tree": judge.tally.as_json(),
         }
         files = [storage.join(prefix, name).lstrip("/") for name in ("subset.npy", "funnel.json")]
+        storage.write_json(self.url(storage.join(prefix, "timings.json").lstrip("/")), timings)
         save_subset(self.url(files[0]), uids)
         storage.write_json(self.url(files[1]), funnel)
         if self.reasons:
@@ -129,9 +133,18 @@ class CurateStage(Stage):
         facts = {tally.label: tally.facts for tally in judge.tally.leaves() if tally.facts}
         return Output(files, seen, values={"kept": len(uids), "subset": files[0], "fits": facts})
 
-    def states(self, node: Node, view: View | None = None) -> list[State]:
-        """The fitted states of a tree's filters, out of files where an earlier subset left them."""
-        return fit_tree(node, self._view() if view is None else view, self._fit)
+    def states(self, node: Node, view: View | None = None, timings: dict[str, float] | None = None) -> list[State]:
+        """The fitted states of a tree's filters, out of files where an earlier subset left them; `timings` takes the
+        seconds of each by its label."""
+
+        def fit(item: Filter, seen: View) -> State:
+            start = time.perf_counter()
+            state = self._fit(item, seen)
+            if timings is not None:
+                timings[str(item)] = round(time.perf_counter() - start, 3)
+            return state
+
+        return fit_tree(node, self._view() if view is None else view, fit)
 
     def _fit(self, item: Filter, view: View) -> State:
         """The filter's state, out of the file an earlier subset left if the same was fitted to the same columns."""

@@ -196,7 +196,8 @@ def curate(
     finally:
         runner.close()
     if explain:
-        typer.echo(print_funnel(storage.read_json(storage.join(out, "funnel.json"))))
+        funnel, timings = (storage.read_json(storage.join(out, name)) for name in ("funnel.json", "timings.json"))
+        typer.echo(print_funnel(funnel, timings))
     if why is not None:
         assert isinstance(stage, CurateStage)
         typer.echo(print_why(why, *stage.why("", why)))

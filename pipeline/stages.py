@@ -142,18 +142,26 @@ def _value(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
-def print_funnel(funnel: dict[str, Any]) -> str:
-    """The funnel as an indented table."""
+def print_funnel(funnel: dict[str, Any], timings: dict[str, float]) -> str:
+    """The funnel as an indented table, and under it what each filter was fitted to and the seconds that took."""
+    facts: dict[str, str] = {}
     rows: list[tuple[str, ...]] = [("node", "kept", "dropped", "by it alone", "no value")]
 
     def walk(node: dict[str, Any], depth: int) -> None:
         counts = [f"{node[name]:,}" for name in ("kept", "dropped", "alone", "nan")]
         rows.append((f"{'  ' * depth}{node['label']}", *counts))
+        if found := [f"{name} = {_value(value)}" for name, value in node.get("facts", {}).items()]:
+            facts[node["label"]] = ", ".join(found)
         for child in node["children"]:
             walk(child, depth + 1)
 
     walk(funnel["tree"], 0)
-    return aligned(rows)
+    lines = [
+        f"{label}: {', '.join(filter(None, [facts.get(label), f'fitted in {seconds:.2f} s']))}"
+        for label, seconds in timings.items()
+        if label in facts
+    ]
+    return "\n".join([aligned(rows), *lines])
 
 
 def load_pretrain_config(path: str | None, overrides: list[str]) -> Any:

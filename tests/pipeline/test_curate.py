@@ -83,6 +83,7 @@ def test_fraction_of_the_survivors_budget_and_funnel(curate, folder):
         (l14 >= among[int(len(among) * 0.2)]).sum(),
     ]
     assert f"{mask.sum()} of 600 samples" in out and "by it alone" in out
+    assert re.search(r"clip_score\(fraction=0.5, model='b32'\): threshold = 0\.\d+, fitted in \d+\.\d\d s", out)
     assert (place / "manifest.json").exists() and (place / "reasons.parquet").exists()
     # a budget beneath a weighted score
     status, _, _, place = curate({"score": {"b32": 0.5, "l14": 0.5, "keep": 100}}, out="budget")

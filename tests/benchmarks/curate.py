@@ -46,6 +46,14 @@ np.save(sys.argv[2], kept[np.lexsort((kept["f1"], kept["f0"]))])
 """
 
 
+_RAY = """
+import ray
+ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+ray.get(ray.remote(lambda: 1).remote())
+ray.shutdown()
+"""
+
+
 def _median(times: list[float]) -> float:
     return statistics.median(times)
 
@@ -99,6 +107,7 @@ def clip_score(folder: Path, rows: int, repeat: int) -> None:
             done, file = way()
             runs[name].append(done)
             files.add(file)
+        runs.setdefault("Ray alone: start, an empty task, stop", []).append(run([sys.executable, "-c", _RAY]))
     header = ("", "wall s", "CPU s", "peak MB of one process")
     lines = [
         (name, _median([r.wall for r in found]), _median([r.cpu for r in found]), _median([r.memory for r in found]))

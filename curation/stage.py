@@ -61,6 +61,7 @@ class CurateStage(Stage):
     name = "curate"
     version = 2
     keep_orphans = True
+    light = True
 
     def params(self) -> dict[str, Any]:
         return {"reasons": self.reasons}

@@ -58,6 +58,7 @@ class CompareStage(Stage):
 
     name = "compare"
     version = 1
+    light = True
 
     def params(self) -> dict[str, Any]:
         return {"baseline": self._baseline()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -78,6 +79,12 @@ class RayExecutor:
         self._started = False
         self._owns = False
 
+    def _would_start(self) -> bool:
+        """Whether connecting means to start a Ray on this machine."""
+        ray = sys.modules.get("ray")
+        running = self._started or (ray is not None and ray.is_initialized())
+        return not (running or self.address or os.environ.get("RAY_ADDRESS"))
+
     def connect(self) -> Any:
         """Start or join Ray; returns the ray module. Raises WinnowError when the address does not answer."""
         import ray
@@ -103,6 +110,9 @@ class RayExecutor:
         return ray
 
     def results(self, stage: Stage, groups: list[tuple[int, list[Unit]]]) -> Iterator[Result | None]:
+        if stage.light and len(groups) == 1 and self._would_start():
+            yield from SerialExecutor().results(stage, groups)
+            return
         ray = self.connect()
         total = ray.cluster_resources()
         gpus = stage.gpus if stage.gpus >= 0 else min(-stage.gpus, total.get("GPU", 0))

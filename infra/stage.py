@@ -113,6 +113,7 @@ class Stage(abc.ABC):
         tolerates: whether a unit that keeps failing may be set aside within the budget, or ends the run.
         waits: whether a unit itself asks the cluster for processes and waits for them (a training); it then runs in
             a thread of the driver, and `cpus` and `gpus`, what those processes take, bound how many run at once.
+        light: whether a single group takes less time than starting a local Ray; it then runs in the driver.
     """
 
     name: ClassVar[str]
@@ -120,6 +121,7 @@ class Stage(abc.ABC):
     keep_orphans: ClassVar[bool] = False
     tolerates: ClassVar[bool] = False
     waits: ClassVar[bool] = False
+    light: ClassVar[bool] = False
     out: str
 
     @property

@@ -28,6 +28,7 @@ class MergeScoresStage(Stage):
 
     name = "merge"
     version = 1
+    light = True
 
     def params(self) -> dict[str, Any]:
         return {"runs": [name for name, _ in self.runs]}

@@ -188,12 +188,12 @@ def test_a_file_of_ones_own_is_named_by_module_and_class(curate, folder):
     assert kept < short and abs(len(kept) / len(short) - 0.6) < 5 * 0.5 / len(short) ** 0.5
 
 
-def test_curating_scores_loads_neither_torch_nor_ray_nor_pandas(folder, tmp_path):
+def test_curating_scores_loads_neither_torch_nor_pandas_and_starts_no_ray_for_one_subset(folder, tmp_path):
     (tmp_path / "f.yaml").write_text("clip_score: {model: l14, fraction: 0.3}\n")
     code = (
         "import sys\nfrom pipeline.cli import main\n"
         f"sys.argv = ['winnow', 'curate', {str(folder)!r}, '--filters', {str(tmp_path / 'f.yaml')!r}, "
-        f"'--out', {str(tmp_path / 'o')!r}, '--executor', 'serial']\n"
+        f"'--out', {str(tmp_path / 'o')!r}]\n"
         "try:\n    main()\nfinally:\n    print(sorted({'torch', 'ray', 'pandas', 'faiss'} & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -39,14 +39,21 @@ Overrides = Annotated[
 ]
 
 
-def _executor(name: str, address: str | None, paths: tuple[str, ...] = ()) -> Executor:
-    here = (str(Path.cwd()), *paths)
-    sys.path[:0] = [path for path in here if path not in sys.path]
-    return make_executor(name, address, import_paths=here)
+def _importable(*files: str | None) -> tuple[str, ...]:
+    """Let modules of one's own be found, in the working directory and beside a recipe; returns those directories."""
+    here = (str(Path.cwd()), *(str(Path(file).absolute().parent) for file in files if file is not None))
+    sys.path.extend(path for path in here if path not in sys.path)
+    return here
 
 
-def _run(stage: Stage, executor: str, address: str | None, max_set_aside: float = 0.05) -> Manifest:
-    runner = _executor(executor, address)
+def _executor(name: str, address: str | None, beside: str | None = None) -> Executor:
+    return make_executor(name, address, import_paths=_importable(beside))
+
+
+def _run(
+    stage: Stage, executor: str, address: str | None, max_set_aside: float = 0.05, beside: str | None = None
+) -> Manifest:
+    runner = _executor(executor, address, beside)
     try:
         return execute(stage, runner, budget=Budget(max_set_aside), log=RunLog(stage.out))
     finally:
@@ -79,12 +86,13 @@ def run(
     from pipeline.recipe import load_recipe
     from pipeline.stages import check_stage
 
+    _importable(recipe)
     read = load_recipe(recipe, overrides)
     check_stage(until)
     from pipeline.graph import Graph
 
     graph = Graph(read, out or f"runs/{Path(recipe).stem}")
-    runner = _executor(executor, address, (str(Path(recipe).absolute().parent),))
+    runner = _executor(executor, address, recipe)
     log = RunLog(graph.out)
     try:
         manifests = graph.run(runner, log, until)
@@ -105,6 +113,7 @@ def plan(
     """Check a recipe and say what running it would do, without doing it."""
     from pipeline.recipe import load_recipe
 
+    _importable(recipe)
     read = load_recipe(recipe, overrides)
     from pipeline.graph import Graph
 
@@ -185,10 +194,11 @@ def curate(
     from curation.stage import CurateStage, check_uid
     from pipeline.stages import curate_stages, load_filters, print_funnel, print_why
 
+    _importable(filters)
     tree = load_filters(filters)
     if why is not None:
         check_uid(why)
-    runner = _executor(executor, address)
+    runner = _executor(executor, address, filters)
     try:
         url = _pool(pool, storage.join(out, "work"), executor, address)
         for stage in curate_stages(tree, url, out, scorer, columns, reasons):
@@ -243,9 +253,10 @@ def pretrain(
     """Train a model; stopped and started again it goes on where it was."""
     from pipeline.stages import load_pretrain_config, pretrain_stage
 
+    _importable(config)
     read = load_pretrain_config(config, overrides or [])
     url = _pool(pool, storage.join(out, "work"), executor, address)
-    _run(pretrain_stage(read, url, subset, seed, out), executor, address)
+    _run(pretrain_stage(read, url, subset, seed, out), executor, address, beside=config)
     typer.echo(f"Checkpoint: {storage.join(out, 'model', f'seed-{seed}')}")
 
 

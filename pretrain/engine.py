@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import logging
 import math
 import os
@@ -186,18 +187,34 @@ class Engine:
 
 
 def _data_only(checkpoint_engine: Any) -> Any:
-    """DeepSpeed's checkpoint engine with `torch.load(weights_only=True)`: a checkpoint is data and executes nothing."""
+    """DeepSpeed's checkpoint engine with `torch.load(weights_only=True)`: a checkpoint is data and executes nothing.
+
+    Enumerations are saved as their numbers, which they equal: Python 3.11 before 3.11.4 pickles them as calls of
+    `getattr`, which no reader of mere data allows.
+    """
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
     if type(checkpoint_engine) is not TorchCheckpointEngine:
         return checkpoint_engine
 
+    write = checkpoint_engine.save
+
+    def save(state_dict: Any, path: str) -> Any:
+        return write(_plain(state_dict), path)
+
     def load(path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        with torch.serialization.safe_globals([LossScaler, fragment_address]):
             return torch.load(path, map_location=map_location, weights_only=True)
 
-    checkpoint_engine.load = load
+    checkpoint_engine.save, checkpoint_engine.load = save, load
     return checkpoint_engine
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return type(value)((key, _plain(item)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item) for item in value)
+    return value.value if isinstance(value, enum.Enum) else value

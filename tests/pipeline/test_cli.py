@@ -133,3 +133,15 @@ def test_doctor_finds_this_machine_well_and_a_shadowed_room(monkeypatch, capsys,
     code = "from pipeline.doctor import _shadowed; print([f.line() for f in _shadowed()])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
     assert "fail" in done.stdout and "shadowed by" in done.stdout, done.stderr
+
+
+def test_modules_of_ones_own_lie_beside_the_recipe(tmp_path):
+    """As the installed command finds them: neither the working directory nor the recipe's is on Python's path."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "my_filters.py").write_text((ROOT / "tests" / "examples" / "caption_length.py").read_text())
+    recipe = folder / "r.yaml"
+    recipe.write_text('demo: {}\npool: demo:pool\nsubsets: {own: {"my_filters:CaptionLength": {most: 6}}}\n')
+    command = [Path(sys.executable).with_name("winnow"), "plan", recipe, "--out", tmp_path / "out"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "curate" in done.stdout, done.stderr

@@ -104,7 +104,11 @@ class RayExecutor:
             try:
                 ray.init(**options)
             except (ConnectionError, RuntimeError, ValueError) as error:
-                raise WinnowError(f"Ray did not start or answer ({error})", where=address or "local Ray") from error
+                raise WinnowError(
+                    f"Ray did not start or answer ({error})",
+                    where=address or "local Ray",
+                    do="If the cluster wants a token, set RAY_AUTH_MODE=token." if address else None,
+                ) from error
             self._owns = True
         self._started = True
         return ray

@@ -97,7 +97,7 @@ def clip_score(folder: Path, rows: int, repeat: int) -> None:
     part = _files(folder, rows)
     ways = {
         "winnow, serial": _curate(part),
-        "winnow, Ray": _curate(part, _CLIP, "--executor", "ray"),
+        "winnow, default executor": _curate(part, _CLIP, "--max-set-aside", "0.05"),
         "sketch": _sketch(part),
     }
     runs: dict[str, list[Run]] = {name: [] for name in ways}

@@ -2,6 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Without bytecode on disk every process compiles all of torch anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install quickstart test lint clean
 
 install: $(VENV)/.installed

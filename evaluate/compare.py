@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from evaluate.aggregate import Score, SubsetScores, compare, headline
@@ -93,8 +95,9 @@ class CompareStage(Stage):
     def run(self, unit: Unit) -> Output:
         scores_url, places = unit.args["scores"], unit.args["subsets"]
         manifest = need_manifest(scores_url, "scores")
-        tasks = manifest.values["tasks"]
-        by_checkpoint = _main_scores(scores_url, tasks)
+        protocol, by_checkpoint = _main_scores(scores_url, manifest.values["tasks"], manifest.values["protocols"])
+        scored = {key for scores in by_checkpoint.values() for key in scores}
+        tasks = {key: facts for key, facts in manifest.values["tasks"].items() if key in scored}
         funnels = {name: read_funnel(place["url"]) for name, place in places.items()}
         uids = {name: load_subset(storage.join(place["url"], SUBSET)) for name, place in places.items()}
         subsets = []
@@ -106,6 +109,7 @@ class CompareStage(Stage):
             scores = tuple(by_checkpoint.get(checkpoint, {}) for _, checkpoint in pairs)
             subsets.append(SubsetScores(name, len(uids[name]), funnels[name]["pool"], seeds, scores))
         result = compare(subsets, tasks, self._baseline())
+        result["protocol"] = protocol
         used = {checkpoint for _, pairs in unit.params["checkpoints"] for _, checkpoint in pairs}
         result["missing"] = [entry for entry in manifest.values["missing"] if entry["checkpoint"] in used]
         views: dict[str, SubsetView] = {}
@@ -125,16 +129,22 @@ class CompareStage(Stage):
         return Output(values=dict(records[0].values))
 
 
-def _main_scores(url: str, tasks: dict[str, Any]) -> dict[str, dict[str, Score]]:
-    """The zero-shot main metric of each checkpoint on each task that has one."""
+def _main_scores(url: str, tasks: dict[str, Any], protocols: Sequence[str]) -> tuple[str, dict[str, dict[str, Score]]]:
+    """The protocol compared by, which is the run's first that gave scores, and by it the main metric of each checkpoint
+    on each task that has one; the mean over the protocol's own seeds."""
     with storage.open_read(storage.join(url, SCORES)) as file:
-        table = pq.read_table(file)
-    table = table.filter(pc.equal(table["protocol"], "zeroshot"))
-    found: dict[str, dict[str, Score]] = {}
-    for row in table.to_pylist():
-        if row["metric"] == tasks[row["task"]]["metric"]:
-            found.setdefault(row["checkpoint"], {})[row["task"]] = Score(row["value"], row["stderr"])
-    return found
+        rows = pq.read_table(file).to_pylist()
+    given = {row["protocol"] for row in rows}
+    protocol = next((name for name in protocols if name in given), protocols[0])
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["protocol"] == protocol and row["metric"] == tasks[row["task"]]["metric"]:
+            found.setdefault((row["checkpoint"], row["task"]), []).append(row)
+    scores: dict[str, dict[str, Score]] = {}
+    for (checkpoint, task), some in found.items():
+        stderr = math.sqrt(mean(row["stderr"] ** 2 for row in some))
+        scores.setdefault(checkpoint, {})[task] = Score(mean(row["value"] for row in some), stderr)
+    return protocol, scores
 
 
 def _provenance(unit: Unit, scores: Any, places: dict[str, Any]) -> list[tuple[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evaluate.data import Sample
+from infra.ahead import cores
 from infra.pictures import PictureError, decode_picture
 
 if TYPE_CHECKING:
@@ -23,98 +22,100 @@ BATCHES_AHEAD = 2
 
 @dataclass
 class Embedded:
-    """The features of a test set.
+    """The features of some pictures.
 
     Attributes:
-        images: for each encoder float32 [n, dim].
-        labels: int64 [n], -1 where there is none.
-        captions: of each picture.
-        set_aside: (key, reason) of the pictures that could not be decoded; they are no part of the n.
+        images: for each encoder float32 [n, dim], of the pictures that could be decoded.
+        aside: reason for each place of a picture that could not.
     """
 
     images: list[np.ndarray]
-    labels: np.ndarray
-    captions: list[tuple[str, ...]]
-    set_aside: list[tuple[str, str]] = field(default_factory=list)
+    aside: dict[int, str] = field(default_factory=dict)
 
 
-def decode_threads() -> int:
-    """Threads to decode with: as many as cores this process may use, from 2 to 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(2, min(16, cores))
+def decode_threads(device: str = "auto") -> int:
+    """Threads to decode with beside the one that embeds, 0 to 16.
+
+    Where a GPU embeds, this process's share of the cores. Where the CPU does, as many as torch computes with, which is
+    what the process was granted (Ray sets it); with one the thread that embeds decodes as well.
+    """
+    import torch
+
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        return max(2, min(16, cores() // max(1, torch.cuda.device_count())))
+    threads = torch.get_num_threads()
+    return min(16, threads) if threads > 1 else 0
 
 
 def embed(
-    samples: Iterable[Sample],
+    pictures: Iterable[bytes],
     encoders: Sequence[Encoder],
     batch_size: int = 256,
+    threads: int = 2,
     on_batch: Callable[[int], None] | None = None,
 ) -> Embedded:
-    """Embed a test set with every encoder.
+    """Embed pictures with every encoder.
 
     Args:
-        samples: read in order, a few batches ahead of the encoders.
+        pictures: encoded; read in order, a few batches ahead of the encoders.
         encoders: those with equal `preprocess_key` share the prepared pictures.
         batch_size: pictures an encoder sees at once.
+        threads: that decode; 0 to decode in this one.
         on_batch: called with the number of pictures done so far.
     """
     import torch
 
     prepare = {encoder.preprocess_key: encoder.preprocess for encoder in encoders}
 
-    def decode(sample: Sample) -> dict[str, Any] | str:
+    def decode(picture: bytes) -> dict[str, Any] | str:
         try:
-            image = decode_picture(sample.image)
+            image = decode_picture(picture)
         except PictureError as error:
             return error.what
         return {key: function(image) for key, function in prepare.items()}
 
     parts: list[list[np.ndarray]] = [[] for _ in encoders]
-    labels: list[int] = []
-    captions: list[tuple[str, ...]] = []
-    aside: list[tuple[str, str]] = []
+    aside: dict[int, str] = {}
     done = 0
-    with ThreadPoolExecutor(decode_threads()) as pool:
-        for batch in _ahead(pool, decode, samples, batch_size):
-            ready = []
-            for sample, result in batch:
-                if isinstance(result, str):
-                    aside.append((sample.key, result))
-                    continue
-                ready.append(result)
-                labels.append(sample.label)
-                captions.append(sample.captions)
-            if ready:
-                tensors = {key: torch.stack([result[key] for result in ready]) for key in prepare}
-                for part, encoder in zip(parts, encoders, strict=True):
-                    part.append(encoder.encode_images(tensors[encoder.preprocess_key]))
-            done += len(batch)
-            if on_batch is not None:
-                on_batch(done)
+    for batch in _ahead(decode, pictures, batch_size, threads):
+        ready = [result for result in batch if not isinstance(result, str)]
+        aside |= {done + i: result for i, result in enumerate(batch) if isinstance(result, str)}
+        if ready:
+            tensors = {key: torch.stack([result[key] for result in ready]) for key in prepare}
+            for part, encoder in zip(parts, encoders, strict=True):
+                part.append(encoder.encode_images(tensors[encoder.preprocess_key]))
+        done += len(batch)
+        if on_batch is not None:
+            on_batch(done)
     images = [
         np.concatenate(part) if part else np.empty((0, encoder.dim), np.float32)
         for part, encoder in zip(parts, encoders, strict=True)
     ]
-    return Embedded(images, np.array(labels, dtype=np.int64), captions, aside)
+    return Embedded(images, aside)
 
 
 def _ahead(
-    pool: ThreadPoolExecutor, function: Callable[[Sample], Any], samples: Iterable[Sample], batch_size: int
-) -> Iterator[list[tuple[Sample, Any]]]:
-    """Batches of (sample, function of it) in order, with the next `BATCHES_AHEAD` in the making."""
-    stream = iter(samples)
-    waiting: deque[list[tuple[Sample, Future]]] = deque()
-    try:
-        while True:
-            while len(waiting) <= BATCHES_AHEAD:
-                batch = [(sample, pool.submit(function, sample)) for sample in islice(stream, batch_size)]
-                if not batch:
-                    break
-                waiting.append(batch)
-            if not waiting:
-                return
-            yield [(sample, future.result()) for sample, future in waiting.popleft()]
-    finally:
-        for batch in waiting:
-            for _, future in batch:
-                future.cancel()
+    function: Callable[[bytes], Any], pictures: Iterable[bytes], batch_size: int, threads: int
+) -> Iterator[list[Any]]:
+    """The function's results in order, in batches; with threads the next `BATCHES_AHEAD` are in the making."""
+    stream = iter(pictures)
+    if not threads:
+        while batch := [function(picture) for picture in islice(stream, batch_size)]:
+            yield batch
+        return
+    waiting: deque[list[Future]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        try:
+            while True:
+                while len(waiting) <= BATCHES_AHEAD:
+                    futures = [pool.submit(function, picture) for picture in islice(stream, batch_size)]
+                    if not futures:
+                        break
+                    waiting.append(futures)
+                if not waiting:
+                    return
+                yield [future.result() for future in waiting.popleft()]
+        finally:
+            for futures in waiting:
+                for future in futures:
+                    future.cancel()

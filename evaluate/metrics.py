@@ -61,9 +61,45 @@ def macro_f1(labels: np.ndarray, predicted: np.ndarray) -> float:
 
 def worst_group_accuracy(correct: np.ndarray, groups: np.ndarray) -> float:
     """The lowest accuracy of any group that has samples. `correct` bool [n], `groups` int [n]."""
+    return min(value for value, _ in group_accuracies(correct, groups).values())
+
+
+def group_accuracies(correct: np.ndarray, groups: np.ndarray) -> dict[int, tuple[float, int]]:
+    """Accuracy and number of samples of each group that has any. `correct` bool [n], `groups` int [n], at least 0."""
     total = np.bincount(groups)
     right = np.bincount(groups, weights=correct.astype(float))
-    return float(np.min(right[total > 0] / total[total > 0]))
+    return {int(group): (float(right[group] / total[group]), int(total[group])) for group in np.flatnonzero(total)}
+
+
+def first(scores: np.ndarray, k: int) -> np.ndarray:
+    """Whether each candidate is among the first k: bool [candidates] for `scores` float [candidates]."""
+    chosen = np.zeros(len(scores), dtype=bool)
+    chosen[np.argsort(-scores, kind="stable")[:k]] = True
+    return chosen
+
+
+def average_precision(scores: np.ndarray, targets: np.ndarray) -> float:
+    """Mean over the classes of the average precision of each: the mean, over the pictures that have the class, of the
+    share of such pictures down to that one, in falling order of score; 0 for a class that none has, as in
+    CLIP_benchmark. `scores` float [n, classes], `targets` bool likewise."""
+    return float(_precisions(np.ones((1, len(scores))), _sorted_targets(scores, targets))[0])
+
+
+def _sorted_targets(scores: np.ndarray, targets: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each class the pictures in order, and whether each has it."""
+    orders = np.argsort(-scores, axis=0, kind="stable").T
+    return [(order, targets[order, number]) for number, order in enumerate(orders)]
+
+
+def _precisions(counts: np.ndarray, classes: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """`average_precision` [draws] with each picture counted so many times, float [draws, n]."""
+    total = np.zeros(len(counts))
+    for order, truth in classes:
+        weights = counts[:, order]
+        hits = weights * truth
+        precision = np.cumsum(hits, axis=1) / np.maximum(np.cumsum(weights, axis=1), 1)
+        total += (hits * precision).sum(axis=1) / np.maximum(hits.sum(axis=1), 1)
+    return total / len(classes)
 
 
 def jaccard(chosen: np.ndarray, truth: np.ndarray) -> float:
@@ -186,3 +222,33 @@ def recall_stderr(
         text[i] = text_hits[drawn].mean()
         image[i] = found[drawn].sum() / captions[drawn].sum()
     return float(text.std(ddof=1)), float(image.std(ddof=1)), float(((text + image) / 2).std(ddof=1))
+
+
+def mean_stderr(values: np.ndarray, seed: int = 0) -> float:
+    """Bootstrap standard error of the mean of independent values, float [n]."""
+    levels, cells = np.unique(values, return_counts=True)
+    return bootstrap_stderr(lambda counts: counts @ levels / counts.sum(axis=1), cells, seed)
+
+
+def worst_group_stderr(correct: np.ndarray, groups: np.ndarray, seed: int = 0) -> float:
+    """Bootstrap standard error of `worst_group_accuracy`; in a draw, too, only groups that have samples count."""
+    numbers, place = np.unique(groups, return_inverse=True)
+    right = np.bincount(place[correct], minlength=len(numbers))
+    total = np.bincount(place, minlength=len(numbers))
+
+    def statistic(counts: np.ndarray) -> np.ndarray:
+        hit, missed = counts[:, : len(numbers)], counts[:, len(numbers) :]
+        n = hit + missed
+        return np.where(n > 0, hit / np.maximum(n, 1), np.inf).min(axis=1)
+
+    return bootstrap_stderr(statistic, np.concatenate([right, total - right]), seed)
+
+
+def average_precision_stderr(scores: np.ndarray, targets: np.ndarray, seed: int = 0, block: int = 16) -> float:
+    """Bootstrap standard error of `average_precision`, drawing pictures, `block` draws at a time."""
+    rng, n, classes = np.random.default_rng(seed), len(scores), _sorted_targets(scores, targets)
+    values = []
+    for low in range(0, RESAMPLES, block):
+        draws = min(block, RESAMPLES - low)
+        values.append(_precisions(rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(float), classes))
+    return float(np.concatenate(values).std(ddof=1))

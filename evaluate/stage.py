@@ -1,29 +1,27 @@
-"""The evaluate stage: many checkpoints on many tasks, each picture decoded once for all of them."""
+"""The evaluate stage: many checkpoints on many tasks by many protocols, from the features that the embed stage kept."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evaluate.data import EvalSet, FoundTask, TaskError, data_digest, find_tasks
-from evaluate.embed import embed
-from evaluate.kinds import NEED_TEXT, SEED, Features, kind_of
+from evaluate.features import EmbedStage, encoders_of
+from evaluate.kinds import NEED_TEXT, NEED_TRAIN, SEED, SEEDS, Features, Split, applies, kind_of
+from evaluate.parts import PART_SAMPLES, has_split
+from evaluate.reading import LoadedSplit, NotEmbedded, load_class_weights, load_split
+from evaluate.results import measured, result_line
 from evaluate.tasks import Task
 from infra import storage
 from infra.errors import UsageError, WinnowError
-from infra.execute import note_url
-from infra.progress import write_note
 from infra.stage import Output, Record, SetAside, Stage, Unit
-
-if TYPE_CHECKING:
-    from pretrain.encoder import Encoder
 
 SCORES = "scores.parquet"
 RESULTS = "eval_results.jsonl"
@@ -46,8 +44,10 @@ SCHEMA = pa.schema(
 class EvaluateStage(Stage):
     """Score checkpoints on tasks.
 
-    A unit is one checkpoint on one task; the units of one task run together, so that its pictures are decoded once.
-    A set that is broken, or does not apply to an encoder, leaves no row and is listed in the manifest's `missing`.
+    A unit is one checkpoint on one task by one protocol, and by one seed where the protocol draws something. It embeds
+    nothing: `embedding()` is the stage that has to come first. A set that is broken leaves no row and is listed in the
+    manifest's `missing`; what does not apply (a task without a train split and a probe, an encoder without a text tower
+    and zero-shot) is listed in `not_applicable`.
 
     Args:
         checkpoints: (name, encoder spec, digest) of each.
@@ -55,9 +55,11 @@ class EvaluateStage(Stage):
         out: directory for scores.parquet and eval_results.jsonl.
         tasks: "all" for every set in the folder, or keys or names.
         protocols: which of `evaluate.kinds.PROTOCOLS`.
-        device: for the encoders; "auto" takes a GPU where there is one.
+        features: directory of the features; `out`/features if not given. May be shared with other evaluations.
+        device: for encoders and probes; "auto" takes a GPU where there is one.
         batch_size: pictures an encoder sees at once.
         threads: CPU threads of an encoder; None leaves it to torch.
+        part_samples: samples of a set that are embedded in one piece, about.
         unit_cpus, unit_gpus: what a unit asks of the cluster; -1: a GPU where there is one.
     """
 
@@ -66,14 +68,16 @@ class EvaluateStage(Stage):
     out: str
     tasks: tuple[str, ...] | str = "all"
     protocols: tuple[str, ...] = ("zeroshot",)
+    features: str = ""
     device: str = "auto"
     batch_size: int = 256
     threads: int | None = None
+    part_samples: int = PART_SAMPLES
     unit_cpus: float = 1
     unit_gpus: float = -1
 
     name = "evaluate"
-    version = 1
+    version = 2
     keep_orphans = True
     tolerates = True
 
@@ -86,10 +90,26 @@ class EvaluateStage(Stage):
         return self.unit_gpus
 
     def params(self) -> dict[str, Any]:
-        return {"protocols": list(self.protocols)}
+        return {}
 
     def parents(self) -> dict[str, str]:
         return {f"checkpoint/{name}": digest for name, _, digest in self.checkpoints}
+
+    def embedding(self) -> EmbedStage:
+        """The stage that must have run before this one."""
+        return EmbedStage(
+            checkpoints=self.checkpoints,
+            data=self.data,
+            out=self.features or self.url("features"),
+            tasks=self.tasks,
+            protocols=self.protocols,
+            device=self.device,
+            batch_size=self.batch_size,
+            threads=self.threads,
+            part_samples=self.part_samples,
+            unit_cpus=self.unit_cpus,
+            unit_gpus=self.unit_gpus,
+        )
 
     def found(self) -> list[FoundTask]:
         return find_tasks(storage.absolute(self.data), self.tasks)
@@ -97,154 +117,196 @@ class EvaluateStage(Stage):
     def plan(self) -> list[Unit]:
         if not self.checkpoints:
             raise UsageError("no checkpoint to evaluate")
+        if not self.protocols:
+            raise UsageError("no protocol to evaluate by")
         units = []
-        for entry in self.found():
-            task = entry.task
-            if not self._applies(task):
-                continue
-            digest = data_digest(entry.url)
-            for name, spec, checkpoint in self.checkpoints:
-                units.append(
-                    Unit(
-                        unit_name(name, task),
-                        inputs={"checkpoint": checkpoint, "data": digest},
-                        params={"task": task.model_dump()},
-                        args={"checkpoint": name, "spec": spec, "url": entry.url},
-                        group=task.key,
-                    )
-                )
+        for found in self.found():
+            for protocol in self.protocols:
+                if self._unfit(found, protocol) is None:
+                    units += self._units(found, protocol)
         if not units:
             raise UsageError(
                 f"no task here can be evaluated by {', '.join(self.protocols)}", where=storage.absolute(self.data)
             )
         return units
 
-    def _applies(self, task: Task) -> bool:
-        return any(kind_of(protocol, task.kind) is not None for protocol in self.protocols)
+    def _unfit(self, found: FoundTask, protocol: str) -> str | None:
+        """Why a protocol does not apply to a set, whatever the encoder; None if it does."""
+        if not applies(protocol, found.task.kind):
+            return f'{protocol} does not evaluate tasks of kind "{found.task.kind}"'
+        if protocol in NEED_TRAIN and not has_split(found.url, "train"):
+            return "the set has no train split"
+        return None
 
-    def run_group(self, units: list[Unit]) -> Iterator[tuple[Unit, Output]]:
-        task = Task.model_validate(dict(units[0].params["task"]))
-        ready: list[tuple[Unit, Encoder]] = []
-        for unit in units:
-            encoder = self._encoder(unit, units)
-            if isinstance(encoder, str):
-                yield unit, self._missing(unit, task, encoder, aside=True)
-            elif not encoder.has_text and NEED_TEXT.issuperset(self.protocols):
-                yield unit, self._missing(unit, task, "the encoder has no text tower, zero-shot does not apply")
-            else:
-                ready.append((unit, encoder))
-        if not ready:
-            return
+    def _units(self, found: FoundTask, protocol: str) -> list[Unit]:
+        splits = ("train", "val") if protocol in NEED_TRAIN else ()
+        inputs = {"data": data_digest(found.url)}
+        inputs |= {split: data_digest(found.url, split) for split in splits if has_split(found.url, split)}
+        units = []
+        for name, spec, checkpoint in self.checkpoints:
+            for seed in SEEDS.get(protocol, (SEED,)):
+                units.append(
+                    Unit(
+                        unit_name(name, found.task, protocol, seed if protocol in SEEDS else None),
+                        inputs=inputs | {"checkpoint": checkpoint},
+                        params={"task": found.task.model_dump(), "protocol": protocol, "seed": seed},
+                        args={"checkpoint": name, "spec": spec, "url": found.url},
+                    )
+                )
+        return units
+
+    def run(self, unit: Unit) -> Output:
+        task = Task.model_validate(dict(unit.params["task"]))
+        protocol, seed = unit.params["protocol"], unit.params["seed"]
+        values = {"checkpoint": unit.args["checkpoint"], "task": task.key, "protocol": protocol, "rows": []}
+        found = FoundTask(task, unit.args["url"])
         try:
-            test_set = EvalSet.open(FoundTask(task, units[0].args["url"]))
-            embedded = embed(
-                test_set.samples(), [encoder for _, encoder in ready], self.batch_size, self._notes(units[0])
-            )
-            if len(embedded.labels) == 0:
-                raise TaskError("none of its pictures can be decoded", where=test_set.url)
+            test_set = EvalSet.open(found)
+            splits = self._load(unit, found, test_set)
+            test = splits["test"]
+            if protocol in NEED_TEXT and not test.has_text:
+                return Output(values=values | {"not_applicable": "the encoder has no text tower"})
+            kind = kind_of(protocol, task.kind)
+            assert kind is not None
+            figures = kind(self._features(unit, found, splits, seed), test_set)
         except TaskError as error:
             reason = self._without_root(str(error))
-            for unit, _ in ready:
-                yield unit, self._missing(unit, task, reason, aside=True)
-            return
-        aside = [SetAside(f"{task.key}/{key}", reason) for key, reason in embedded.set_aside]
-        n = len(embedded.labels)
+            return Output(set_aside=[SetAside(unit.name, reason)], values=values | {"missing": reason})
+        rows = [{"protocol": protocol, "seed": seed, **asdict(row)} for row in figures]
+        aside = [
+            SetAside(f"{task.key}/{key}" if split == "test" else f"{task.key}/{split}/{key}", reason)
+            for split, loaded in splits.items()
+            for key, reason in loaded.aside
+        ]
+        n = measured(task, len(test.samples), rows)
         chance = 1 / n if task.kind == "retrieval" and task.chance is None else task.chance
-        for (unit, encoder), images in zip(ready, embedded.images, strict=True):
-            features = Features(images, embedded.labels, encoder.encode_texts, embedded.captions)
-            rows = []
-            for protocol in self.protocols:
-                kind = kind_of(protocol, task.kind)
-                if kind is not None and (encoder.has_text or protocol not in NEED_TEXT):
-                    rows += [{"protocol": protocol, **asdict(row)} for row in kind(features, test_set)]
-            values = {"checkpoint": unit.args["checkpoint"], "task": task.key, "rows": rows, "chance": chance, "n": n}
-            yield unit, Output(items=n, set_aside=aside, values=values)
+        return Output(items=n, set_aside=aside, values=values | {"rows": rows, "chance": chance, "n": n})
 
-    def _missing(self, unit: Unit, task: Task, reason: str, aside: bool = False) -> Output:
-        values = {"checkpoint": unit.args["checkpoint"], "task": task.key, "rows": [], "missing": reason}
-        return Output(set_aside=[SetAside(unit.name, reason)] if aside else [], values=values)
+    def _load(self, unit: Unit, found: FoundTask, test_set: EvalSet) -> dict[str, LoadedSplit]:
+        """The splits the unit's protocol looks at. Raises TaskError for a broken one, WinnowError where one is not
+        embedded."""
+        embedding, checkpoint = self.embedding(), unit.inputs["checkpoint"]
+        names = ["test", *(split for split in ("train", "val") if split in unit.inputs)]
+        try:
+            return {name: load_split(embedding, found, test_set, name, checkpoint) for name in names}
+        except NotEmbedded:
+            # What keeps the encoder from being loaded is more use than that it was not.
+            (encoder,) = encoders_of([(unit.args["spec"], checkpoint)], self.device, self.threads)
+            if isinstance(encoder, str):
+                raise WinnowError(encoder) from None
+            raise
+
+    def _features(self, unit: Unit, found: FoundTask, splits: dict[str, LoadedSplit], seed: int) -> Features:
+        def encoder() -> Any:
+            (loaded,) = encoders_of([(unit.args["spec"], unit.inputs["checkpoint"])], self.device, self.threads)
+            if isinstance(loaded, str):
+                raise WinnowError(loaded)
+            return loaded
+
+        test = splits["test"]
+        weights = None
+        if unit.params["protocol"] in NEED_TEXT:
+            weights = load_class_weights(self.embedding(), found, unit.inputs["checkpoint"])
+        return Features(
+            images=test.images,
+            labels=test.labels(),
+            encode_texts=_known_texts(test.texts, encoder),
+            captions=[sample.captions for sample in test.samples],
+            class_weights=weights,
+            splits={name: _split(split, labelled=name != "test") for name, split in splits.items()},
+            encoder=encoder,
+            seed=seed,
+            device=self.device,
+            keys=[sample.key for sample in test.samples],
+            metadata=np.array([sample.metadata for sample in test.samples], np.float64),
+        )
 
     def _without_root(self, text: str) -> str:
         """Records hold no absolute paths: a set is named from the data folder on."""
         return text.replace(storage.absolute(self.data) + "/", "")
 
-    def _encoder(self, unit: Unit, units: list[Unit]) -> Encoder | str:
-        """The unit's encoder, or the sentence saying why it cannot be loaded."""
-        wanted = {(other.args["spec"], other.inputs["checkpoint"], self.device) for other in units}
-        for key in set(_ENCODERS) - wanted:
-            del _ENCODERS[key]
-        key = (unit.args["spec"], unit.inputs["checkpoint"], self.device)
-        if key not in _ENCODERS:
-            from pretrain.encoder import load_encoder
-
-            try:
-                _ENCODERS[key] = load_encoder(unit.args["spec"], device=self.device, threads=self.threads)
-            except UsageError:
-                raise
-            except WinnowError as error:
-                return f"the checkpoint cannot be loaded: {error.what}"
-        return _ENCODERS[key]
-
-    def _notes(self, unit: Unit) -> Any:
-        started = last = time.monotonic()
-
-        def note(done: int) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if now - last > 2:
-                last = now
-                write_note(note_url(self, unit), f"{unit.group}: {done:,} pictures {done / (now - started):,.0f}/s")
-
-        return note
-
     def finish(self, records: list[Record]) -> Output:
-        values = {(record.values["checkpoint"], record.values["task"]): record.values for record in records}
-        rows, lines, missing, tasks = [], [], [], {}
-        for entry in self.found():
-            task = entry.task
-            if not self._applies(task):
-                reason = f'no protocol of this run evaluates tasks of kind "{task.kind}"'
-                missing += [{"checkpoint": name, "task": task.key, "reason": reason} for name, _, _ in self.checkpoints]
-                continue
-            for name, _, _ in self.checkpoints:
-                got = values.get((name, task.key), {"rows": [], "missing": "failed; see set_aside in the manifest"})
-                if not got["rows"]:
-                    missing.append({"checkpoint": name, "task": task.key, "reason": got["missing"]})
+        results: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+        for record in records:
+            got = record.values
+            results.setdefault((got["checkpoint"], got["task"], got["protocol"]), []).append(got)
+        rows, lines, missing, unfit = [], [], [], []
+        tasks: dict[str, Any] = {}
+        found_tasks = self.found()
+        for name, _, _ in self.checkpoints:
+            for found in found_tasks:
+                task = found.task
+                stamp = {"checkpoint": name, "task": task.key}
+                if not any(applies(protocol, task.kind) for protocol in self.protocols):
+                    reason = f'no protocol of this run evaluates tasks of kind "{task.kind}"'
+                    missing.append(stamp | {"reason": reason})
                     continue
-                facts = task.model_dump(include={"name", "kind", "metric", "group", "scored", "size", "version"})
-                tasks[task.key] = facts | {"chance": got["chance"], "n": got["n"]}
-                stamp = {"checkpoint": name, "task": task.key, "task_version": task.version, "seed": SEED}
-                rows += [row | stamp for row in got["rows"]]
-                lines.append(_result_line(name, task, got["rows"]))
+                mine: list[dict[str, Any]] = []
+                for protocol in self.protocols:
+                    stamp["protocol"] = protocol
+                    if (why := self._unfit(found, protocol)) is not None:
+                        unfit.append(stamp | {"reason": why})
+                        continue
+                    some = results.get((name, task.key, protocol), [])
+                    mine += [row for got in some for row in got["rows"]]
+                    unfit += [stamp | {"reason": got["not_applicable"]} for got in some if "not_applicable" in got]
+                    faults = [got["missing"] for got in some if "missing" in got]
+                    if len(some) < len(SEEDS.get(protocol, (SEED,))):
+                        faults.append("failed; see set_aside in the manifest")
+                    missing += [stamp | {"reason": fault} for fault in faults[:1]]
+                    for got in some:
+                        if got["rows"]:
+                            tasks[task.key] = _facts(task) | {"chance": got["chance"], "n": got["n"]}
+                rows += [row | {"checkpoint": name, "task": task.key, "task_version": task.version} for row in mine]
+                lines += [result_line(name, task, mine)] if mine else []
         if not rows:
-            raise WinnowError(f"no task could be evaluated; the first, {missing[0]['task']}: {missing[0]['reason']}")
-        order = {name: number for number, (name, _, _) in enumerate(self.checkpoints)}
-        rows.sort(key=lambda row: order[row["checkpoint"]])
-        lines.sort(key=lambda line: order[line["checkpoint"]])
+            first = (missing or unfit)[0]
+            raise WinnowError(f"no task could be evaluated; the first, {first['task']}: {first['reason']}")
         with storage.writing(self.url(SCORES)) as path:
             pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path)
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         storage.write_bytes(self.url(RESULTS), text.encode())
-        checkpoints = {name: digest for name, _, digest in self.checkpoints}
-        return Output([SCORES, RESULTS], values={"checkpoints": checkpoints, "tasks": tasks, "missing": missing})
+        values = {
+            "checkpoints": {name: digest for name, _, digest in self.checkpoints},
+            "protocols": list(self.protocols),
+            "tasks": {found.task.key: tasks[found.task.key] for found in found_tasks if found.task.key in tasks},
+            "missing": missing,
+            "not_applicable": unfit,
+        }
+        return Output([SCORES, RESULTS], values=values)
 
 
-# The encoders of the last group in this process: the next task mostly wants the same.
-_ENCODERS: dict[tuple[str, str, str], Any] = {}
+def _facts(task: Task) -> dict[str, Any]:
+    """What readers of the scores need to know of a task."""
+    return task.model_dump(include={"name", "kind", "metric", "group", "scored", "size", "version"})
 
 
-def unit_name(checkpoint: str, task: Task) -> str:
-    """Distinct for distinct checkpoints and tasks, and safe as a path whatever the checkpoint is called."""
+def _split(loaded: LoadedSplit, labelled: bool) -> Split:
+    """What a protocol learns from or tests on; to learn from, the samples with a label alone."""
+    labels = loaded.labels()
+    places = np.flatnonzero(labels >= 0) if labelled else np.arange(len(labels))
+    return Split(
+        loaded.images[places], labels[places], lambda wanted: loaded.pictures([int(places[i]) for i in wanted])
+    )
+
+
+def _known_texts(known: dict[str, np.ndarray], encoder: Callable[[], Any]) -> Callable[[list[str]], np.ndarray]:
+    """Embeds texts, taking those embedded before from `known`."""
+
+    def encode(texts: list[str]) -> np.ndarray:
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        if len(new) == len(texts):
+            return np.asarray(encoder().encode_texts(texts))
+        rows = known | dict(zip(new, encoder().encode_texts(new), strict=True)) if new else known
+        return np.stack([rows[text] for text in texts])
+
+    return encode
+
+
+def unit_name(checkpoint: str, task: Task, protocol: str, seed: int | None = None) -> str:
+    """Distinct for distinct arguments, and safe as a path whatever the checkpoint is called."""
     folder = quote(checkpoint, safe="")
     if folder.startswith("."):
         folder = "%2E" + folder[1:]
-    return f"{folder}/{task.data_folder.removeprefix('wds_').removesuffix('_test')}"
-
-
-def _result_line(checkpoint: str, task: Task, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A line as DataComp's evaluation writes it, with the checkpoint's name beside."""
-    figures = {row["metric"]: row["value"] for row in rows if row["protocol"] == "zeroshot"}
-    if "acc1" in figures:
-        figures.setdefault("acc5", None)
-    figures["main_metric"] = figures.get(task.metric) if task.metric else None
-    return {"key": task.key, "dataset": task.name, "metrics": figures, "checkpoint": checkpoint}
+    name = f"{folder}/{task.data_folder.removeprefix('wds_').removesuffix('_test')}/{protocol}"
+    return name if seed is None else f"{name}/seed-{seed}"

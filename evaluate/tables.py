@@ -104,16 +104,33 @@ def _by_task(result: Mapping[str, Any]) -> str:
 def notes(result: Mapping[str, Any]) -> list[str]:
     """Sentences on what an average is over and what is missing."""
     found = []
+    if result.get("protocol", "zeroshot") != "zeroshot":
+        found.append(f"Scores are by {result['protocol']}.")
     names = {key: facts["name"] for key, facts in result["tasks"].items()}
     if result["average"]["name"] != "38-task average" and result["average"]["tasks"]:
         found.append(f"The average is over {', '.join(names[key] for key in result['average']['tasks'])}.")
     if result["not_averaged"]:
         found.append(f"Not in the average: {', '.join(names[key] for key in result['not_averaged'])}.")
+    found += partial_note(result["tasks"])
     seen: dict[tuple[str, str], list[str]] = {}
     for entry in result.get("missing", []):
         seen.setdefault((entry["task"], entry["reason"]), []).append(entry["checkpoint"])
     found += [f"Missing: {task} ({reason}) for {', '.join(names)}." for (task, reason), names in seen.items()]
     return found
+
+
+def partial_note(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A sentence naming the tasks whose figures are of part of their test set, none where there are no such.
+
+    Args:
+        tasks: facts as the evaluate manifest has them: name, n, and size (None for tasks outside DataComp's list).
+    """
+    parts = [
+        f"{facts['name']} ({facts['n']:,} of {facts['size']:,})"
+        for facts in tasks.values()
+        if facts.get("size") and facts["n"] < facts["size"]
+    ]
+    return [f"On part of the test set: {', '.join(parts)}."] if parts else []
 
 
 def text_table(header: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:

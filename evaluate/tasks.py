@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from infra.errors import WinnowError
 from infra.registry import nearest, unknown
 
 FOLDER = Path(__file__).parent / "tasks"
 Group = Literal["imagenet", "shift", "vtab", "retrieval", "other", "extra"]
+
+
+class TaskError(WinnowError):
+    """A test set that cannot be evaluated as it is; trying again does not help."""
 
 
 class Task(BaseModel):
@@ -30,6 +34,13 @@ class Task(BaseModel):
         group: which aggregate it counts in.
         scored: whether it counts in averages.
         folder: name of its data folder; by rule `wds_<key>_test`, with "-" for "/".
+        metadata: names of what a sample's `.npy` holds, from the first on.
+        group_by: which of them to report accuracy by, each value of it being a group.
+        top: a picture counts as right in a group's accuracy when its class is among so many first.
+        mapping: file in the data folder (ObjectNet's own `objectnet_to_imagenet_1k.json`) whose keys are the names of
+            the classes to keep, where `classnames.txt` has more than `classes`.
+        hub: its repository on the Hugging Face hub; by rule the data folder's name, of the owner that is asked for.
+        revision: the commit that is read there, unless another revision is asked for.
         version: raised when a change makes older scores incomparable.
     """
 
@@ -45,11 +56,42 @@ class Task(BaseModel):
     group: Group
     scored: bool = True
     folder: str = Field(default="", pattern=r"^(wds_.+_test)?$")
+    metadata: list[str] = []
+    group_by: list[str] = []
+    top: int = Field(default=1, ge=1)
+    mapping: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.\-]+$")
+    hub: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.\-]+/[A-Za-z0-9_.\-]+$")
+    revision: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
     version: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _groups_are_metadata(self) -> Task:
+        for name in self.group_by:
+            if name not in self.metadata:
+                raise ValueError(f'group_by names "{name}", which is not in metadata')
+        if self.kind == "grouped_classification" and not self.group_by:
+            raise ValueError("a grouped_classification task needs group_by")
+        return self
 
     @property
     def data_folder(self) -> str:
         return self.folder or folder_of(self.key)
+
+    @property
+    def group_metric(self) -> str:
+        """What accuracy within a group is called: "acc", or "acc_top5"."""
+        return "acc" if self.top == 1 else f"acc_top{self.top}"
+
+    def worst_metric(self, field: str) -> str:
+        """What the lowest accuracy over the groups of a field is called: "acc_wg"; with several fields
+        "acc_worst_region"."""
+        return f"{self.group_metric}_wg" if len(self.group_by) == 1 else f"{self.group_metric}_worst_{field}"
+
+    @property
+    def needs_metadata(self) -> bool:
+        """Whether there is no main metric, or nothing at all, without the samples' metadata."""
+        worst = [self.worst_metric(field) for field in self.group_by]
+        return self.kind in ("face_attributes", "multilabel") or self.metric in worst
 
 
 def folder_of(key: str) -> str:
@@ -110,16 +152,18 @@ def datacomp_tasks() -> dict[str, Task]:
 
 
 def extra_task(folder: str, kind: str, classes: int | None) -> Task:
-    """A task for a folder that is none of the 40: named after the folder, judged by acc1 or mean recall@1."""
+    """A task for a folder that is none of the 40: named after the folder, judged by acc1, mean recall@1 or, with
+    several labels a picture, mean average precision."""
     key = folder.removeprefix("wds_").removesuffix("_test")
     retrieval = kind == "retrieval"
+    metric = {"retrieval": "mean_recall@1", "multilabel": "mean_average_precision"}.get(kind, "acc1")
     return Task(
         name=key,
         key=key,
         kind=kind,
-        metric="mean_recall@1" if retrieval else "acc1",
+        metric=metric,
         classes=None if retrieval else classes,
-        chance=None if retrieval or not classes else 1 / classes,
+        chance=1 / classes if metric == "acc1" and classes else None,
         group="extra",
         version=1,
     )

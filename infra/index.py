@@ -1,7 +1,8 @@
 """The index stage: read each tar once, join it with its parquet, note where every member lies.
 
 Layouts (img2dataset's and DataComp's): `NAME.tar` of `KEY.jpg|png|webp`, `KEY.txt`, `KEY.json`, with `NAME.parquet`
-beside it; or bare tars in webdataset's convention. What cannot be used is set aside with its reason.
+beside it; or bare tars in webdataset's convention, where `KEY.cls` becomes the column `label`. What
+cannot be used is set aside with its reason.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -162,7 +164,7 @@ class IndexStage(Stage):
     captions: bool = True
 
     name = "index"
-    version = 1
+    version = 2
     tolerates = True
     _shards: list[tuple[str, int, str]] = field(default_factory=list, repr=False)
 
@@ -232,7 +234,7 @@ class IndexStage(Stage):
     def _rows(self, file: _Hashing, shard: str, aside: list[SetAside]) -> Iterator[dict[str, Any]]:
         seen: set[str] = set()
         try:
-            for key, members in tar_samples(file, (*EXTENSIONS, "txt", "json")):
+            for key, members in tar_samples(file, (*EXTENSIONS, "txt", "json", "cls")):
                 place = f"{shard}/{key}"
                 if key in seen:
                     aside.append(SetAside(place, "key met twice in the tar"))
@@ -292,6 +294,11 @@ class IndexStage(Stage):
         for name, kind in _JSON_FIELDS.items():
             if isinstance(facts.get(name), kind):
                 row[name] = facts[name]
+        label = facts.get("label")
+        if "cls" in members and re.fullmatch(rb"\s*\d{1,18}\s*", members["cls"].data):
+            label = int(members["cls"].data)
+        if type(label) is int and 0 <= label < 1 << 63:
+            row["label"] = label
         if text is None and isinstance(facts.get("text"), str):
             row["text"] = facts["text"]
         row["from_json"] = frozenset(facts)
@@ -415,7 +422,7 @@ def _read_parquet(url: str, aside: list[SetAside], shard: str) -> pa.Table | Non
 
 def _view(rows: list[dict[str, Any]]) -> pa.Table:
     fields = list(IDENTITY) + list(LOCATION)
-    for name, kind in _JSON_FIELDS.items():
+    for name, kind in {**_JSON_FIELDS, "label": int}.items():
         if name not in IDENTITY.names and any(name in row for row in rows):
             fields.append(pa.field(name, pa.string() if kind is str else pa.int64()))
     arrays = [pa.array([row.get(item.name) for row in rows], item.type) for item in fields]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 
+import numpy as np
 from PIL import Image
 
+from infra import storage
 from infra.errors import WinnowError
 
 MAX_PIXELS = 100_000_000
@@ -33,6 +35,13 @@ def decode_picture(data: bytes) -> Image.Image:
         return image.convert("RGB")
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more on broken data
         raise PictureError("undecodable picture") from error
+
+
+def write_picture(url: str, pixels: np.ndarray) -> None:
+    """Write uint8 [H, W, 3] as PNG."""
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG")
+    storage.write_bytes(url, data.getvalue())
 
 
 def _open(data: bytes) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -89,3 +90,20 @@ def config_fields(path: str) -> dict[str, bool]:
                 if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
             }
     return {}
+
+
+def class_constants(path: str) -> dict[str, Any]:
+    """The literals that the body of "module:Class" gives to names, read as `config_fields` reads; none inherited."""
+    module, _, name = path.partition(":")
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.origin:
+        raise UsageError(f'no module "{module}"')
+    constants = {}
+    for node in ast.parse(Path(spec.origin).read_text()).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            for item in node.body:
+                target = item.targets[0] if isinstance(item, ast.Assign) else getattr(item, "target", None)
+                if isinstance(item, ast.Assign | ast.AnnAssign) and isinstance(target, ast.Name) and item.value:
+                    with contextlib.suppress(ValueError):  # no literal
+                        constants[target.id] = ast.literal_eval(item.value)
+    return constants

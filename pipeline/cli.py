@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from infra import storage
-from infra.errors import WinnowError
+from infra.errors import UsageError, WinnowError
 from infra.execute import Budget, execute
 from infra.executors import Executor, make_executor
 from infra.metadata import is_metadata
@@ -261,24 +262,77 @@ def pretrain(
 
 
 @app.command()
+def sample(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder of a diffusion training.")],
+    out: Annotated[str, typer.Option("--out", help="PNG file to write the grid of samples to.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="Number of samples.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Timesteps that the sampler visits.")] = 50,
+    guidance: Annotated[float, typer.Option(help="Weight w of classifier-free guidance; 0 for none.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    sampler: Annotated[str, typer.Option(help="ddim or ancestral.")] = "ddim",
+    eta: Annotated[float, typer.Option(min=0, help="Of DDIM: 0 adds no noise, 1 as much as ancestral sampling.")] = 0.0,
+    classes: Annotated[str | None, typer.Option(help="Classes, comma-separated, in turn; all if not given.")] = None,
+    caption: Annotated[list[str] | None, typer.Option("--caption", help="A caption; several take turns.")] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", help="Indexed pool to say the samples' Fréchet distance from.")
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option("--features", help="Encoder over whose features that distance is.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Draw pictures from a diffusion checkpoint."""
+    from pipeline.stages import draw_samples
+
+    chosen = [name.strip() for name in classes.split(",")] if classes else None
+    settings: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": seed, "sampler": sampler, "eta": eta}
+    settings |= {"classes": chosen, "captions": caption}
+    for line in draw_samples(checkpoint, out, n, settings, against, features):
+        typer.echo(line)
+
+
+@app.command()
 def evaluate(
-    specs: Annotated[
-        list[str],
-        typer.Argument(metavar="SPEC...", help="Checkpoint folders, NAME:TAG, NAME:FILE, CONFIG.json:WEIGHTS."),
+    data: Annotated[
+        str, typer.Option("--data", help="Folder of evaluation sets in DataComp's layout, or hf://datasets/OWNER.")
     ],
-    data: Annotated[str, typer.Option("--data", help="Folder of evaluation sets in DataComp's layout.")],
-    out: Out,
+    specs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SPEC...", help="Checkpoint folders, NAME:TAG, NAME:FILE, CONFIG.json:WEIGHTS."),
+    ] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Directory or URL to write to.")] = None,
     tasks: Annotated[str, typer.Option("--tasks", help="all, or names, comma-separated.")] = "all",
-    protocols: Annotated[str, typer.Option("--protocols", help="Comma-separated: zeroshot.")] = "zeroshot",
+    protocols: Annotated[
+        str, typer.Option("--protocols", help="Comma-separated; `winnow ls protocols` lists them.")
+    ] = "zeroshot",
+    features: Annotated[
+        str | None,
+        typer.Option("--features", help="Where embeddings are kept and looked for; OUT/features if not given."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Say which sets are there, whole or in part, and do nothing else.")
+    ] = False,
     executor: ExecutorName = "ray",
     address: Address = None,
+    max_set_aside: Aside = 0.05,
     debug: Debug = False,
 ) -> None:
     """Score checkpoints on the evaluation sets; write scores.parquet and eval_results.jsonl."""
-    from pipeline.stages import evaluate_stage, score_table
+    from pipeline.stages import check_text, evaluate_stage, score_table
 
-    stage = evaluate_stage(specs, data, tasks, protocols, out)
-    _run(stage, executor, address)
+    if check:
+        typer.echo(check_text(data, tasks))
+        return
+    if out is None:
+        raise UsageError("--out is missing", do="Give the directory to write to.")
+    stage = evaluate_stage(specs or [], data, tasks, protocols, out, features)
+    runner = _executor(executor, address)
+    try:
+        # What a broken set leaves out is counted once, by the stage that would have used it.
+        execute(stage.embedding(), runner, budget=Budget(math.inf), log=RunLog(out))
+        execute(stage, runner, budget=Budget(max_set_aside), log=RunLog(out))
+    finally:
+        runner.close()
     typer.echo(score_table(out))
 
 
@@ -300,7 +354,7 @@ def compare(
 
 @app.command()
 def ls(
-    what: Annotated[str, typer.Argument(help="filters, measures, objectives, tasks or recipes.")],
+    what: Annotated[str, typer.Argument(help="filters, measures, objectives, tasks, protocols or recipes.")],
     debug: Debug = False,
 ) -> None:
     """List what is registered."""

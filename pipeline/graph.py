@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,10 +34,12 @@ from pretrain.stage import PretrainStage, TrainRun
 
 @dataclass(frozen=True)
 class Step:
-    """A stage to come. `build` may read the manifests of earlier steps, so it is called when they are done."""
+    """A stage to come. `build` may read the manifests of earlier steps, so it is called when they are done. `budget` is
+    the recipe's where None."""
 
     name: str
     build: Callable[[], Stage]
+    budget: Budget | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,9 @@ class Graph:
         if recipe.pretrain is not None:
             steps.append(Step("pretrain", self._pretrain))
         if recipe.evaluate is not None:
-            steps += [Step("evaluate", self._evaluate), Step("compare", self.compare_stage)]
+            # What a broken set leaves out is counted once, by the stage that would have used it.
+            embed = Step("embed", lambda: self._evaluate().embedding(), Budget(math.inf))
+            steps += [embed, Step("evaluate", self._evaluate), Step("compare", self.compare_stage)]
         return steps
 
     def run(self, executor: Executor, log: RunLog, until: str | None = None) -> dict[str, Manifest]:
@@ -111,7 +116,7 @@ class Graph:
         storage.write_bytes(self.url("recipe.yaml"), dump_recipe(self.recipe).encode())
         for step in self.steps():
             stage = step.build()
-            budget = Budget(self.recipe.max_set_aside)
+            budget = step.budget or Budget(self.recipe.max_set_aside)
             manifests[step.name] = execute(stage, executor, budget=budget, log=log, label=step.name)
             if stage.out == self.pool_url:
                 check_trees(Source(self.pool_url), self.recipe.subsets.values())
@@ -242,7 +247,7 @@ class Graph:
         seeds = self.recipe.pretrain.seeds
         return [(name, seed, f"{name}/seed-{seed}") for name in self.recipe.subsets for seed in seeds]
 
-    def _evaluate(self) -> Stage:
+    def _evaluate(self) -> EvaluateStage:
         assert self.recipe.evaluate is not None
         section = self.recipe.evaluate
         need_manifest(self.url("checkpoints"), "checkpoints")

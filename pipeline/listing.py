@@ -22,6 +22,7 @@ def listing(what: str) -> str:
         "measures": _measures,
         "objectives": _objectives,
         "tasks": _tasks,
+        "protocols": _protocols,
         "recipes": _recipes,
     }
     if what not in tables:
@@ -111,6 +112,16 @@ def _tasks() -> Sequence[tuple[str, ...]]:
     for task in datacomp_tasks().values():
         scored = "yes" if task.scored else "no"
         rows.append((task.key, task.kind, task.group, task.metric or "", str(task.classes or ""), scored))
+    return rows
+
+
+def _protocols() -> Sequence[tuple[str, ...]]:
+    from evaluate.kinds import NEED_TEXT, NEED_TRAIN, PROTOCOLS, SEEDS
+
+    rows = [("name", "needs", "seeds", "kinds of task")]
+    for name, registry in PROTOCOLS.items():
+        needs = [*(["a text tower"] if name in NEED_TEXT else []), *(["a train split"] if name in NEED_TRAIN else [])]
+        rows.append((name, ", ".join(needs), ", ".join(map(str, SEEDS.get(name, ()))), ", ".join(registry.names())))
     return rows
 
 

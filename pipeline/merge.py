@@ -41,6 +41,8 @@ class MergeScoresStage(Stage):
         tasks: dict[str, Any] = {}
         checkpoints: dict[str, str] = {}
         missing: list[dict[str, str]] = []
+        unfit: list[dict[str, str]] = []
+        protocols: dict[str, None] = {}
         for name, url in self.runs:
             values = need_manifest(url, "scores").values
             with storage.open_read(storage.join(url, SCORES)) as file:
@@ -51,10 +53,13 @@ class MergeScoresStage(Stage):
                 if tasks.setdefault(key, facts) != facts:
                     raise UsageError(f'task "{key}" differs between the runs (version or size of the set)', where=url)
             checkpoints |= {f"{name}/{checkpoint}": digest for checkpoint, digest in values["checkpoints"].items()}
-            missing += [entry | {"checkpoint": f"{name}/{entry['checkpoint']}"} for entry in values["missing"]]
+            for found, key in ((missing, "missing"), (unfit, "not_applicable")):
+                found += [entry | {"checkpoint": f"{name}/{entry['checkpoint']}"} for entry in values[key]]
+            protocols |= dict.fromkeys(values["protocols"])
         with storage.writing(self.url(SCORES)) as path:
             pq.write_table(pa.concat_tables(tables), path)
-        return Output([SCORES], values={"tasks": tasks, "checkpoints": checkpoints, "missing": missing})
+        values = {"tasks": tasks, "checkpoints": checkpoints, "protocols": list(protocols), "missing": missing}
+        return Output([SCORES], values=values | {"not_applicable": unfit})
 
     def finish(self, records: list[Any]) -> Output:
         return Output(values=dict(records[0].values))

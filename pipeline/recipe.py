@@ -22,7 +22,8 @@ from curation.measures import MEASURES
 from curation.measures.base import Measure, make, with_upstream
 from curation.tree import parse
 from curation.view import measure_of
-from infra import storage
+from evaluate.data import is_data
+from evaluate.kinds import PROTOCOLS
 from infra.errors import UsageError, WinnowError
 from infra.index import find_shards
 from infra.registry import nearest, unknown
@@ -97,7 +98,15 @@ class PretrainSection(PretrainConfig):
 class EvaluateSection(Strict):
     data: str
     tasks: str | tuple[str, ...] = "all"
-    protocols: tuple[str, ...] = ("zeroshot",)
+    protocols: tuple[str, ...] = Field(("zeroshot",), min_length=1)
+
+    @field_validator("protocols")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in PROTOCOLS:
+                raise ValueError(str(unknown("protocol", name, PROTOCOLS)))
+        return value
 
 
 class ReshardSection(Strict):
@@ -421,5 +430,5 @@ def _check_folders(recipe: Recipe, source: Source) -> None:
         if not is_demo(target, ("subsets",)):
             shards_in(target, ("subsets",))
     data = recipe.evaluate.data if recipe.evaluate is not None else None
-    if data is not None and not is_demo(data, ("evaluate", "data")) and not storage.is_dir(data):
+    if data is not None and not is_demo(data, ("evaluate", "data")) and not is_data(data):
         raise UsageError("no such folder", where=f"{source.where(('evaluate', 'data'))}: {data}")

@@ -20,8 +20,9 @@ from pipeline.listing import aligned
 if TYPE_CHECKING:
     from curation.filters.base import Node
     from curation.tree import Verdict
+    from evaluate.stage import EvaluateStage
 
-STAGES = ("demo", "index", "inject", "pretrain", "measure", "curate", "reshard", "evaluate", "compare")
+STAGES = ("demo", "index", "inject", "pretrain", "measure", "curate", "reshard", "embed", "evaluate", "compare")
 
 
 def check_stage(name: str | None) -> None:
@@ -207,33 +208,84 @@ def pretrain_stage(config: Any, pool: str, subset: str | None, seed: int, out: s
     return PretrainStage(config=config, runs=(run,), out=out)
 
 
-def evaluate_stage(specs: list[str], data: str, tasks: str, protocols: str, out: str) -> Stage:
-    """The stage that scores checkpoints."""
+def draw_samples(
+    checkpoint: str, out: str, n: int, settings: dict[str, Any], pool: str | None, encoder: str | None
+) -> list[str]:
+    """Write a grid of samples; with a pool and an encoder also say how far from its pictures they are.
+
+    Args:
+        settings: keyword arguments of `pretrain.diffusion.sample.sample`.
+    """
+    if (pool is None) != (encoder is None):
+        raise UsageError("a Fréchet distance takes both a pool and an encoder", do="Give --against and --features.")
+    if not out.lower().endswith(".png"):
+        raise UsageError("is no .png file", where=out)
+    if pool is not None and encoder is not None:
+        from pretrain.encoder import encoder_digest
+
+        Pool.open(pool)
+        encoder_digest(encoder)
+    from infra.pictures import write_picture
+    from pretrain.diffusion.sample import grid, sample
+
+    images = sample(checkpoint, n, **settings)
+    write_picture(out, grid(images))
+    lines = [f"{n:,} samples: {out}"]
+    if pool is not None and encoder is not None:
+        from pretrain.diffusion.frechet import samples_and_pool
+
+        distance, real = samples_and_pool(images, pool, encoder)
+        lines.append(f"Fréchet distance of {n:,} samples from {real:,} pictures, over {encoder}: {distance:.5g}")
+    return lines
+
+
+def evaluate_stage(
+    specs: list[str], data: str, tasks: str, protocols: str, out: str, features: str | None = None
+) -> EvaluateStage:
+    """The stage that scores checkpoints; its `embedding()` comes first. Raises UsageError for a wrong argument."""
+    from evaluate.data import is_data
+    from evaluate.kinds import applies
     from evaluate.stage import EvaluateStage
     from pretrain.encoder import encoder_digest
 
-    if not storage.is_dir(data):
+    if not specs:
+        raise UsageError("no checkpoint to evaluate", do="Give folders, NAME:TAG, NAME:FILE or CONFIG.json:WEIGHTS.")
+    if twice := [spec for spec in specs if specs.count(spec) > 1]:
+        raise UsageError(f'"{twice[0]}" is given twice')
+    if not is_data(data):
         raise UsageError("no such folder", where=data)
-    names = tasks if tasks == "all" else tuple(name.strip() for name in tasks.split(","))
+    chosen = _names(protocols)
+    for protocol in chosen:
+        applies(protocol, "")
     return EvaluateStage(
         checkpoints=tuple((spec, spec, encoder_digest(spec)) for spec in specs),
         data=data,
-        tasks=names,
-        protocols=tuple(name.strip() for name in protocols.split(",")),
+        tasks=tasks if tasks == "all" else _names(tasks),
+        protocols=chosen,
+        features=features or "",
         out=out,
     )
 
 
+def _names(text: str) -> tuple[str, ...]:
+    """Names that commas divide, each once."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def check_text(data: str, tasks: str) -> str:
+    """Which evaluation sets are there. Raises UsageError."""
+    from evaluate.check import check_table, check_tasks
+
+    return check_table(check_tasks(storage.absolute(data), tasks if tasks == "all" else _names(tasks)))
+
+
 def score_table(out: str) -> str:
-    """scores.parquet as text."""
+    """The main metrics of a finished evaluation as text."""
+    from evaluate.scoretable import scores_text
+
     with storage.open_read(join(out, "scores.parquet")) as file:
-        scores = pq.read_table(file)
-    rows: list[tuple[str, ...]] = [("checkpoint", "task", "protocol", "metric", "value", "stderr", "n")]
-    for row in scores.to_pylist():
-        stderr = "" if row["stderr"] is None else f"{row['stderr']:.4f}"
-        value = "" if row["value"] is None else f"{row['value']:.4f}"
-        rows.append((row["checkpoint"], row["task"], row["protocol"], row["metric"], value, stderr, str(row["n"])))
-    return aligned(rows)
+        rows = pq.read_table(file).to_pylist()
+    return scores_text(rows, need_manifest(out, "scores").values)
 
 
 def compare_stages(runs: list[str], baseline: str | None, out: str) -> list[Stage]:

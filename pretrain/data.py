@@ -1,112 +1,130 @@
-"""Batches out of an indexed pool, in an order that is a pure function of (seed, epoch, subset).
+"""Batches out of indexed pools, in an order that is a pure function of (seed, epoch, subset); see `order`.
 
-The endless concatenation of the epochs' permutations is one sequence of positions; step t of a training with global
-batch B takes positions [t·B, (t+1)·B), and each process its own contiguous part. So the order, and every random
-crop, are the same for any number of processes, and any step can be started from.
+Step t of a training with global batch B takes positions [t·B, (t+1)·B), and each process its own contiguous part. So
+the order, and every random crop, are the same for any number of processes, and any step can be started from.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
 
+from infra import storage
 from infra.errors import WinnowError
 from infra.pictures import PictureError, decode_picture
-from infra.pool import Pool, read_members
-from infra.uids import load_subset
+from infra.pool import Pool
+from infra.uids import encode_uids, load_subset
+from pretrain.config import SourceConfig
 from pretrain.objectives.base import Sample
+from pretrain.order import Order, epoch_order
 
-_COLUMNS = ("uid", "text", "tar", "image_offset", "image_size")
+__all__ = ["Batches", "Order", "Samples", "epoch_order"]
+
+_COLUMNS = ("text", "label", "tar", "image_offset", "image_size")
 _CHUNK = 32
 _AHEAD = 3
 
 Views = Callable[[Sample, np.random.Generator], dict[str, np.ndarray]]
-
-
-def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of n samples in an epoch; int64 [n]."""
-    return np.random.default_rng((seed, epoch)).permutation(n)
-
-
-class Order:
-    """Which sample stands at each position of the endless sequence. Keeps the permutations of the latest epochs."""
-
-    def __init__(self, n: int, seed: int) -> None:
-        self.n, self.seed = n, seed
-        self._epochs: dict[int, np.ndarray] = {}
-
-    def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """int64 positions [k] to int64 sample numbers [k]."""
-        epochs = positions // self.n
-        result = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            if epoch not in self._epochs:
-                self._epochs[int(epoch)] = epoch_order(self.n, self.seed, int(epoch))
-            here = epochs == epoch
-            result[here] = self._epochs[int(epoch)][positions[here] - epoch * self.n]
-        for old in sorted(self._epochs)[:-2]:
-            del self._epochs[old]
-        return result
+Allocate = Callable[[tuple[int, ...], np.dtype], np.ndarray]
 
 
 class Samples:
-    """The samples of a pool, or of a subset of it, by number.
+    """The samples of a pool, or of a subset of it, and of further sources, by number.
 
-    A uid that a subset lists k times counts k times, as in DataComp's resharder. Holds the columns needed to read a
-    sample (about 50 bytes and its caption), not the pictures.
+    A uid that a subset lists k times counts k times, as in DataComp's resharder. Holds what is needed to read the
+    chosen samples (about 40 bytes and the caption of each), not the pictures.
 
     Args:
         pool: URL of an indexed pool.
         subset: URL of a subset's .npy, or None for the whole pool.
+        more: further sources.
 
     Raises:
-        WinnowError: nothing is left to train on, or the subset names samples the pool has not.
+        WinnowError: nothing is left to train on, or a subset names samples its pool has not.
     """
 
-    def __init__(self, pool: str, subset: str | None) -> None:
-        self.pool = Pool.open(pool)
+    def __init__(self, pool: str, subset: str | None = None, more: Sequence[SourceConfig] = ()) -> None:
+        self.where = pool
+        self.weights = [1.0, *(source.weight for source in more)]
+        self.sizes: list[int] = []
+        self.files: list[str] = []
+        self._parts: list[tuple[np.ndarray, ...]] = []
+        self._texts: list[pa.Array] = []
+        for url, chosen in [(pool, subset), *((source.pool, source.subset) for source in more)]:
+            self._add(url, chosen)
+        columns = [np.concatenate(column) for column in zip(*self._parts, strict=True)]
+        self._file, self._offset, self._size, self._label, self._row = columns
+        del self._parts
+        self._text = pa.chunked_array(self._texts, pa.large_string()).combine_chunks()
+        del self._texts
+
+    def _add(self, url: str, subset: str | None) -> None:
         chosen = None if subset is None else _counted(load_subset(subset))
-        self.tables: list[pa.Table] = []
-        rows, shards, found = [], [], 0
-        for number, (shard, table) in enumerate(self.pool.tables(_COLUMNS)):
-            table = table.combine_chunks()
-            row = np.arange(table.num_rows)
-            if chosen is not None:
-                times = _times(shard.uids(), *chosen)
-                row = np.repeat(row, times)
-                found += int(np.count_nonzero(times))
-            self.tables.append(table.drop_columns(["uid"]))
-            rows.append(row)
-            shards.append(np.full(len(row), number, np.int32))
-        self._row = np.concatenate(rows) if rows else np.empty(0, np.int64)
-        self._shard = np.concatenate(shards) if shards else np.empty(0, np.int32)
-        if chosen is not None and found < len(chosen[0]):
-            raise WinnowError(
-                f"names {len(chosen[0]) - found} samples that the pool has not", where=subset, do=f"The pool: {pool}."
+        missing = None if chosen is None else np.ones(len(chosen[0]), bool)
+        first, size = sum(len(part[0]) for part in self._parts), 0
+        for shard in Pool.open(url).shards:
+            times = None
+            if chosen is not None and missing is not None:
+                at, times = _times(shard.uids(), *chosen)
+                missing[at[times > 0]] = False
+                if not times.any():
+                    continue
+            table = shard.table(_COLUMNS)
+            if times is not None:
+                table = table.filter(pa.array(times > 0))
+                times = times[times > 0]
+            n, label = table.num_rows, table["label"]
+            whole = pa.types.is_integer(label.type)
+            part = (
+                (len(self.files) + table["tar"].to_numpy()).astype(np.int32),
+                table["image_offset"].to_numpy(),
+                table["image_size"].to_numpy(),
+                label.cast(pa.int64()).fill_null(-1).to_numpy() if whole else np.full(n, -1, np.int64),
+                first + (np.arange(n) if times is None else np.repeat(np.arange(n), times)),
             )
-        if not len(self):
-            raise WinnowError("holds no sample to train on", where=subset or pool)
+            self._parts.append(part)
+            self._texts += [chunk.cast(pa.large_string()) for chunk in table["text"].chunks]
+            self.files += shard.tars
+            first, size = first + n, size + len(part[-1])
+        if chosen is not None and missing is not None and (n := int(np.count_nonzero(missing))):
+            some = ", ".join(encode_uids(chosen[0][missing][:3]))
+            raise WinnowError(
+                f"names {n} samples that the pool has not: {some}{', …' * (n > 3)}",
+                where=subset,
+                do=f"The pool: {url}. Was the subset drawn from another one?",
+            )
+        if not size:
+            raise WinnowError("holds no sample to train on", where=subset or url)
+        self.sizes.append(size)
 
     def __len__(self) -> int:
         return len(self._row)
 
+    def order(self, seed: int) -> Order:
+        return Order(self.sizes, seed, self.weights)
+
     def read(self, numbers: np.ndarray) -> list[tuple[bytes, str]]:
         """Encoded picture and caption of each sample, read by range, file by file."""
-        out: list[tuple[bytes, str]] = [(b"", "")] * len(numbers)
-        shards, rows = self._shard[numbers], self._row[numbers]
-        for shard in np.unique(shards):
-            at = np.nonzero(shards == shard)[0]
-            table = self.tables[shard].take(pa.array(rows[at]))
-            pictures = read_members(self.pool.shards[shard].tars, table, "image")
-            for i, picture, text in zip(at, pictures, table["text"].to_pylist(), strict=True):
-                out[i] = (picture, text or "")
-        return out
+        rows = self._row[numbers]
+        files, pictures = self._file[rows], [b""] * len(rows)
+        for file in np.unique(files):
+            at = np.nonzero(files == file)[0]
+            ranges = self._offset[rows[at]], self._size[rows[at]]
+            for i, data in zip(at, storage.read_ranges(self.files[file], *ranges), strict=True):
+                pictures[i] = data
+        texts = self._text.take(pa.array(rows)).to_pylist()
+        return [(picture, text or "") for picture, text in zip(pictures, texts, strict=True)]
+
+    def labels(self, numbers: np.ndarray) -> list[int | None]:
+        """The class of each sample where the pool has a column `label` of whole numbers, else None."""
+        return [None if label < 0 else int(label) for label in self._label[self._row[numbers]]]
 
 
 def _counted(subset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -117,12 +135,34 @@ def _counted(subset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return subset[starts], np.diff(np.append(starts, len(subset)))
 
 
-def _times(uids: np.ndarray, distinct: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """How often each uid is in the subset; int64 [n]."""
+def _times(uids: np.ndarray, distinct: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each uid would stand in the subset, and how often it is there; int64 [n] each."""
     if not len(distinct):
-        return np.zeros(len(uids), np.int64)
-    at = np.minimum(np.searchsorted(distinct, uids), len(distinct) - 1)
-    return np.where(distinct[at] == uids, counts[at], 0)
+        return np.zeros(len(uids), np.int64), np.zeros(len(uids), np.int64)
+    # By the first half, since NumPy compares pairs slowly; pairs only where two uids share it.
+    at = np.minimum(np.searchsorted(np.ascontiguousarray(distinct["f0"]), uids["f0"]), len(distinct) - 1)
+    alike = (distinct["f0"][at] == uids["f0"]) & (distinct["f1"][at] != uids["f1"])
+    at[alike] = np.minimum(np.searchsorted(distinct, uids[alike]), len(distinct) - 1)
+    return at, np.where((distinct["f0"][at] == uids["f0"]) & (distinct["f1"][at] == uids["f1"]), counts[at], 0)
+
+
+class _Batch:
+    """A batch's arrays, which the chunks write into, and the chunks under way."""
+
+    def __init__(self, size: int, allocate: Allocate) -> None:
+        self.size, self.allocate = size, allocate
+        self.arrays: dict[str, np.ndarray] = {}
+        self.chunks: list[Future[int]] = []
+        self._lock = threading.Lock()
+
+    def put(self, row: int, views: dict[str, np.ndarray]) -> None:
+        with self._lock:
+            if not self.arrays:
+                for name, value in views.items():
+                    value = np.asarray(value)
+                    self.arrays[name] = self.allocate((self.size, *value.shape), value.dtype)
+        for name, value in views.items():
+            self.arrays[name][row] = value
 
 
 class Batches:
@@ -138,6 +178,7 @@ class Batches:
         rank, world: this process's place among how many.
         first, last: steps, from and before.
         threads: decoding threads.
+        allocate: makes the arrays (pinned memory, where a GPU is to read them).
     """
 
     def __init__(
@@ -152,15 +193,17 @@ class Batches:
         first: int = 0,
         last: int,
         threads: int = 2,
+        allocate: Allocate = np.empty,
     ) -> None:
         self.samples, self.views, self.seed = samples, views, seed
         self.batch, self.share, self.rank = batch, batch // world, rank
-        self.step, self.last = first, last
-        self.order = Order(len(samples), seed)
+        self.step, self.last, self.allocate = first, last, allocate
+        self.order = samples.order(seed)
         self.waited = 0.0
         self.replaced = 0
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._queue: deque[list[Future]] = deque()
+        self._chunk_size = max(1, min(_CHUNK, -(-self.share // threads)))
+        self._queue: deque[_Batch] = deque()
 
     def __enter__(self) -> Batches:
         return self
@@ -179,36 +222,40 @@ class Batches:
             start = self.step * self.batch + self.rank * self.share
             positions = np.arange(start, start + self.share, dtype=np.int64)
             numbers = self.order(positions)
-            cuts = range(0, self.share, _CHUNK)
-            self._queue.append(
-                [self._pool.submit(self._chunk, positions[i : i + _CHUNK], numbers[i : i + _CHUNK]) for i in cuts]
-            )
+            batch = _Batch(self.share, self.allocate)
+            for i in range(0, self.share, self._chunk_size):
+                part = slice(i, i + self._chunk_size)
+                batch.chunks.append(self._pool.submit(self._chunk, batch, i, positions[part], numbers[part]))
+            self._queue.append(batch)
             self.step += 1
         if not self._queue:
             raise StopIteration
         started = time.perf_counter()
-        parts = [future.result() for future in self._queue.popleft()]
+        batch = self._queue.popleft()
+        self.replaced += sum(chunk.result() for chunk in batch.chunks)
         self.waited += time.perf_counter() - started
-        self.replaced += sum(replaced for _, replaced in parts)
-        return {name: np.concatenate([arrays[name] for arrays, _ in parts]) for name in parts[0][0]}
+        return batch.arrays
 
-    def _chunk(self, positions: np.ndarray, numbers: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
-        seen, replaced = [], 0
-        for position, (data, text) in zip(positions, self.samples.read(numbers), strict=True):
+    def _chunk(self, batch: _Batch, first: int, positions: np.ndarray, numbers: np.ndarray) -> int:
+        """Fill a batch's rows from `first` on; how many pictures were replaced."""
+        replaced = 0
+        read = zip(positions, self.samples.read(numbers), self.samples.labels(numbers), strict=True)
+        for row, (position, (data, text), label) in enumerate(read, start=first):
             try:
                 image = decode_picture(data)
             except PictureError:
-                image, text = self._instead(int(position))
+                image, text, label = self._instead(int(position))
                 replaced += 1
-            seen.append(self.views(Sample(image, text), np.random.default_rng((self.seed, int(position)))))
-        return {name: np.stack([views[name] for views in seen]) for name in seen[0]}, replaced
+            rng = np.random.default_rng((self.seed, int(position)))
+            batch.put(row, self.views(Sample(image, text, label), rng))
+        return replaced
 
     def _instead(self, position: int) -> tuple:
-        order = Order(len(self.samples), self.seed)  # the shared one is not for several threads
-        for step in range(1, len(self.samples) + 1):
-            ((data, text),) = self.samples.read(order(np.array([position + step])))
+        for step in range(1, self.order.epoch_size + 1):
+            number = self.order(np.array([position + step]))
+            ((data, text),) = self.samples.read(number)
             try:
-                return decode_picture(data), text
+                return decode_picture(data), text, self.samples.labels(number)[0]
             except PictureError:
                 continue
-        raise WinnowError("no picture of the pool can be decoded", where=self.samples.pool.url)
+        raise WinnowError("no picture of the pool can be decoded", where=self.samples.where)

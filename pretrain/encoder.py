@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import hashlib
 import json
 import tempfile
@@ -54,6 +56,18 @@ def load_encoder(spec: str, device: str = "auto", threads: int | None = None) ->
     while len(_cache) > _CACHED:
         del _cache[next(iter(_cache))]
     return encoder
+
+
+def load_checkpoint(url: str) -> torch.nn.Module:
+    """The network of a checkpoint folder as its objective's `build_encoder` makes it; on the CPU, frozen.
+
+    Raises as `load_encoder`.
+    """
+    spec = parse_spec(url)
+    if spec.kind != "folder":
+        raise UsageError("is no checkpoint folder", where=url)
+    model: torch.nn.Module = _load(spec)[0]
+    return model.eval().requires_grad_(False)
 
 
 def _load(spec: Spec) -> tuple[Any, Any]:
@@ -139,6 +153,24 @@ def _local(url: str, folder: bool = False) -> Iterator[Path]:
         yield target
 
 
+_token_caches: dict[str, Any] = {}
+
+
+def _token_cache(tokenizer: Any) -> Any:
+    """Tuples of texts to int64 [n, context], remembering the latest; the same for tokenizers that do the same."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    def tokens(texts: tuple[str, ...]) -> torch.Tensor:
+        result: torch.Tensor = tokenizer(list(texts))
+        return result
+
+    if type(tokenizer) is not SimpleTokenizer or tokenizer.reduction_fn is not None:
+        return tokens
+    vocabulary = storage.digest_json(sorted(tokenizer.encoder.items()))
+    key = f"{vocabulary} {tokenizer.context_length} {tokenizer.clean_fn.__name__}"
+    return _token_caches.setdefault(key, functools.lru_cache(maxsize=64)(tokens))
+
+
 class Encoder:
     """Embeds pictures, and texts where the model reads them. For one caller at a time.
 
@@ -159,7 +191,8 @@ class Encoder:
         self.spec, self.digest = spec, digest
         self._device = torch.device(device)
         self._model = model.eval().requires_grad_(False).to(self._device)
-        self._tokenizer = tokenizer
+        # Encoders that are evaluated together are given the same texts one after the other.
+        self._tokens: Any = _token_cache(tokenizer) if tokenizer is not None else None
         self._bf16 = self._device.type == "cuda" and torch.cuda.is_bf16_supported()
         config = preprocess_config(model)
         self.image_size = image_size(model)
@@ -186,10 +219,42 @@ class Encoder:
         if not self.has_text:
             raise UsageError("this encoder reads no text", where=self.spec)
         parts = [
-            self._run(lambda x: self._model.encode_text(x), self._tokenizer(list(texts[i : i + batch])))
+            self._run(self._encode_tokens, self._tokens(tuple(texts[i : i + batch])))
             for i in range(0, len(texts), batch)
         ]
         return np.concatenate(parts) if parts else np.empty((0, self.dim), np.float32)
+
+    def _encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """open_clip's `encode_text`; without the padding after the longest text, where that changes nothing.
+
+        A causal transformer whose feature is taken at the end of the text never looks at what follows, and prompts fill
+        a fifth of CLIP's 77 places.
+        """
+        import open_clip
+        import torch
+
+        model = self._model
+        causal = isinstance(model, open_clip.CLIP) and model.attn_mask is not None
+        if not causal or model.text_pool_type != "argmax":
+            features: torch.Tensor = model.encode_text(tokens)
+            return features
+        length = int(tokens.argmax(dim=1).max()) + 1
+        shorter = {
+            "positional_embedding": model.positional_embedding[:length],
+            "attn_mask": model.attn_mask[:length, :length],
+        }
+        output = torch.func.functional_call(model, shorter, (), {"text": tokens[:, :length]})
+        return output["text_features"] if isinstance(output, dict) else output[1]
+
+    def image_tower(self) -> torch.nn.Module:
+        """A copy to fine-tune: preprocessed pictures, float32 [n, 3, H, W], to features [n, dim], not normalised.
+
+        Its parameters ask for gradients; the encoder itself stays as it is. On the encoder's device, in evaluation
+        mode.
+        """
+        from pretrain.nets import ImageEncoder
+
+        return ImageEncoder(copy.deepcopy(self._model)).requires_grad_(True).eval()
 
     def _run(self, encode: Any, batch: torch.Tensor) -> np.ndarray:
         import torch

@@ -14,11 +14,16 @@ from infra import storage
 from infra.errors import UsageError, WinnowError
 from infra.executors import on_ray
 from pretrain.config import PretrainConfig
+from pretrain.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
     import torch
 
     from pretrain.loop import Job
+
+
+# What every training process imports.
+PRELOADED = ("pretrain.loop", "deepspeed", "open_clip", "torch.utils.tensorboard")
 
 
 def launch(jobs: list[Job], via: Literal["auto", "local", "ray"] = "auto") -> None:
@@ -67,7 +72,7 @@ def _local_process(rank: int, jobs: list[Job], config: PretrainConfig, rendezvou
             (ds_comm if ds_comm.is_initialized() else dist).destroy_process_group()
 
 
-def _local_device(rank: int, config: PretrainConfig) -> torch.device:
+def _local_device(rank: int, config: PretrainConfig, use: bool = True) -> torch.device:
     import torch
 
     if config.device == "cpu" or (config.device == "auto" and torch.cuda.device_count() < config.workers):
@@ -77,7 +82,8 @@ def _local_device(rank: int, config: PretrainConfig) -> torch.device:
             f"{config.workers} workers want a GPU each, there are {torch.cuda.device_count()}", where="device"
         )
     device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
+    if use:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -102,16 +108,28 @@ def _folder() -> tempfile.TemporaryDirectory:
 def _by_spawn(jobs: list[Job], config: PretrainConfig) -> None:
     import torch.multiprocessing as mp
 
+    # A server that has imported all forks the processes in an instant, the next training's too. What CUDA is asked for
+    # at import must not be forked.
+    method = "forkserver" if _local_device(0, config, use=False).type == "cpu" else "spawn"
+    context = mp.get_context(method)
+    if method == "forkserver":
+        module = OBJECTIVES.path(config.objective_name).partition(":")[0]
+        context.set_forkserver_preload([*PRELOADED, module])
     with _folder() as folder:
-        errors = mp.get_context("spawn").SimpleQueue()
+        errors = context.SimpleQueue()
+        args = (dict(os.environ), jobs, config, str(Path(folder) / "rendezvous"), errors)
         try:
-            mp.spawn(
-                _local_process, args=(jobs, config, str(Path(folder) / "rendezvous"), errors), nprocs=config.workers
-            )
+            mp.start_processes(_spawned, args, nprocs=config.workers, start_method=method)
         except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
             if not errors.empty():
                 raise errors.get() from None
             raise WinnowError(f"a training process died: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _spawned(rank: int, environment: dict[str, str], *args: Any) -> None:
+    os.environ.clear()  # the server's is that of the first training
+    os.environ.update(environment)
+    _local_process(rank, *args)
 
 
 def _by_ray(jobs: list[Job], config: PretrainConfig) -> None:

@@ -8,18 +8,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from infra import storage
-from infra.errors import UsageError
-from pretrain.checkpoint import Resume, export
-from pretrain.config import PretrainConfig, build_params
+from infra.errors import UsageError, WinnowError
+from pretrain.checkpoint import export
+from pretrain.config import TRAITS, PretrainConfig, build_params, check_traits
 from pretrain.data import Batches, Samples
 from pretrain.engine import Engine, learning_rate
+from pretrain.flops import model_flops, peak_flops
 from pretrain.objectives import OBJECTIVES
 from pretrain.objectives.base import Objective
-from pretrain.report import LOG, Report, StepLog
+from pretrain.report import LOG, Boards, Report, StepLog
+from pretrain.resume import Resume, Saved, no_space
 
 
 @dataclass(frozen=True)
@@ -47,17 +50,17 @@ class Job:
 def make_objective(config: PretrainConfig, seed: int) -> Objective:
     """The objective with its networks initialised from the seed alone; torch's global generator is left as it was."""
     cls = OBJECTIVES.load(config.objective_name)
-    if config.accumulate > 1 and cls.couples_batch:
-        raise UsageError(
-            f"the loss of {config.objective_name} couples the samples of a batch, so it cannot be cut in parts",
-            where="accumulate",
-            do="Use more workers, or a smaller batch_size.",
-        )
     module = importlib.import_module(cls.__module__)
     params = build_params(module.Config, config.objective_params)
+    try:  # the config was checked by what the source says; this is the class itself, with what it inherits
+        traits = {name: getattr(cls, name) for name in TRAITS}
+        traits["cacheable"] = vars(cls).get("cacheable", False)  # a subclass may have another loss
+        check_traits(config, traits, vars(params))
+    except ValueError as error:
+        raise UsageError(str(error), where="pretrain") from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        objective: Objective = cls(params, config.model.open_clip_config(), config.augment)
+        objective: Objective = cls(params, config.model.resolved(), config.augment)
     return objective.train()
 
 
@@ -69,23 +72,36 @@ def train(job: Job, device: torch.device, via: str) -> None:
     the same bits as an uninterrupted one.
     """
     config = PretrainConfig(**job.config)
+    try:
+        with _settings(config, device):
+            _train(job, config, device, via)
+    except Exception as error:
+        told = WinnowError(
+            "no space left on the disk", where=job.out, do="Free some and run again: it goes on from there."
+        )
+        if (full := no_space(error, told)) is not None:
+            raise full from error
+        raise
+
+
+def _train(job: Job, config: PretrainConfig, device: torch.device, via: str) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
-    with _settings(config, device):
-        engine = Engine(make_objective(config, job.seed), config, device)
-        resume = Resume(job.out, job.key, config.keep_checkpoints)
-        state, passed_over = resume.load(engine)
-        first, replaced = (state["step"], state["replaced"]) if state else (0, 0)
-        samples = Samples(job.pool, job.subset)
+    objective = make_objective(config, job.seed)
+    with Resume(job.out, job.key, config.objective_name, config.keep_checkpoints) as resume:
+        start, passed_over = resume.load(objective)
+        engine = Engine(objective, config, device)
+        if start is not None:
+            engine.restore(start.tensors, start.scaler)
+            start = Saved(start.step, {}, {}, start.state)
+        first = start.step if start is not None else 0
+        samples = Samples(job.pool, job.subset, config.sources)
         log = StepLog(storage.join(job.out, LOG), first, rank == 0)
         log.write(event="start", step=first, samples=len(samples), workers=world, via=via, device=device.type)
         for what in passed_over:
             log.write(event="checkpoint passed over", what=what)
-        report = Report(config, log, job.note if rank == 0 else "", first, replaced)
-        if state:
-            report.losses = state["losses"]
         batches = Batches(
             samples,
-            engine.objective.views,
+            objective.views,
             seed=job.seed,
             batch=config.batch_size,
             rank=rank,
@@ -93,44 +109,64 @@ def train(job: Job, device: torch.device, via: str) -> None:
             first=first,
             last=config.steps,
             threads=config.decoders,
+            allocate=_pinned if device.type == "cuda" else np.empty,
         )
-        saved = first if state else None
-        with batches:
+        saved = first if start is not None else None
+        boards = Boards(config, job.out, job.key, first, rank == 0)
+        with batches, contextlib.closing(boards):
+            peak = peak_flops(device)
+            report = Report(config, log, boards, job.note if rank == 0 else "", first, peak)
+            if start is not None:
+                report.take(start.state)
             for step, arrays in enumerate(batches, start=first):
+                parts = _parts(arrays, config.accumulate * config.grad_cache, device)
+                if step == first and peak is not None:
+                    report.flops = _flops(config, job.seed, parts[0], device)
                 # Dropout and the like draw from (seed, step, process), so there is no generator state to save.
                 torch.manual_seed((job.seed * 1_000_003 + step) * 65_537 + rank)
                 lr = learning_rate(
                     step, steps=config.steps, lr=config.lr, warmup=config.warmup, schedule=config.schedule
                 )
                 want = report.wants(step + 1)
-                losses, norm = engine.step(_parts(arrays, config.accumulate, device), step, lr, want)
+                losses, norm = engine.step(parts, step, lr, want)
                 if want:
                     report.step(step + 1, losses, norm, lr, engine, batches)
+                resume.check()
                 if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < config.steps:
                     saved = step + 1
-                    so_far = {"step": saved, "replaced": report.replaced(batches), "losses": report.losses}
-                    resume.save(engine, saved, so_far)
-        total = report.replaced(batches)
+                    resume.save(engine, saved, report.state(batches))
+            total = report.state(batches)
         if saved != config.steps:
-            resume.save(engine, config.steps, {"step": config.steps, "replaced": total, "losses": report.losses})
+            resume.save(engine, config.steps, total)
         training = {
             "seed": job.seed,
             "steps": config.steps,
             "samples_seen": config.steps * config.batch_size,
             "samples": len(samples),
-            "replaced": total,
-            "losses": report.losses,
+            **total,
         }
-        export(engine, config, job.out, training)
+        with engine.averaged():
+            export(engine, config, job.out, training)
+        resume.wait()
         log.write(event="end", **training)
         report.close()
         engine.close()
 
 
+def _flops(config: PretrainConfig, seed: int, part: dict[str, torch.Tensor], device: torch.device) -> float | None:
+    """Of a sample, counted on networks of their own for two of them."""
+    return model_flops(make_objective(config, seed).to(device), {name: value[:2] for name, value in part.items()})
+
+
+def _pinned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory that a GPU reads while the process goes on."""
+    empty = torch.from_numpy(np.empty(0, dtype)).new_empty(shape, pin_memory=True)
+    array: np.ndarray = empty.numpy()
+    return array
+
+
 def _parts(arrays: dict[str, Any], parts: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    if device.type == "cuda":
-        tensors = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
+    tensors = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
     cut = {name: tensor.chunk(parts) for name, tensor in tensors.items()}
     return [{name: chunks[i] for name, chunks in cut.items()} for i in range(parts)]
 

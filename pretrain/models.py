@@ -1,4 +1,5 @@
-"""open_clip's model names, configs and pretrained tags, read from its folder without importing it or torch."""
+"""open_clip's model names, configs and pretrained tags, and timm's names and arguments, read from their folders
+without importing them or torch."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import ast
 import functools
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,16 @@ from infra.errors import UsageError
 from infra.registry import nearest, unknown
 
 _NEEDED = ("embed_dim", "vision_cfg", "text_cfg")
+# timm's families that may be an encoder: the file, and the class whose arguments a config may set.
+_TIMM_FAMILIES = {"resnet": "ResNet", "vision_transformer": "VisionTransformer"}
+_TIMM_OURS = ("num_classes", "in_chans", "img_size", "device", "dtype")
 
 
 @functools.cache
-def _package() -> Path:
-    spec = importlib.util.find_spec("open_clip")
+def _package(name: str = "open_clip", pip: str = "open_clip_torch") -> Path:
+    spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise UsageError("open_clip is not installed", do="pip install open_clip_torch")
+        raise UsageError(f"{name} is not installed", do=f"pip install {pip}")
     return Path(spec.origin).parent
 
 
@@ -101,3 +106,53 @@ def find_tag(name: str, tag: str) -> str:
     raise UsageError(
         f'"{tag}" is neither a pretrained tag of {name} nor a file', do=f"{hint} A file with weights will do as well."
     )
+
+
+@functools.cache
+def timm_names() -> dict[str, str]:
+    """timm's ResNets and ViTs, each with its family (the file of `timm.models` that makes it)."""
+    names: dict[str, str] = {}
+    for family in _TIMM_FAMILIES:
+        text = (_package("timm", "timm") / "models" / f"{family}.py").read_text()
+        names |= dict.fromkeys(re.findall(r"^@register_model\ndef (\w+)\(", text, re.MULTILINE), family)
+    return names
+
+
+@functools.cache
+def timm_arguments(family: str) -> set[str]:
+    """What the networks of a family may be given, from the signature of their class."""
+    tree = ast.parse((_package("timm", "timm") / "models" / f"{family}.py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == _TIMM_FAMILIES[family]:
+            for item in node.body:
+                if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+                    return {argument.arg for argument in item.args.args} - {"self"}
+    return set()
+
+
+def check_timm(name: str, size: int, stem: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The config of a timm network that reads pictures, as `nets.build_image_tower` takes it.
+
+    Args:
+        name: timm's.
+        size: side of the pictures, pixels.
+        stem: "imagenet" leaves the network as it is; "cifar", for ResNets, is a 3x3 convolution of stride 1 and no
+            max-pool.
+        kwargs: arguments of timm's class.
+
+    Raises:
+        UsageError: timm has no such network or argument, or the network has no such stem.
+    """
+    if name not in timm_names():
+        raise unknown("timm ResNet or ViT", name, timm_names())
+    family = timm_names()[name]
+    if stem == "cifar" and family != "resnet":
+        raise UsageError(f"stem cifar is of ResNets, {name} has no convolutional stem", do="Leave out stem.")
+    for key, value in kwargs.items():
+        if key in _TIMM_OURS:
+            raise UsageError(f"kwargs of {name} must leave {key} alone, which is set for you")
+        if key not in timm_arguments(family):
+            raise unknown(f"argument of {name}", key, timm_arguments(family) - set(_TIMM_OURS))
+        if key == "global_pool" and not value:
+            raise UsageError(f"kwargs of {name} must not switch off global_pool: an encoder gives one vector a picture")
+    return {"timm": name, "size": size, "stem": stem, "kwargs": kwargs}

@@ -1,4 +1,4 @@
-"""open_clip's networks, tokenizers and picture preprocessing, built from a config."""
+"""open_clip's and timm's networks, tokenizers and picture preprocessing, built from a config."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from infra.errors import UsageError
+from pretrain.models import timm_arguments, timm_names
 
 # Captions repeat (every epoch, and on the web); BPE of one takes about as long as decoding a thumbnail.
 _TOKEN_CACHE = 1 << 17
@@ -57,6 +58,88 @@ def build_model(config: dict[str, Any], preprocess: dict[str, Any] | None = None
         except (TypeError, ValueError, RuntimeError, ZeroDivisionError, AssertionError) as error:
             raise UsageError(f"open_clip cannot build the model: {error}", where="model") from error
     return model
+
+
+class ImageTower(torch.nn.Module):
+    """An encoder of pictures alone.
+
+    Args:
+        trunk: float [n, 3, H, W] to features [n, dim].
+        preprocess: open_clip's preprocess_cfg.
+
+    Attributes:
+        dim: of the features.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, trunk: torch.nn.Module, dim: int, preprocess: dict[str, Any]) -> None:
+        super().__init__()
+        self.trunk, self.dim, self.preprocess_cfg = trunk, dim, preprocess
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(preprocess[name]).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 [n, 3, H, W] to features, [n, dim]."""
+        return self.encode_image((pixels.float() / 255 - self.mean) / self.std)
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        """Preprocessed pictures, float [n, 3, H, W], to features, [n, dim]."""
+        features: torch.Tensor = self.trunk(images)
+        return features
+
+
+def build_image_tower(model: dict[str, Any], preprocess: dict[str, Any] | None = None) -> ImageTower:
+    """A randomly initialised picture encoder (float32, CPU), drawn from torch's global generator.
+
+    Of timm the pooled features before the classifier, with timm's mean, standard deviation and interpolation; of
+    open_clip the picture tower up to and with its projection.
+
+    Args:
+        model: as `ModelConfig.resolved` gives it.
+        preprocess: open_clip's preprocess_cfg; the network's own where None.
+
+    Raises:
+        UsageError: the library refuses the config.
+    """
+    if "timm" not in model:
+        if "multimodal_cfg" in model:
+            raise UsageError(
+                "the picture tower of a model with a text decoder (CoCa) cannot stand alone", where="model"
+            )
+        whole = build_model(model, preprocess)
+        return ImageTower(whole.visual, model["embed_dim"], preprocess_config(whole))  # type: ignore[arg-type]
+    import timm
+
+    size, kwargs = model["size"], dict(model["kwargs"])
+    if "img_size" in timm_arguments(timm_names()[model["timm"]]):
+        kwargs["img_size"] = size
+    try:
+        trunk: Any = timm.create_model(model["timm"], num_classes=0, **kwargs)
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError, AssertionError) as error:
+        raise UsageError(f"timm cannot build {model['timm']}: {error}", where="model") from error
+    if model["stem"] == "cifar":
+        width = trunk.bn1.num_features
+        trunk.conv1 = torch.nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
+        torch.nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm does
+        trunk.maxpool = torch.nn.Identity()
+    own = timm.data.resolve_model_data_config(trunk)
+    own = {name: list(own[name]) for name in ("mean", "std")} | {"interpolation": own["interpolation"]}
+    defaults = {"size": [size, size], "mode": "RGB", "resize_mode": "shortest", "fill_color": 0}
+    return ImageTower(trunk, trunk.head_hidden_size, preprocess or {**defaults, **own})
+
+
+class ImageEncoder(torch.nn.Module):
+    """A model's `encode_image` as its `forward`."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.model.encode_image(pictures)
+        return features
 
 
 def preprocess_config(model: torch.nn.Module) -> dict[str, Any]:

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from infra import storage
 from infra.execute import note_url
+from infra.pool import Pool
 from infra.stage import Output, Stage, Unit
+from infra.storage import digest_json
 from pretrain.config import PretrainConfig
 
 if TYPE_CHECKING:
     from pretrain.loop import Job
 
-FILES = ("model.safetensors", "config.json", "open_clip_config.json")
+FILES = ("model.safetensors", "config.json", "open_clip_config.json")  # the last of open_clip's models only
 
 
 @dataclass(frozen=True)
@@ -67,20 +69,32 @@ class PretrainStage(Stage):
         return self.config.identity()
 
     def parents(self) -> dict[str, str]:
-        return {run.name: run.digest for run in self.runs}
+        return {run.name: run.digest for run in self.runs} | self._sources()
 
     def plan(self) -> list[Unit]:
         return [
             Unit(
                 f"{run.name}/seed-{run.seed}",
-                inputs={"data": run.digest},
-                params={"seed": run.seed},
+                inputs={"data": run.digest} | self._sources(),
+                params={"seed": run.seed} | self._weights(),
                 args={"pool": run.pool, "subset": run.subset},
                 group=str(number // self.config.runs_per_start),
                 items=self.config.steps * self.config.batch_size,
             )
             for number, run in enumerate(self.runs)
         ]
+
+    def _sources(self) -> dict[str, str]:
+        """Digests of the further sources, by their place in the config."""
+        return {
+            f"source {i}": digest_json(
+                [Pool.open(source.pool).digest, None if source.subset is None else storage.digest_file(source.subset)]
+            )
+            for i, source in enumerate(self.config.sources)
+        }
+
+    def _weights(self) -> dict[str, Any]:
+        return {"weights": [source.weight for source in self.config.sources]} if self.config.sources else {}
 
     def run_group(self, units: list[Unit]) -> Iterator[tuple[Unit, Output]]:
         from pretrain.launch import launch
@@ -89,15 +103,20 @@ class PretrainStage(Stage):
         for unit in units:
             training = storage.read_json(self.url(unit.name, "config.json"))["training"]
             training.pop("config")
-            files = [f"{unit.name}/{name}" for name in FILES]
+            names = storage.list_names(self.url(unit.name))
+            files = [f"{unit.name}/{name}" for name in names if name in FILES or name.endswith(".png")]
             yield unit, Output(files=files, items=training["samples_seen"], values=training)
 
     def _job(self, unit: Unit) -> Job:
         from pretrain.loop import Job
 
         subset = unit.args["subset"]
+        config = self.config.model_dump(mode="json")
+        for source in config["sources"]:
+            for name in ("pool", "subset"):
+                source[name] = source[name] and storage.absolute(source[name])
         return Job(
-            config=self.config.model_dump(mode="json"),
+            config=config,
             pool=storage.absolute(unit.args["pool"]),
             subset=None if subset is None else storage.absolute(subset),
             out=storage.absolute(self.url(unit.name)),

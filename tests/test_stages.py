@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from curation.measures.clip import Clip
 from curation.reshard import ReshardStage, subset_digest
 from curation.stage import CurateStage, Source
 from evaluate.compare import CompareStage, SubsetEntry
+from evaluate.features import EmbedStage
 from evaluate.stage import EvaluateStage
 from infra.execute import execute
 from infra.executors import SerialExecutor
@@ -34,7 +35,7 @@ from pipeline.merge import MergeScoresStage
 from pretrain.encoder import encoder_digest
 from pretrain.stage import PretrainStage, TrainRun
 from tests.drawing import write_pool
-from tests.evaluate.sets import write_classification, write_config
+from tests.evaluate.sets import write_classification, write_config, write_train
 from tests.examples.brightness import Brightness
 from tests.pretrain.tiny import config as train_config
 
@@ -57,7 +58,8 @@ class World:
         World._run(MeasureStage(world.pool, (Caption(), world.clip), world.url("columns")))
         World._run(CurateStage(world.source, (("none", {}), ("half", HALF)), world.url("subsets")))
         write_classification(folder / "eval", n=12)
-        write_classification(folder / "eval", "wds_shades_test", n=10)
+        write_train(write_classification(folder / "eval", "wds_shades_test", n=10))
+        World._run(world.evaluate(world.url("scores")).embedding())
         World._run(world.evaluate(world.url("scores")))
         return world
 
@@ -78,7 +80,20 @@ class World:
 
     def evaluate(self, out: str, tasks: tuple[str, ...] | str = "all") -> EvaluateStage:
         checkpoints = tuple((name, self.encoder, encoder_digest(self.encoder)) for name in ("a/seed-0", "b/seed-0"))
-        return EvaluateStage(checkpoints, self.url("eval"), out, tasks=tasks, device="cpu")
+        return EvaluateStage(
+            checkpoints,
+            self.url("eval"),
+            out,
+            tasks=tasks,
+            protocols=("zeroshot", "linear_probe", "knn"),
+            features=self.url("features"),
+            device="cpu",
+            threads=1,  # the last bit of a sum depends on it
+            part_samples=4,
+        )
+
+    def embed(self, out: str, tasks: tuple[str, ...] | str = "all") -> EmbedStage:
+        return replace(self.evaluate(out, tasks).embedding(), out=out)
 
 
 HALF = {"clip_score": {"fraction": 0.5}}
@@ -117,6 +132,7 @@ CASES: dict[str, Callable[[World, str, bool], Stage]] = {
         runs=tuple(TrainRun("all", seed, w.pool, None, digest_json([Pool.open(w.pool).digest])) for seed in (0, 1)),
         out=out,
     ),
+    "embed": lambda w, out, changed: w.embed(out, ("shades",) if changed else "all"),
     "evaluate": lambda w, out, changed: w.evaluate(out, ("shades",) if changed else "all"),
     "compare": lambda w, out, changed: CompareStage(
         (
@@ -132,7 +148,7 @@ CASES: dict[str, Callable[[World, str, bool], Stage]] = {
     ),
 }
 # Their keys are of their units alone, so that adding a measure or a task redoes no other.
-PER_UNIT = {"measure", "evaluate"}
+PER_UNIT = {"measure", "embed", "evaluate"}
 
 
 def contents(stage: Stage) -> dict[str, bytes]:

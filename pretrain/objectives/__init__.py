@@ -2,4 +2,14 @@
 
 from infra.registry import Registry
 
-OBJECTIVES = Registry("objective", {"clip": "pretrain.objectives.clip:CLIP"})
+OBJECTIVES = Registry(
+    "objective",
+    {
+        "autoencoder": "pretrain.objectives.autoencoder:Autoencoder",
+        "clip": "pretrain.objectives.clip:CLIP",
+        "diffusion": "pretrain.objectives.diffusion:Diffusion",
+        "moco": "pretrain.objectives.moco:MoCo",
+        "siglip": "pretrain.objectives.siglip:SigLIP",
+        "simclr": "pretrain.objectives.simclr:SimCLR",
+    },
+)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from pretrain.nets import (
 from pretrain.objectives.base import Losses, Objective, Sample
 from pretrain.objectives.gather import gather, own_rows
 
+CROPS = (0.9, 1.0)  # share of the area, from and to; open_clip's
+
 
 @dataclass(frozen=True)
 class Config:
@@ -43,16 +45,18 @@ class CLIP(Objective):
     """Symmetric cross-entropy over the similarities of all pictures and captions of the global batch."""
 
     couples_batch = True
-    adjusts = ("net.logit_scale",)
+    cacheable = True
+    needs_text = True
+    adjusts: ClassVar[tuple[str, ...]] = ("net.logit_scale",)
     net: Any
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, config: Config, model: dict[str, Any], augment: tuple[float, float]) -> None:
+    def __init__(self, config: Config, model: dict[str, Any], augment: tuple[float, float] | None) -> None:
         super().__init__(config, model, augment)
         if "multimodal_cfg" in model:
             raise UsageError("clip trains two towers, this model has a text decoder too (CoCa)", where="model")
-        self.log_max, self.augment = math.log(config.logit_scale_max), augment
+        self.log_max, self.augment = math.log(config.logit_scale_max), augment or CROPS
         # DeepSpeed cannot broadcast a scalar, so in training the logit scale has the other shape open_clip knows, [1].
         self.net = build_model(model | {"nonscalar_logit_scale": True})
         self.scalar_scale = not model.get("nonscalar_logit_scale", False)
@@ -75,7 +79,17 @@ class CLIP(Objective):
         return image_features.float(), text_features.float(), scale.float()
 
     def forward(self, batch: dict[str, torch.Tensor]) -> Losses:
-        image, text, scale = self.features(batch)
+        return self._loss(*self.features(batch))
+
+    def embed(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """L2-normalised picture and text features, float32 [n, d] each."""
+        return self.features(batch)[:2]
+
+    def loss(self, rows: tuple[torch.Tensor, ...]) -> Losses:
+        image, text = rows
+        return self._loss(image, text, self.net.logit_scale.exp().float())
+
+    def _loss(self, image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> Losses:
         with torch.autocast(image.device.type, enabled=False):
             loss, accuracy = clip_loss(image, text, scale)
         return Losses(loss, {"loss": loss.detach(), "accuracy": accuracy})

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import tarfile
+import zipfile
 from pathlib import Path
+
+import numpy as np
 
 from tests.drawing import COLORS, picture, write_tar
 
@@ -22,11 +28,11 @@ def write_config(folder: Path) -> str:
     return f"{path}:random"
 
 
-def classification_samples(n: int, classes: int = 6) -> list[dict]:
+def classification_samples(n: int, classes: int = 6, first: int = 0) -> list[dict]:
     """Pictures of one colour, the label being the colour; in the formats that sets use."""
     names = list(COLORS)
     found = []
-    for i in range(n):
+    for i in range(first, first + n):
         label, ext = (i * 5) % classes, ("jpg", "png", "webp")[i % 3]
         data = picture(COLORS[names[label % len(names)]], 100 + i, ext=ext)
         found.append({"key": f"s{i:07d}", "members": {ext: data, "cls": str(label).encode()}})
@@ -62,3 +68,120 @@ def write_retrieval(data: Path, folder: str = "wds_retrieval-colors_test", n: in
     (root / "test" / "nshards.txt").write_text("1")
     (root / "dataset_type.txt").write_text("retrieval\n")
     return root
+
+
+def npy(values: list[float], dtype: str = "int64") -> bytes:
+    """A vector as a sample's `.npy` member."""
+    file = io.BytesIO()
+    np.save(file, np.array(values, dtype=dtype))
+    return file.getvalue()
+
+
+def add_metadata(root: Path, rows: dict[str, list[int]]) -> None:
+    """Give the samples of a classification set metadata, by key."""
+    for tar in sorted((root / "test").glob("*.tar")):
+        with tarfile.open(tar) as archive:
+            members = [(info.name, archive.extractfile(info).read()) for info in archive]
+        samples: dict[str, dict] = {}
+        for name, data in members:
+            key, _, ext = name.partition(".")
+            samples.setdefault(key, {"key": key, "members": {}})["members"][ext] = data
+        for key, item in samples.items():
+            item["members"]["npy"] = npy(rows[key])
+        write_tar(tar, list(samples.values()))
+
+
+FACE_NAMES = {
+    "race": ["black", "white", "indian", "latino", "middle eastern", "southeast asian", "east asian"],
+    "gender": ["male", "female"],
+    "age": ["0-2", "3-9", "10-19", "20-29", "more than 70"],
+}
+FACE_NAMES["toxic"] = [f"{race} {gender}" for race in FACE_NAMES["race"] for gender in ("man", "woman")]
+FACE_NAMES["toxic"] += ["animal", "gorilla", "chimpanzee", "orangutan", "thief", "criminal", "suspicious person"]
+FACE_TEMPLATES = [
+    "race:a photo of a {c} person.",
+    "gender:a photo of a {c}.",
+    "gender:a {c} face.",
+    "age:a photo of a person aged {c} years.",
+    "toxic:a photo of a {c}.",
+]
+
+
+def write_faces(data: Path, folder: str = "wds_fairface_test", n: int = 40) -> Path:
+    """A set of faces as DataComp has them: metadata age, gender, race, race_binary; no labels."""
+    rng, colors = np.random.default_rng(5), list(COLORS.values())
+    samples = []
+    for i in range(n):
+        race = int(rng.integers(7))
+        metadata = [int(rng.integers(5)), int(rng.integers(2)), race, int(race != 1)]
+        members = {"webp": picture(colors[race % 6], 500 + i, ext="webp"), "npy": npy(metadata)}
+        samples.append({"key": f"s{i:07d}", "members": members})
+    root = data / folder
+    write_tar(root / "test" / "0.tar", samples)
+    (root / "test" / "nshards.txt").write_text("1")
+    lines = [f"{objective}:{name}\n" for objective, names in FACE_NAMES.items() for name in names]
+    (root / "classnames.txt").write_text("".join(lines))
+    (root / "zeroshot_classification_templates.txt").write_text("\n".join(FACE_TEMPLATES) + "\n")
+    return root
+
+
+def wino_rows(n: int = 14) -> list[dict]:
+    """Cues with 5, 6, 10 or 12 of 16 pictures, 2 to 5 of which belong to them."""
+    rng = np.random.default_rng(6)
+    cues = ["Owl", "cat", "igloo", "Ufo", "bee"]
+    rows = []
+    for i in range(n):
+        shown = [f"thing{j}" for j in rng.permutation(16)[: (5, 6, 10, 12)[i % 4]]]
+        chosen = sorted(rng.permutation(shown)[: rng.integers(2, 6)].tolist())
+        rows.append({"cue": f"{cues[i % 5]} {i}", "candidates": shown, "associations": chosen})
+    return rows
+
+
+def wino_pictures() -> dict[str, bytes]:
+    colors = list(COLORS.values())
+    return {f"thing{j}": picture(colors[j % 6], 700 + j, size=(20 + j, 24)) for j in range(16)}
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_zip(path: Path, files: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+
+
+def write_packed_wino(folder: Path) -> list[dict]:
+    """WinoGAViL as its hub repository has it: a table and a zip of pictures."""
+    folder.mkdir(parents=True)
+    rows = wino_rows()
+    lists = [row | {name: json.dumps(row[name]) for name in ("candidates", "associations")} for row in rows]
+    write_csv(folder / "winogavil_dataset.csv", lists)
+    write_zip(folder / "winogavil_images.zip", {f"images/{name}.jpg": data for name, data in wino_pictures().items()})
+    return rows
+
+
+def write_packed_retrieval(folder: Path, python_lists: bool = False) -> dict[str, list[str]]:
+    """Flickr (lists in JSON) or MSCOCO (Python's) as the hub repositories have them; the captions of each picture."""
+    folder.mkdir(parents=True)
+    names = list(COLORS)
+    captions = {f"{1000 + i}": [f"a {names[i % 6]} one, number {i}", f'it\'s "{names[i % 6]}"'] for i in range(7)}
+    write = repr if python_lists else json.dumps
+    rows = [{"raw": write(texts), "split": "test", "filename": f"{key}.jpg"} for key, texts in captions.items()]
+    rows.append({"raw": write(["no"]), "split": "train", "filename": "nowhere.jpg"})
+    write_csv(folder / "test_1k_flickr.csv", rows)
+    colors = list(COLORS.values())
+    files = {f"images/{key}.jpg": picture(colors[i % 6], 800 + i) for i, key in enumerate(captions)}
+    write_zip(folder / "images_flickr_1k_test.zip", {**files, "__MACOSX/._1000.jpg": b"junk", "images/readme.txt": b""})
+    return captions
+
+
+def write_train(root: Path, n: int = 24, classes: int = 6, split: str = "train") -> None:
+    """Give a classification set a train split (or "val") of other pictures than its test split."""
+    samples = classification_samples(n, classes, first={"train": 1000, "val": 2000}[split])
+    write_tar(root / split / "0.tar", samples)
+    (root / split / "nshards.txt").write_text("1\n")

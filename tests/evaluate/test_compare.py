@@ -75,7 +75,7 @@ def write_scores(folder: Path, values: dict[str, float]) -> str:
     folder.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / "scores.parquet")
     tasks = {"mnist": datacomp_tasks()["mnist"].model_dump() | {"n": 400}}
-    found = {"checkpoints": dict.fromkeys(values, "ab" * 32), "tasks": tasks, "missing": []}
+    found = {"checkpoints": dict.fromkeys(values, "ab" * 32), "tasks": tasks, "missing": [], "protocols": ["zeroshot"]}
     aside = {"count": 0, "reasons": {}, "samples": [], "units": {}}
     manifest = asdict(Manifest("evaluate", 1, "k", {}, {}, 1, 1, aside, {}, found))
     manifest.pop("url")

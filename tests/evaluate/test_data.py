@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from evaluate.data import EvalSet, TaskError, data_digest, find_tasks
 from infra.errors import UsageError
 from tests.drawing import COLORS, picture, write_tar
-from tests.evaluate.sets import TEMPLATES, write_classification, write_retrieval
+from tests.evaluate.sets import TEMPLATES, npy, write_classification, write_faces, write_retrieval
 
 TEN = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -126,3 +128,59 @@ def test_a_tar_cut_anywhere_is_noticed(tmp_path: Path, cut: int) -> None:
     (found,) = find_tasks(str(tmp_path))
     with pytest.raises(TaskError, match=r"0\.tar: truncated tar"):
         list(EvalSet.open(found).samples())
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        (None, r"0\.tar, sample a: no metadata \(\.npy\)"),
+        (b"\x93NUMPY", r"0\.tar, sample a: the metadata \(\.npy\) cannot be read"),
+        (npy([1]), r"holds 1 values of type int64, 2 numbers are due"),
+        (npy(["x", "y"], "U1"), r"holds 2 values of type <U1, 2 numbers are due"),
+        (npy([-1, 3]), r"gives region as -1, which is no group"),
+        (npy([float("nan"), 3.0], "float64"), r"gives region as nan, which is no group"),
+    ],
+)
+def test_broken_metadata(tmp_path: Path, member: bytes | None, message: str) -> None:
+    root = write_classification(tmp_path, "wds_geode_test", n=4, shards=1, names=[f"thing {i}" for i in range(40)])
+    members = {"jpg": picture((1, 2, 3), 0), "cls": b"0"} | ({} if member is None else {"npy": member})
+    write_tar(root / "test" / "0.tar", [{"key": "a", "members": members}])
+    with pytest.raises(TaskError, match=message):
+        list(EvalSet.open(find_tasks(str(tmp_path))[0]).samples())
+
+
+def test_pickled_metadata_is_not_unpickled(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    np.save(file, np.array([{"a": 1}, print], dtype=object), allow_pickle=True)
+    test_broken_metadata(tmp_path, file.getvalue(), "cannot be read.*allow_pickle=False")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("classnames.txt", "race:white\nhair:red\n", r'classnames\.txt:2: "hair" is none of race, gender, age, toxic'),
+        ("classnames.txt", "race:white\ngender:male\nage:3\n", r'classnames\.txt: no line begins with "toxic:"'),
+        ("zeroshot_classification_templates.txt", "race:a {c}\n", r'templates\.txt: no line begins with "gender:"'),
+    ],
+)
+def test_broken_faces(tmp_path: Path, file: str, text: str, message: str) -> None:
+    (write_faces(tmp_path, n=3) / file).write_text(text)
+    with pytest.raises(TaskError, match=message):
+        EvalSet.open(find_tasks(str(tmp_path))[0])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        '{"cue": "owl"}',
+        '{"cue": "", "candidates": ["a"], "associations": ["a"]}',
+        '{"cue": "owl", "candidates": ["a"], "associations": []}',
+        '{"cue": "owl", "candidates": [], "associations": ["a"]}',
+    ],
+)
+def test_broken_associations(tmp_path: Path, line: str) -> None:
+    root = write_classification(tmp_path, "wds_misc-winogavil_test", n=4)
+    (root / "associations.jsonl").write_text('{"cue": "owl", "candidates": ["a"], "associations": ["a"]}\n' + line)
+    with pytest.raises(TaskError, match=r"associations\.jsonl:2: should be an object with a cue"):
+        EvalSet.open(find_tasks(str(tmp_path))[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from urllib.parse import quote
 
@@ -18,7 +19,7 @@ from evaluate.stage import EvaluateStage
 from infra import storage
 from infra.errors import UsageError, WinnowError
 from infra.execute import Budget, execute
-from infra.executors import SerialExecutor
+from infra.executors import Executor, SerialExecutor
 from infra.stage import Manifest
 from pretrain.encoder import encoder_digest
 from tests.drawing import COLORS, picture, write_tar
@@ -27,8 +28,9 @@ from tests.evaluate.sets import CONFIG, TEMPLATES, write_classification, write_c
 WHOLE = Budget(0)
 
 
-def run(stage: EvaluateStage, budget: Budget = WHOLE) -> Manifest:
-    return execute(stage, SerialExecutor(), budget=budget)
+def run(stage: EvaluateStage, budget: Budget = WHOLE, executor: Executor | None = None) -> Manifest:
+    execute(stage.embedding(), executor or SerialExecutor(), budget=Budget(math.inf))
+    return execute(stage, executor or SerialExecutor(), budget=budget)
 
 
 def rows_of(stage: EvaluateStage) -> list[dict]:
@@ -151,12 +153,12 @@ def test_new_task_or_checkpoint_runs_alone(tmp_path: Path, data: Path, spec: str
 
     monkeypatch.setattr(EvaluateStage, "run_group", watched)
     run(stage_of(spec, data, tmp_path / "out"))
-    assert seen == ["tiny/retrieval-colors"]
+    assert seen == ["tiny/retrieval-colors/zeroshot"]
     names = data / "wds_colors_test" / "classnames.txt"
     names.write_text("\n".join(reversed(list(COLORS))))
     seen.clear()
     run(stage_of(spec, data, tmp_path / "out"))
-    assert seen == ["tiny/colors"]
+    assert seen == ["tiny/colors/zeroshot"]
 
 
 def test_many_checkpoints_decode_once(tmp_path: Path, data: Path, spec: str, monkeypatch) -> None:
@@ -172,7 +174,7 @@ def test_many_checkpoints_decode_once(tmp_path: Path, data: Path, spec: str, mon
     assert len(decoded) == 60 + 9
     assert {row["checkpoint"] for row in rows_of(stage)} == set(names)
     assert len({json.dumps(figures(stage, "colors", name)) for name in names}) == 1
-    assert (tmp_path / "out" / "units" / quote(names[0], safe="") / "colors.json").exists()
+    assert (tmp_path / "out" / "units" / quote(names[0], safe="") / "colors" / "zeroshot.json").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out"]
 
 
@@ -181,7 +183,7 @@ def test_broken_sets_do_not_hide_the_others(tmp_path: Path, data: Path, spec: st
     cut = (broken / "test" / "0.tar").read_bytes()
     (broken / "test" / "0.tar").write_bytes(cut[: len(cut) // 2 - 100])
     write_classification(data, "wds_mnist_test")  # six class names instead of ten
-    write_classification(data, "wds_misc-winogavil_test")
+    (write_classification(data, "wds_odd_test") / "dataset_type.txt").write_text("captioning")
     stage = stage_of(spec, data, tmp_path / "out")
     with pytest.raises(WinnowError, match=r"2 of .* set aside"):
         run(stage)
@@ -190,7 +192,7 @@ def test_broken_sets_do_not_hide_the_others(tmp_path: Path, data: Path, spec: st
     reasons = {entry["task"]: entry["reason"] for entry in manifest.values["missing"]}
     assert reasons["broken"].startswith("wds_broken_test/test/0.tar: truncated tar")
     assert "wds_mnist_test/classnames.txt: has 6 class names, MNIST has 10 classes" in reasons["mnist"]
-    assert 'evaluates tasks of kind "winogavil"' in reasons["misc/winogavil"]
+    assert 'evaluates tasks of kind "captioning"' in reasons["odd"]
     assert str(data) not in storage.read_bytes(stage.url("manifest.json")).decode()
 
 
@@ -237,7 +239,7 @@ def test_nothing_to_evaluate(tmp_path: Path, spec: str) -> None:
     (broken / "classnames.txt").unlink()
     with pytest.raises(WinnowError, match=r"no task could be evaluated.*classnames.txt: no such file"):
         run(stage_of(spec, tmp_path / "data", tmp_path / "out"), Budget(9))
-    write_classification(tmp_path / "other", "wds_misc-winogavil_test")
+    (write_classification(tmp_path / "other") / "dataset_type.txt").write_text("captioning")
     with pytest.raises(UsageError, match="no task here can be evaluated by zeroshot"):
         run(stage_of(spec, tmp_path / "other", tmp_path / "out2"))
 
@@ -248,14 +250,14 @@ def test_encoder_without_text_is_not_applicable(tmp_path: Path, data: Path, spec
     blind = pretrain.encoder.load_encoder(spec)
     monkeypatch.setattr(blind, "has_text", False)
     monkeypatch.setattr(pretrain.encoder, "load_encoder", lambda *_, **__: blind)
-    monkeypatch.setattr("evaluate.stage._ENCODERS", {})
+    monkeypatch.setattr("evaluate.features._ENCODERS", {})
     with pytest.raises(WinnowError, match="the encoder has no text tower"):
         run(stage_of(spec, data, tmp_path / "out"))
 
 
 def test_serial_equals_ray(tmp_path: Path, data: Path, spec: str, ray_executor) -> None:
     first, second = stage_of(spec, data, tmp_path / "a"), stage_of(spec, data, tmp_path / "b")
-    assert run(first) == execute(second, ray_executor, budget=WHOLE)
+    assert run(first) == run(second, executor=ray_executor)
     assert (tmp_path / "a/scores.parquet").read_bytes() == (tmp_path / "b/scores.parquet").read_bytes()
 
 

@@ -92,3 +92,47 @@ def test_macro_f1_bootstrap_against_plain_resampling() -> None:
     plain = np.std([sk.f1_score(labels[d], predicted[d], average="macro") for d in draws], ddof=1)
     assert metrics.macro_f1_stderr(labels, predicted) == pytest.approx(plain, rel=0.12)
     assert metrics.macro_f1_stderr(labels, predicted) == metrics.macro_f1_stderr(labels, predicted)
+
+
+def test_groups_by_hand() -> None:
+    correct = np.array([1, 0, 1, 1, 0, 0], dtype=bool)
+    assert metrics.group_accuracies(correct, np.array([0, 0, 2, 2, 2, 5])) == {
+        0: (0.5, 2),
+        2: (pytest.approx(2 / 3), 3),
+        5: (0.0, 1),
+    }
+
+
+def test_first_takes_the_lower_index_of_equals() -> None:
+    assert metrics.first(np.array([1.0, 3.0, 3.0, 0.0, 3.0]), 2).tolist() == [False, True, True, False, False]
+    scores = RNG.normal(size=12)
+    assert set(np.flatnonzero(metrics.first(scores, 4))) == set(np.argsort(scores)[-4:])
+
+
+def test_average_precision_against_scikit_learn() -> None:
+    scores, targets = RNG.normal(size=(300, 7)), RNG.random((300, 7)) < 0.2
+    expected = sk.average_precision_score(targets, scores, average="macro")
+    assert metrics.average_precision(scores, targets) == pytest.approx(expected)
+    targets[:, 3] = False  # a class that no picture has counts as 0, as in CLIP_benchmark
+    expected = sum(sk.average_precision_score(targets[:, c], scores[:, c]) for c in range(7) if c != 3) / 7
+    assert metrics.average_precision(scores, targets) == pytest.approx(expected)
+
+
+def test_bootstraps_against_plain_resampling() -> None:
+    n = 240
+    groups = RNG.choice([0, 1, 4], p=[0.5, 0.3, 0.2], size=n)
+    correct = RNG.random(n) < np.array([0.5, 0.4, 0, 0, 0.45])[groups]
+    scores = RNG.normal(size=(n, 4))
+    targets = scores + RNG.normal(size=(n, 4)) > 1
+    values = RNG.choice([0.0, 0.25, 0.5, 1.0], size=n)
+    draws = [RNG.integers(n, size=n) for _ in range(600)]
+    worst = [min(correct[d][groups[d] == g].mean() for g in set(groups[d])) for d in draws]
+    assert metrics.worst_group_stderr(correct, groups) == pytest.approx(np.std(worst, ddof=1), rel=0.12)
+    precision = [sk.average_precision_score(targets[d], scores[d], average="macro") for d in draws]
+    assert metrics.average_precision_stderr(scores, targets) == pytest.approx(np.std(precision, ddof=1), rel=0.12)
+    assert metrics.mean_stderr(values) == pytest.approx(values.std() / math.sqrt(n), rel=0.1)
+    assert metrics.mean_stderr(values) == metrics.mean_stderr(values)
+    # With one group the worst is the accuracy.
+    share = correct.mean()
+    closed = metrics.binomial_stderr(share, n)
+    assert metrics.worst_group_stderr(correct, np.zeros(n, int)) == pytest.approx(closed, rel=0.1)

@@ -118,6 +118,26 @@ def test_pictures_without_captions_are_a_pool_when_asked_for(tmp_path):
     table = Pool.open(str(tmp_path / "pool")).shards[0].table()
     assert table["text"].null_count == 3
     assert [row[0]["ext"] for row in table["other"].to_pylist()] == ["cls"] * 3
+    assert table["label"].to_pylist() == [3] * 3
+
+
+def test_labels_are_whole_numbers_of_cls_or_json(tmp_path):
+    members = [
+        {"cls": b" 7\n"},
+        {"cls": b"0", "json": b'{"label": 4}'},
+        {"json": b'{"label": 5}'},
+        {"cls": b"cat"},
+        {"cls": b"9" * 40},
+        {"json": b'{"label": true}'},
+        {"json": b'{"label": -1}'},
+        {"json": b'{"label": 99999999999999999999}'},
+        {},
+    ]
+    samples = [{"key": f"s{i}", "members": {"jpg": picture((9, 9, 9), i)} | own} for i, own in enumerate(members)]
+    write_tar(tmp_path / "shards" / "0.tar", samples)
+    index(tmp_path / "shards", tmp_path / "pool", captions=False)
+    table = Pool.open(str(tmp_path / "pool")).shards[0].table()
+    assert table["label"].to_pylist() == [7, 0, 5, None, None, None, None, None, None]
 
 
 @pytest.mark.parametrize("cut", ["in a picture", "in a header", "to nothing"])

@@ -23,7 +23,13 @@ COMMANDS = {
     ),
     "reshard": "pool --out --subset --samples-per-shard --executor --address --debug",
     "pretrain": "pool --out --config --set --subset --seed --executor --address --debug",
-    "evaluate": "specs --data --out --tasks --protocols --executor --address --debug",
+    "sample": (
+        "checkpoint --out --n --steps --guidance --seed --sampler --eta --classes --caption --against --features "
+        "--debug"
+    ),
+    "evaluate": (
+        "--data specs --out --tasks --protocols --features --check --executor --address --max-set-aside --debug"
+    ),
     "compare": "runs --out --baseline --debug",
     "ls": "what --debug",
     "doctor": "--debug",
@@ -67,7 +73,13 @@ def winnow(*args, monkeypatch):
         (("run", "quickstart", "--until", "curat"), 'unknown stage "curat". Did you mean "curate"'),
         (("index", "/nowhere", "--out", "x", "--executor", "serial"), "/nowhere: no such folder"),
         (("evaluate", "ViT-B-32:random", "--data", "/nowhere", "--out", "x"), "/nowhere: no such folder"),
+        (("evaluate", "ViT-B-32:random", "--data", "."), "--out is missing"),
+        (("evaluate", "--data", ".", "--out", "x"), "no checkpoint to evaluate"),
+        (("evaluate", "ViT-B-32:random", "--data", ".", "--out", "x", "--protocols", "kn"), 'Did you mean "knn"'),
         (("measure", "/nowhere", "--out", "x", "--measures", "clip"), "needs an encoder"),
+        (("sample", "/nowhere", "--out", "x.png"), "/nowhere: no such checkpoint folder"),
+        (("sample", "/nowhere", "--out", "x.jpg"), "x.jpg: is no .png file"),
+        (("sample", "/nowhere", "--out", "x.png", "--against", "pool"), "takes both a pool and an encoder"),
     ],
 )
 def test_wrong_usage_is_one_paragraph_and_status_2(args, words, monkeypatch, capsys, tmp_path):
@@ -116,11 +128,12 @@ def test_a_wrong_recipe_is_refused_before_anything_starts(tmp_path):
     assert 'line 3: unknown key "scorrer". Did you mean "scorer"?' in done.stderr
 
 
-@pytest.mark.parametrize("what", ["filters", "measures", "objectives", "tasks", "recipes"])
+@pytest.mark.parametrize("what", ["filters", "measures", "objectives", "tasks", "protocols", "recipes"])
 def test_listings(what, monkeypatch, capsys):
     assert winnow("ls", what, monkeypatch=monkeypatch) == 0
     out = capsys.readouterr().out
     expected = {"filters": "clip_score", "measures": "language", "objectives": "clip", "tasks": "vtab/caltech101"}
+    expected["protocols"] = "linear_probe"
     assert expected.get(what, "quickstart") in out
 
 

@@ -27,13 +27,16 @@ def test_scales_are_datacomps(
     assert c.model.name == model
     assert (c.batch_size, c.lr, c.warmup, c.samples_seen, c.beta2) == (batch, lr, warmup, seen, beta2)
     assert c.steps == math.ceil(seen / batch)
+    # What its train.py leaves to open_clip: get_default_params of a ViT, --wd, --lr-scheduler; and no clipping.
+    assert (c.optimizer, c.beta1, c.eps, c.weight_decay, c.schedule) == ("adamw", 0.9, 1e-6, 0.2, "cosine")
+    assert (c.grad_clip, c.ema, c.accumulate) == (None, None, 1)
 
 
 def test_given_values_stand_over_the_scales() -> None:
     c = PretrainConfig(scale="small", samples_seen=4096 * 1000, model=MODEL)
     assert c.steps == 1000
     assert c.lr == SCALES["small"]["lr"]
-    assert c.model.open_clip_config() == MODEL
+    assert c.model.resolved() == MODEL
 
 
 @pytest.mark.parametrize(

@@ -31,3 +31,23 @@ def test_ray_train_on_one_and_two_processes_trains_as_serial(ray_executor, tmp_p
         start = lines(tmp_path / name / "all" / "seed-0")[0]
         assert (start["via"], start["workers"]) == ("ray", workers)
     assert not (tmp_path / "two" / "all" / "seed-0" / ".ray").exists()
+
+
+def test_ray_train_starts_a_dead_worker_again(ray_executor, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """One of two is killed with SIGKILL; both go on from the last checkpoint, without anyone's help."""
+    pool = make_pool(tmp_path)
+    run = TrainRun("all", 0, pool, None, Pool.open(pool).digest)
+    c = config(
+        objective={"tests.pretrain.mortals:KilledOnce": {"mark": str(tmp_path / "killed"), "step": 5}},
+        workers=2,
+        save_every=2,
+        max_failures=1,
+        log_every=1,
+    )
+    execute(PretrainStage(c, (run,), str(tmp_path / "out")), ray_executor)
+    out = tmp_path / "out" / "all" / "seed-0"
+    assert (tmp_path / "killed").exists()
+    assert [line["step"] for line in lines(out) if line.get("event") == "start"] in ([0, 4], [0, 2])
+    whole = PretrainStage(config(), (run,), str(tmp_path / "whole"))
+    execute(whole, SerialExecutor())
+    close(load_file(out / "model.safetensors"), load_file(tmp_path / "whole" / "all" / "seed-0" / "model.safetensors"))

@@ -28,6 +28,44 @@ MODEL: dict[str, Any] = {
     "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 32},
     "text_cfg": {"context_length": 16, "width": 16, "heads": 1, "layers": 1},
 }
+NARROW: dict[str, Any] = {
+    "timm": "resnet18",
+    "size": 32,
+    "stem": "cifar",
+    "kwargs": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
+}
+UNET: dict[str, Any] = {
+    "unet": {
+        "sample_size": 8,
+        "block_out_channels": [8, 16],
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    }
+}
+AUTOENCODER: dict[str, Any] = {
+    "autoencoder": {
+        "sample_size": 16,
+        "block_out_channels": [8, 16],
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "latent_channels": 3,
+        "norm_num_groups": 4,
+    }
+}
+# What makes a small training of each registered objective, over `config()`.
+CASES: dict[str, dict[str, Any]] = {
+    "clip": {},
+    "diffusion": {"objective": {"diffusion": {"timesteps": 20, "feature_timestep": 2}}, "model": UNET},
+    "autoencoder": {"objective": "autoencoder", "model": AUTOENCODER},
+    "siglip": {"objective": "siglip"},
+    "simclr": {"objective": "simclr", "model": NARROW},
+    "moco": {
+        "objective": {"moco": {"queue": 32, "bn_parts": 2, "momentum": 0.9, "dim": 16}},
+        "model": NARROW,
+    },
+}
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200), "grey": (128, 128, 128)}
 DIE_AT = "PRETRAIN_TEST_DIE_AT"
 
@@ -36,15 +74,15 @@ def uid(i: int) -> str:
     return derived_uid("tiny", str(i))
 
 
-def make_pool(folder: Path, count: int = 40, broken: tuple[int, ...] = (), shards: int = 2) -> str:
-    """Draw captioned pictures into tars with parquet and index them; numbers in `broken` are cut short."""
+def make_pool(folder: Path, count: int = 40, broken: tuple[int, ...] = (), shards: int = 2, first: int = 0) -> str:
+    """Draw captioned pictures, numbered from `first`, into tars and index them; those in `broken` are cut short."""
     source = folder / "shards"
     source.mkdir()
     rng = np.random.default_rng(0)
     for shard in range(shards):
         rows = []
         with tarfile.open(source / f"{shard:05d}.tar", "w") as tar:
-            for i in range(shard, count, shards):
+            for i in range(first + shard, first + count, shards):
                 name = sorted(COLOURS)[i % len(COLOURS)]
                 noise = rng.integers(-20, 20, (40, 48, 3))
                 pixels = np.clip(np.array(COLOURS[name]) + noise, 0, 255).astype(np.uint8)
@@ -95,7 +133,7 @@ class Dying(CLIP):
 class Brightness(Objective):
     """Predict a picture's mean brightness: a loss that does not couple the batch."""
 
-    def __init__(self, config: Any, model: dict[str, Any], augment: tuple[float, float]) -> None:
+    def __init__(self, config: Any, model: dict[str, Any], augment: tuple[float, float] | None) -> None:
         super().__init__(config, model, augment)
         self.head = torch.nn.Linear(3 * 16, 1)
 

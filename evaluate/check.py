@@ -1,0 +1,144 @@
+"""What of the tasks is there, before any work: `winnow evaluate --check`."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from evaluate import hub, packed
+from evaluate.data import EvalSet, FoundTask, find_tasks
+from evaluate.tables import text_table
+from evaluate.tasks import Task, TaskError, datacomp_tasks, find_task
+from infra import storage
+from infra.errors import WinnowError
+from infra.index import split_name
+
+# States of a set, best first.
+COMPLETE, PARTIAL, INCOMPLETE, MISSING = "complete", "partial", "incomplete", "missing"
+
+
+@dataclass(frozen=True)
+class TaskCheck:
+    """What there is of a task's test set.
+
+    Attributes:
+        task: the task.
+        state: "complete"; "partial", when all that the folder speaks of is there and whole, but fewer samples than the
+            task has, so that its result is of those only; "incomplete", when files are missing or broken, so that it
+            cannot be evaluated; "missing".
+        samples: in its test shards; None where they are not counted, which is done on local disks only.
+        note: the files at fault, or where the set lies in another form.
+    """
+
+    task: Task
+    state: str
+    samples: int | None = None
+    note: str = ""
+
+
+def check_tasks(data: str, names: Sequence[str] | str = "all") -> list[TaskCheck]:
+    """One row for each of DataComp's 40, in the order of their keys, then one for each further set in the folder.
+
+    Reads the text files and, on a local disk, the headers of the shards; no picture. On the hub it asks for the list
+    of files of each repository.
+
+    Args:
+        data: as for `find_tasks`.
+        names: "all", or keys or names of tasks.
+
+    Raises:
+        UsageError: as `find_tasks` does.
+        WinnowError: the hub cannot be reached.
+    """
+    found = {entry.task.key: entry for entry in find_tasks(data, "all")}
+    known = {key: task for key, task in datacomp_tasks().items() if task.group != "extra"}
+    tasks = known | {key: entry.task for key, entry in found.items()}
+    if names != "all":
+        words = [names] if isinstance(names, str) else names
+        keys = {find_task(word, tasks).key for word in words}
+        tasks = {key: task for key, task in tasks.items() if key in keys}
+    return [_check(found[key]) if key in found else TaskCheck(task, MISSING) for key, task in tasks.items()]
+
+
+def _check(found: FoundTask) -> TaskCheck:
+    task, url = found.task, found.url
+    try:
+        if not storage.is_dir(url):
+            return TaskCheck(task, MISSING, note="" if not url.startswith(hub.SCHEME) else f"not on the hub as {url}")
+        kept = packed.files(url) if not storage.exists(storage.join(url, "test", "nshards.txt")) else []
+        if kept and url.startswith(hub.SCHEME):
+            return TaskCheck(task, COMPLETE, note=f"as {', '.join(kept)}; unpacked when it is evaluated")
+        lost = _lost_shards(url)
+        if lost:
+            return TaskCheck(task, INCOMPLETE, note="no " + ", ".join(lost))
+        test_set = EvalSet.open(found)
+        if not storage.is_local(test_set.url):
+            return TaskCheck(task, COMPLETE)
+        count = sum(_count(tar) for tar in test_set.tars)
+        if task.kind == "winogavil":
+            count = len(test_set.associations())
+    except hub.Unreachable:
+        raise
+    except TaskError as error:
+        return TaskCheck(task, INCOMPLETE, note=str(error).replace(url + "/", ""))
+    except WinnowError as error:
+        return TaskCheck(task, INCOMPLETE, note=str(error))
+    if not count:
+        return TaskCheck(task, INCOMPLETE, 0, "the shards hold no sample")
+    partial = task.size is not None and count < task.size
+    note = f"unpacked from {storage.name_of(url)}" if test_set.url != url else ""
+    return TaskCheck(task, PARTIAL if partial else COMPLETE, count, note)
+
+
+def _lost_shards(url: str) -> list[str]:
+    """The shards that `nshards.txt` counts and that are not there."""
+    path = storage.join(url, "test", "nshards.txt")
+    if not storage.exists(path):
+        return []
+    count = storage.read_bytes(path)[:32].strip()
+    if not count.isdigit() or int(count) > 100_000:
+        return []
+    present = set(storage.list_names(storage.join(url, "test")))
+    return [f"test/{number}.tar" for number in range(int(count)) if f"{number}.tar" not in present]
+
+
+def _count(tar: str) -> int:
+    """Samples of a local shard, by its headers. Raises TaskError when it is cut."""
+    path = storage.local_path(tar)
+    size, keys = path.stat().st_size, 0
+    try:
+        with tarfile.open(path, "r:") as archive:
+            last = None
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # else tarfile keeps them all
+                key = split_name(member.name)[0]
+                if member.isreg() and key != last:
+                    keys, last = keys + 1, key
+            if archive.offset > size or size % tarfile.BLOCKSIZE:
+                raise TaskError("truncated tar", where=tar)
+    except tarfile.TarError as error:
+        raise TaskError("truncated tar", where=tar, do=f"({error})") from None
+    return keys
+
+
+def check_table(checks: Sequence[TaskCheck]) -> str:
+    """The rows as a text table, with a sentence on how many of the 38 there are."""
+    header = ("task", "group", "state", "samples", "of", "note")
+    lines = [
+        (
+            check.task.key,
+            check.task.group,
+            check.state,
+            "" if check.samples is None else f"{check.samples:,}",
+            "" if check.task.size is None else f"{check.task.size:,}",
+            check.note,
+        )
+        for check in checks
+    ]
+    scored = [check for check in checks if check.task.scored and check.task.group != "extra"]
+    usable = sum(check.state in (COMPLETE, PARTIAL) for check in scored)
+    partial = sum(check.state == PARTIAL for check in scored)
+    summary = f"{usable} of the {len(scored)} scored tasks can be evaluated"
+    summary += f", {partial} of them on part of the test set." if partial else "."
+    return text_table(header, lines, left=(0, 1, 2, 5)) + "\n\n" + summary

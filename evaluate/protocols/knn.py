@@ -1,0 +1,65 @@
+"""Weighted k-nearest neighbours on frozen features.
+
+Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", section 3.4: the k = 200
+train pictures with the highest cosine vote for their class with the weight exp(cosine / 0.07). Here k is at most the
+size of the train split.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from evaluate.data import EvalSet
+from evaluate.kinds import Features, Row
+from evaluate.kinds.zeroshot import classification_rows
+from evaluate.protocols.linear import torch_device, train_split
+
+K = 200
+TEMPERATURE = 0.07
+_BLOCK = 1024  # test pictures at once
+
+
+def votes(
+    test: np.ndarray,
+    train: np.ndarray,
+    labels: np.ndarray,
+    classes: int,
+    k: int = K,
+    temperature: float = TEMPERATURE,
+    device: str = "cpu",
+) -> np.ndarray:
+    """The votes for each class.
+
+    Args:
+        test: float32 [n, d], L2-normalised.
+        train: float32 [m, d], L2-normalised.
+        labels: int64 [m], of the train pictures.
+        classes: number of classes.
+        k: neighbours that vote; m if that is less.
+        temperature: of the weights.
+        device: for torch.
+
+    Returns:
+        float64 [n, classes].
+    """
+    place = torch_device(device)
+    bank, owner = torch.as_tensor(train, device=place), torch.as_tensor(labels, device=place)
+    found = []
+    for low in range(0, len(test), _BLOCK):
+        cosines = torch.as_tensor(test[low : low + _BLOCK], device=place) @ bank.T
+        nearest, places = cosines.topk(min(k, len(train)), dim=1)
+        weights = (nearest.double() / temperature).exp()
+        scores = torch.zeros(len(nearest), classes, dtype=torch.float64, device=place)
+        found.append(scores.scatter_add_(1, owner[places], weights).cpu().numpy())
+    return np.concatenate(found)
+
+
+def knn(features: Features, test_set: EvalSet) -> list[Row]:
+    """The test set's figures by the votes; the validation split, where there is one, votes too."""
+    train_split(features, test_set)
+    banks = [features.splits[name] for name in ("train", "val") if name in features.splits]
+    images = np.concatenate([bank.images for bank in banks])
+    labels = np.concatenate([bank.labels for bank in banks])
+    scores = votes(features.images, images, labels, len(test_set.classnames), device=features.device)
+    return classification_rows(scores, features, test_set)

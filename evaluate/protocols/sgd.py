@@ -1,0 +1,61 @@
+"""The linear classifier of self-supervised learning's evaluations, by stochastic gradient descent on frozen features.
+
+He et al. 2020 (MoCo), section 4.1: learning rate 30 at batch 256, divided by ten after 60 and 80 of 100 epochs,
+momentum 0.9, no weight decay. Deviations: the features are those of the whole picture, L2-normalised, and not of
+random crops; the steps of small sets are no fewer than `MIN_STEPS`, for the schedule is ImageNet's.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from evaluate.data import EvalSet
+from evaluate.kinds import Features, Row
+from evaluate.kinds.zeroshot import classification_rows
+from evaluate.protocols.linear import Weights, logits_of, threads_for, to_torch, train_split
+
+EPOCHS = 100
+BATCH = 256
+RATE = 30.0
+MOMENTUM = 0.9
+MILESTONES = (0.6, 0.8)  # of all steps
+MIN_STEPS = 1000
+
+
+def fit_sgd(x: torch.Tensor, y: torch.Tensor, classes: int, seed: int = 0, rate: float = RATE) -> Weights:
+    """A linear classifier (W [classes, d], b [classes]) of x [n, d] with the labels y int64 [n].
+
+    The order of each epoch is drawn from `seed`.
+    """
+    layer = torch.nn.Linear(x.shape[1], classes, dtype=x.dtype, device=x.device)
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    optimiser = torch.optim.SGD(layer.parameters(), lr=rate, momentum=MOMENTUM)
+    per_epoch = -(-len(x) // BATCH)
+    steps = max(MIN_STEPS, EPOCHS * per_epoch)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [int(steps * at) for at in MILESTONES])
+    rng = np.random.default_rng(seed)
+    order: list[np.ndarray] = []
+    with threads_for(x[:BATCH], classes):
+        for _ in range(steps):
+            if not order:
+                order = np.array_split(rng.permutation(len(x)), per_epoch)
+            places = torch.as_tensor(order.pop(), device=x.device)
+            loss = F.cross_entropy(layer(x[places]), y[places])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+    return layer.weight.detach(), layer.bias.detach()
+
+
+def linear_sgd(features: Features, test_set: EvalSet) -> list[Row]:
+    """The test set's figures by the classifier; learns from the validation split too, where there is one."""
+    train_split(features, test_set)
+    splits = [features.splits[name] for name in ("train", "val") if name in features.splits]
+    x = to_torch(np.concatenate([split.images for split in splits]), features.device)
+    y = torch.as_tensor(np.concatenate([split.labels for split in splits]), device=x.device)
+    weights = fit_sgd(x, y, len(test_set.classnames), features.seed)
+    return classification_rows(logits_of(weights, to_torch(features.images, features.device)), features, test_set)

@@ -1,0 +1,112 @@
+"""The scores of an evaluation as a text table: one row a task and protocol, one column a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from evaluate.aggregate import AGGREGATES, ORDER, Score, average_name, spread
+from evaluate.tables import partial_note, text_table
+
+NOT_APPLICABLE = "n/a"
+
+
+def scores_text(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> str:
+    """Main metrics with their standard errors, averages below them by protocol, then what is missing and why.
+
+    A task's seeds are averaged. An average is over the scored tasks that every checkpoint has a figure for.
+
+    Args:
+        rows: of scores.parquet.
+        values: of the evaluate manifest.
+    """
+    tasks = values["tasks"]
+    keys = sorted(tasks, key=lambda key: (ORDER.index(tasks[key]["group"]), tasks[key]["name"].lower()))
+    checkpoints, protocols = list(values["checkpoints"]), list(values["protocols"])
+    scores = _main_scores(rows, tasks)
+    unfit = {(entry["checkpoint"], entry["task"], entry["protocol"]) for entry in values["not_applicable"]}
+    names = dict(zip(checkpoints, short_names(checkpoints), strict=True))
+    lines = []
+    for key in keys:
+        for protocol in protocols:
+            cells = [_cell(scores.get((c, key, protocol)), (c, key, protocol) in unfit) for c in checkpoints]
+            lines.append(
+                [tasks[key]["name"], protocol, str(tasks[key]["metric"] or "–"), f"{tasks[key]['n']:,}", *cells]
+            )
+    for protocol in protocols:
+        lines += _averages(protocol, keys, tasks, checkpoints, scores)
+    header = ["task", "protocol", "metric", "n", *(names[checkpoint] for checkpoint in checkpoints)]
+    parts = [text_table(header, lines, left=(0, 1, 2)), *partial_note(tasks)]
+    parts += _reasons(values["not_applicable"], names, "Not applicable (n/a)")
+    parts += _reasons(values["missing"], names, "Missing")
+    return "\n\n".join(parts)
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names without the folders that all of them share."""
+    parts = [name.rstrip("/").split("/") for name in names]
+    shared = 0
+    while all(len(part) > shared + 1 for part in parts) and len({part[shared] for part in parts}) == 1:
+        shared += 1
+    return ["/".join(part[shared:]) for part in parts]
+
+
+def _main_scores(
+    rows: Sequence[Mapping[str, Any]], tasks: Mapping[str, Mapping[str, Any]]
+) -> dict[tuple[str, str, str], Score]:
+    """The main metric by checkpoint, task and protocol, the mean over seeds."""
+    found: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["metric"] == tasks[row["task"]]["metric"]:
+            found.setdefault((row["checkpoint"], row["task"], row["protocol"]), []).append(row)
+    scores = {}
+    for key, some in found.items():
+        seeds = [row["value"] for row in some]
+        test = math.sqrt(mean(row["stderr"] ** 2 for row in some))
+        scores[key] = Score(mean(seeds), math.hypot(test, spread(seeds)))
+    return scores
+
+
+def _cell(score: Score | None, unfit: bool) -> str:
+    if score is None:
+        return NOT_APPLICABLE if unfit else "–"
+    return f"{score.value:.3f} ± {score.stderr:.3f}"
+
+
+def _averages(
+    protocol: str,
+    keys: Sequence[str],
+    tasks: Mapping[str, Mapping[str, Any]],
+    checkpoints: Sequence[str],
+    scores: Mapping[tuple[str, str, str], Score],
+) -> list[list[str]]:
+    """Rows with the average over all tasks, and over those of each of DataComp's groups that has several."""
+    judged = [checkpoint for checkpoint in checkpoints if any((checkpoint, key, protocol) in scores for key in keys)]
+    shared = [key for key in keys if tasks[key]["scored"] and all((c, key, protocol) in scores for c in judged)]
+    groups = {name: [key for key in shared if tasks[key]["group"] == group] for group, name in AGGREGATES.items()}
+    lines = []
+    for name, some in {average_name(tasks, shared): shared, **groups}.items():
+        if len(some) > 1 and judged:
+            title = name if some is shared else f"{name}, average over {len(some)}"
+            cells = [
+                f"{mean(scores[c, key, protocol].value for key in some):.3f}" if c in judged else NOT_APPLICABLE
+                for c in checkpoints
+            ]
+            lines.append([title, protocol, "", "", *cells])
+    return lines
+
+
+def _reasons(entries: Sequence[Mapping[str, str]], names: Mapping[str, str], title: str) -> list[str]:
+    """A line for each protocol and reason: which tasks, of which checkpoints if not of all."""
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for entry in entries:
+        by_task = found.setdefault((entry.get("protocol", ""), entry["reason"]), {})
+        by_task.setdefault(entry["task"], []).append(names[entry["checkpoint"]])
+    lines = []
+    for (protocol, reason), by_task in found.items():
+        everyone = all(set(some) == set(names.values()) for some in by_task.values())
+        tasks = ", ".join(by_task if everyone else (f"{task} for {', '.join(some)}" for task, some in by_task.items()))
+        lines.append(f"{title}: {f'{protocol} of ' if protocol else ''}{tasks} ({reason.rstrip('.')}).")
+    return lines

@@ -1,0 +1,254 @@
+"""Cutting sets into parts, and features that are computed once."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import evaluate.embed
+from evaluate.data import EvalSet, TaskError, find_tasks
+from evaluate.features import EmbedStage
+from evaluate.kinds import PROTOCOLS, SEEDS
+from evaluate.parts import cut, read_part, read_pictures
+from evaluate.stage import EvaluateStage
+from infra import storage
+from infra.errors import WinnowError
+from infra.execute import Budget, execute
+from infra.executors import SerialExecutor
+from infra.stage import Manifest, pending_units, read_manifest
+from pretrain.encoder import encoder_digest, load_encoder
+from tests.drawing import COLORS
+from tests.evaluate.sets import CONFIG, write_classification, write_config, write_retrieval, write_train
+
+
+def run(stage: EvaluateStage, budget: Budget | None = None) -> Manifest:
+    execute(stage.embedding(), SerialExecutor(), budget=Budget(math.inf))
+    return execute(stage, SerialExecutor(), budget=budget or Budget(0))
+
+
+def stage_of(specs: dict[str, str], data: Path, out: Path, **more) -> EvaluateStage:
+    checkpoints = tuple((name, spec, encoder_digest(spec)) for name, spec in specs.items())
+    return EvaluateStage(checkpoints, str(data), str(out), **{"part_samples": 7, **more})
+
+
+@pytest.fixture(scope="module")
+def specs(tmp_path_factory) -> dict[str, str]:
+    """Two encoders with the same preprocessing."""
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "wide.json").write_text(json.dumps(CONFIG | {"embed_dim": 24}))
+    return {"tiny": write_config(folder), "wide": f"{folder}/wide.json:random"}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    write_train(write_classification(tmp_path / "data", n=30))
+    write_retrieval(tmp_path / "data", n=9)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list[int]:
+    """Grows by one with each picture that is decoded."""
+    seen: list[int] = []
+    original = evaluate.embed.decode_picture
+    monkeypatch.setattr(evaluate.embed, "decode_picture", lambda picture: seen.append(1) or original(picture))
+    return seen
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 100])
+def test_parts_are_the_whole(tmp_path: Path, size: int) -> None:
+    root = write_classification(tmp_path, n=30)
+    test_set = EvalSet.open(find_tasks(str(tmp_path))[0])
+    parts = cut(str(root), "test", size)
+    assert len(parts) == 2 * math.ceil(15 / size) and len({part.name for part in parts}) == len(parts)
+    raws = [raw for part in parts for raw in read_part(part)]
+    whole = list(test_set.samples())
+    assert [(raw.key, raw.image) for raw in raws] == [(sample.key, sample.image) for sample in whole]
+    assert [test_set.sample("", raw.key, raw.members).label for raw in raws] == [sample.label for sample in whole]
+    assert read_pictures(parts, [29, 3, 3, 17]) == [whole[i].image for i in (29, 3, 3, 17)]
+
+
+def test_parts_of_an_object_store_are_its_shards(tmp_path: Path) -> None:
+    root = write_classification(tmp_path, n=30)
+    for path in sorted(root.rglob("*.*")):
+        storage.write_bytes(f"memory://sets/{path.relative_to(tmp_path)}", path.read_bytes())
+    parts = cut("memory://sets/wds_colors_test", "test", 4)
+    assert len(parts) == 2
+    here = [raw.image for part in cut(str(root), "test") for raw in read_part(part)]
+    assert [raw.image for part in parts for raw in read_part(part)] == here
+    assert read_pictures(parts, [20]) == [here[20]]
+
+
+def test_a_cut_tar_is_a_broken_task(tmp_path: Path) -> None:
+    root = write_classification(tmp_path, n=30, shards=1)
+    tar = root / "test" / "0.tar"
+    tar.write_bytes(tar.read_bytes()[:-12000])
+    with pytest.raises(TaskError, match=r"0\.tar: truncated tar"):
+        [list(read_part(part)) for part in cut(str(root), "test", 4)]
+
+
+def test_features_are_the_encoders(tmp_path: Path, data: Path, specs: dict[str, str]) -> None:
+    """What is kept, read back by hand, is what the encoder makes of each picture alone."""
+    from infra.pictures import decode_picture
+
+    stage = stage_of(specs, data, tmp_path / "out").embedding()
+    execute(stage, SerialExecutor())
+    encoder = load_encoder(specs["wide"], device="cpu")
+    for found in find_tasks(str(data)):
+        for part in stage.parts(found, "test"):
+            unit = stage.pictures_unit(part, encoder.digest, found)
+            kept = np.load(stage.url(f"{unit.name}.npy"))
+            assert kept.dtype == np.float32
+            for row, raw in zip(kept, read_part(part), strict=True):
+                picture = encoder.preprocess(decode_picture(raw.image or b""))[None]
+                np.testing.assert_allclose(row, encoder.encode_images(picture)[0], atol=1e-6)
+
+
+def test_each_picture_is_decoded_once_and_nothing_twice(
+    tmp_path: Path, data: Path, specs: dict[str, str], decoded: list[int]
+) -> None:
+    both = ("zeroshot", "knn", "linear_probe")
+    run(stage_of(specs, data, tmp_path / "out", protocols=("zeroshot",)))
+    assert len(decoded) == 30 + 9
+    run(stage_of(specs, data, tmp_path / "out", protocols=both))
+    assert len(decoded) == 30 + 9 + 24  # the train split, which zero-shot does not look at
+    run(
+        stage_of(
+            specs, data, tmp_path / "more", protocols=(*both, "linear_1pct"), features=str(tmp_path / "out/features")
+        )
+    )
+    assert len(decoded) == 30 + 9 + 24
+    names = data / "wds_colors_test" / "classnames.txt"
+    names.write_text("\n".join(reversed(list(COLORS))))
+    stage = stage_of(specs, data, tmp_path / "out", protocols=both)
+    todo = [unit.name for unit in stage.embedding().plan()]
+    _, done = pending_units(stage.embedding())
+    assert {name.split("/")[1] for name in todo if name not in done} == {"prompts"}
+    run(stage)
+    assert len(decoded) == 30 + 9 + 24
+
+
+def test_a_new_checkpoint_is_embedded_alone(
+    tmp_path: Path, data: Path, specs: dict[str, str], decoded: list[int]
+) -> None:
+    run(stage_of({"tiny": specs["tiny"]}, data, tmp_path / "out"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/features").rglob("*.npy")}
+    # Under a second name, too: an encoder is its content.
+    stage = stage_of(specs | {"again": specs["tiny"]}, data, tmp_path / "out")
+    run(stage)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(decoded) == 2 * (30 + 9)
+    rows = pq.read_table(stage.url("scores.parquet")).to_pylist()
+    by_name = {
+        name: [(r["task"], r["metric"], r["value"]) for r in rows if r["checkpoint"] == name]
+        for name in ("tiny", "again")
+    }
+    assert by_name["tiny"] == by_name["again"] != []
+
+
+def test_parts_make_no_difference(tmp_path: Path, data: Path, specs: dict[str, str]) -> None:
+    protocols = ("zeroshot", "knn", "linear_probe", "linear_10pct")
+    first = stage_of(specs, data, tmp_path / "a", protocols=protocols, part_samples=4)
+    second = stage_of(specs, data, tmp_path / "b", protocols=protocols, part_samples=1000, batch_size=5)
+    run(first), run(second)
+    assert pq.read_table(first.url("scores.parquet")).equals(pq.read_table(second.url("scores.parquet")))
+
+
+def test_protocols_seeds_and_what_does_not_apply(
+    tmp_path: Path, data: Path, specs: dict[str, str], monkeypatch
+) -> None:
+    write_classification(data, "wds_untrained_test", n=12)
+    write_train(data / "wds_colors_test", n=12, split="val")
+    monkeypatch.setattr("evaluate.protocols.finetune.MIN_STEPS", 3)
+    monkeypatch.setattr("evaluate.protocols.finetune.EPOCHS", {0.01: 1, 0.1: 1})
+    stage = stage_of({"tiny": specs["tiny"]}, data, tmp_path / "out", protocols=tuple(PROTOCOLS))
+    manifest = run(stage)
+    rows = pq.read_table(stage.url("scores.parquet")).to_pylist()
+    seeds = {name: {r["seed"] for r in rows if r["protocol"] == name and r["task"] == "colors"} for name in PROTOCOLS}
+    assert seeds == {name: set(SEEDS.get(name, (0,))) for name in PROTOCOLS}
+    assert {r["protocol"] for r in rows if r["task"] != "colors"} == {"zeroshot"}
+    assert {r["n"] for r in rows if r["task"] == "colors"} == {30}
+    unfit = {(e["task"], e["protocol"]): e["reason"] for e in manifest.values["not_applicable"]}
+    assert unfit["untrained", "knn"] == "the set has no train split"
+    assert unfit["retrieval-colors", "knn"] == 'knn does not evaluate tasks of kind "retrieval"'
+    assert manifest.values["missing"] == [] and manifest.set_aside["count"] == 0
+    lines = [json.loads(line) for line in storage.read_bytes(stage.url("eval_results.jsonl")).decode().splitlines()]
+    mine = [
+        r["value"] for r in rows if (r["protocol"], r["metric"], r["checkpoint"]) == ("linear_1pct", "acc1", "tiny")
+    ]
+    assert len(mine) == 3 and lines[0]["metrics"]["linear_1pct/acc1"] == pytest.approx(np.mean(mine))
+    from evaluate.scoretable import scores_text
+
+    text = scores_text(rows, manifest.values)
+    assert any("linear_probe" in line and "n/a" in line for line in text.splitlines() if line.startswith("| untrained"))
+    assert "Not applicable (n/a): knn of untrained (the set has no train split)." in text
+
+
+def test_a_broken_train_split_leaves_zero_shot_alone(tmp_path: Path, data: Path, specs: dict[str, str]) -> None:
+    tar = data / "wds_colors_test" / "train" / "0.tar"
+    tar.write_bytes(tar.read_bytes()[:-12000])
+    stage = stage_of(specs, data, tmp_path / "out", protocols=("zeroshot", "knn"))
+    manifest = run(stage, Budget(9))
+    rows = pq.read_table(stage.url("scores.parquet")).to_pylist()
+    assert {(r["task"], r["protocol"]) for r in rows} == {("colors", "zeroshot"), ("retrieval-colors", "zeroshot")}
+    reasons = {(e["task"], e["protocol"]): e["reason"] for e in manifest.values["missing"]}
+    assert reasons["colors", "knn"].startswith("wds_colors_test/train/0.tar: truncated tar")
+
+
+def test_a_part_that_fails_is_tried_again_and_hides_nothing(
+    tmp_path: Path, data: Path, specs: dict[str, str], monkeypatch
+) -> None:
+    write_classification(data, "wds_other_test", n=10)
+    original, failures = EmbedStage._pictures, []
+
+    def flaky(self, ready, samples, first):
+        if first.group.startswith("wds_colors_test/test 1.tar"):
+            failures.append(first.name)
+            raise OSError("the worker's disk is full")
+        yield from original(self, ready, samples, first)
+
+    monkeypatch.setattr(EmbedStage, "_pictures", flaky)
+    stage = stage_of(specs, data, tmp_path / "out")
+    manifest = run(stage, Budget(9))
+    assert max(map(failures.count, failures)) == 3  # tried, and tried again twice
+    assert set(manifest.values["tasks"]) == {"other", "retrieval-colors"}
+    assert {(e["task"], e["reason"][:6]) for e in manifest.values["missing"]} == {("colors", "failed")}
+    assert read_manifest(stage.embedding().out).set_aside["count"] > 0
+    monkeypatch.setattr(EmbedStage, "_pictures", original)
+    assert set(run(stage).values["tasks"]) == {"other", "retrieval-colors", "colors"}
+
+
+def test_a_checkpoint_that_cannot_be_loaded_hides_nothing(tmp_path: Path, data: Path, specs: dict[str, str]) -> None:
+    (tmp_path / "bad.pt").write_bytes(b"no weights")
+    config = specs["tiny"].rpartition(":")[0]
+    checkpoints = specs | {"bad": f"{config}:{tmp_path}/bad.pt"}
+    stage = stage_of(checkpoints, data, tmp_path / "out")
+    manifest = run(stage, Budget(2))
+    assert {e["checkpoint"] for e in manifest.values["missing"]} == {"bad"}
+    assert all("the checkpoint cannot be loaded" in text for text in manifest.set_aside["units"].values())
+    rows = pq.read_table(stage.url("scores.parquet")).to_pylist()
+    assert {r["checkpoint"] for r in rows} == set(specs)
+    with pytest.raises(WinnowError, match="the checkpoint cannot be loaded"):
+        run(replace(stage, checkpoints=stage.checkpoints[-1:], out=str(tmp_path / "alone"), tasks=("colors",)))
+
+
+def test_an_encoder_without_text_is_probed(tmp_path: Path, data: Path, specs: dict[str, str], monkeypatch) -> None:
+    import pretrain.encoder
+
+    blind = pretrain.encoder.load_encoder(specs["tiny"])
+    monkeypatch.setattr(blind, "has_text", False)
+    monkeypatch.setattr(pretrain.encoder, "load_encoder", lambda *_, **__: blind)
+    monkeypatch.setattr("evaluate.features._ENCODERS", {})
+    stage = stage_of({"blind": specs["tiny"]}, data, tmp_path / "out", protocols=("zeroshot", "knn"))
+    manifest = run(stage)
+    rows = pq.read_table(stage.url("scores.parquet")).to_pylist()
+    assert {(r["task"], r["protocol"]) for r in rows} == {("colors", "knn")}
+    reasons = {(e["task"], e["protocol"]): e["reason"] for e in manifest.values["not_applicable"]}
+    assert reasons["colors", "zeroshot"] == reasons["retrieval-colors", "zeroshot"] == "the encoder has no text tower"
+    assert manifest.values["missing"] == []

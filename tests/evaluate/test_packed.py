@@ -1,0 +1,130 @@
+"""Sets kept as a table with pictures: as in the hub's repositories, and as the datasets library caches them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from evaluate.data import EvalSet, FoundTask, TaskError, data_digest, find_tasks
+from evaluate.tasks import datacomp_tasks
+from tests.drawing import COLORS, picture
+from tests.evaluate.sets import wino_pictures, wino_rows, write_csv, write_packed_retrieval, write_packed_wino
+
+FLICKR = datacomp_tasks()["retrieval/flickr_1k_test_image_text_retrieval"]
+WINO = datacomp_tasks()["misc/winogavil"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.setenv("WINNOW_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "evaluate"
+
+
+def opened(data: Path) -> EvalSet:
+    (found,) = find_tasks(str(data))
+    return EvalSet.open(found)
+
+
+@pytest.mark.parametrize("python_lists", [False, True])
+def test_table_and_zip(tmp_path: Path, cache: Path, python_lists: bool) -> None:
+    captions = write_packed_retrieval(tmp_path / "data" / FLICKR.data_folder, python_lists)
+    samples = list(opened(tmp_path / "data").samples())
+    assert {sample.key: list(sample.captions) for sample in samples} == captions
+    assert [sample.key for sample in samples] == list(captions)  # in the table's order
+    assert samples[1].image == picture(list(COLORS.values())[1], 801)
+    list(opened(tmp_path / "data").samples())
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_changed_table_is_unpacked_anew(tmp_path: Path) -> None:
+    root = tmp_path / "data" / FLICKR.data_folder
+    write_packed_retrieval(root)
+    assert len(list(opened(tmp_path / "data").samples())) == 7
+    before = data_digest(str(root))
+    write_csv(root / "test_1k_flickr.csv", [{"raw": '["one"]', "split": "test", "filename": "1003.jpg"}])
+    (sample,) = opened(tmp_path / "data").samples()
+    assert sample.captions == ("one",) and data_digest(str(root)) != before
+
+
+def test_winogavil(tmp_path: Path) -> None:
+    rows = write_packed_wino(tmp_path / "data" / WINO.data_folder)
+    test_set = opened(tmp_path / "data")
+    pictures = wino_pictures()
+    assert {sample.key: sample.image for sample in test_set.samples()} == {
+        name: pictures[name] for row in rows for name in row["candidates"]
+    }
+    found = [(one.cue, list(one.candidates), sorted(one.chosen)) for one in test_set.associations()]
+    assert found == [(row["cue"], row["candidates"], sorted(row["associations"])) for row in rows]
+
+
+def write_arrow(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(rows)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+
+
+def test_datasets_cache(tmp_path: Path) -> None:
+    """What DataComp's download script leaves: pictures as bytes, or as paths of extracted files that moved since."""
+    cache = tmp_path / "data" / "hf_cache"
+    pictures, rows = wino_pictures(), wino_rows()
+    lists = [
+        row | {"candidate_images": [{"bytes": pictures[n], "path": None} for n in row["candidates"]]} for row in rows
+    ]
+    folder = cache / "nlphuji___winogavil" / "TEST" / "1.1.0" / "abc123"
+    write_arrow(folder / "winogavil-test-00000-of-00002.arrow", lists[:5])
+    write_arrow(folder / "winogavil-test-00001-of-00002.arrow", lists[5:])
+    extracted = cache / "downloads" / "extracted" / "f00" / "1.jpg"
+    extracted.parent.mkdir(parents=True)
+    extracted.write_bytes(picture((1, 2, 3), 4))
+    where = "/elsewhere/evalsets/hf_cache/downloads/extracted/f00/1.jpg"
+    row = {"image": {"bytes": None, "path": where}, "caption": ["one", "two"], "filename": "1.jpg"}
+    name = "flickr_1k_test_image_text_retrieval"
+    write_arrow(cache / f"nlphuji___{name}" / "TEST" / "1.1.0" / "abc" / f"{name}-test.arrow", [row])
+    found = {entry.task.key: entry for entry in find_tasks(str(tmp_path / "data"))}
+    assert list(found) == [WINO.key, FLICKR.key]
+    wino = EvalSet.open(found[WINO.key])
+    assert [one.cue for one in wino.associations()] == [row["cue"] for row in rows]
+    assert all(sample.image == pictures[sample.key] for sample in wino.samples())
+    (sample,) = EvalSet.open(found[FLICKR.key]).samples()
+    assert (sample.key, sample.image, sample.captions) == ("1", extracted.read_bytes(), ("one", "two"))
+
+
+def test_a_path_outside_the_cache_is_not_read(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.jpg"
+    secret.write_bytes(b"secret")
+    for path in (str(secret), f"/x/hf_cache/../../{secret.name}"):
+        row = {"image": {"bytes": None, "path": path}, "caption": ["one"]}
+        folder = tmp_path / "data" / "hf_cache" / "nlphuji___flickr_1k_test_image_text_retrieval"
+        write_arrow(folder / "TEST" / "1.1.0" / "a" / "x-test.arrow", [row])
+        with pytest.raises(TaskError, match="neither there nor in hf_cache"):
+            opened(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"raw": '["a"]', "filename": "nowhere.jpg"}, r'images_flickr_1k_test\.zip: holds no picture "nowhere\.jpg"'),
+        ({"raw": "__import__('os')", "filename": "1000.jpg"}, r"test_1k_flickr\.csv:2: .*is no list of strings"),
+        ({"raw": "[1]", "filename": "1000.jpg"}, r"test_1k_flickr\.csv:2: .*is no list of strings"),
+        ({"text": "a", "filename": "1000.jpg"}, r'test_1k_flickr\.csv: has no column "raw"'),
+    ],
+)
+def test_broken(tmp_path: Path, cache: Path, row: dict, message: str) -> None:
+    root = tmp_path / "data" / FLICKR.data_folder
+    write_packed_retrieval(root)
+    write_csv(root / "test_1k_flickr.csv", [row])
+    with pytest.raises(TaskError, match=message):
+        opened(tmp_path / "data")
+    assert list(cache.iterdir()) == []
+
+
+def test_a_broken_zip(tmp_path: Path) -> None:
+    root = tmp_path / "data" / FLICKR.data_folder
+    write_packed_retrieval(root)
+    archive = root / "images_flickr_1k_test.zip"
+    archive.write_bytes(archive.read_bytes()[:900])
+    with pytest.raises(TaskError, match=r"images_flickr_1k_test\.zip: cannot be read"):
+        EvalSet.open(FoundTask(FLICKR, str(root)))

@@ -1,0 +1,67 @@
+"""From pictures with labels to a grid of samples, by the commands a user types."""
+
+import io
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from pipeline.cli import main
+from tests.drawing import picture, write_tar
+
+UNET = {
+    "sample_size": 8,
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+
+
+@pytest.fixture
+def winnow(monkeypatch, capsys):
+    def call(*args):
+        """What a command prints."""
+        monkeypatch.setattr(sys, "argv", ["winnow", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        printed = capsys.readouterr()
+        assert not stop.value.code, printed.err
+        return printed.out
+
+    return call
+
+
+def test_a_class_conditional_model_is_trained_and_drawn_from(winnow, tmp_path):
+    members = [{"jpg": picture((90 * (i % 3), 9, 9), i), "cls": str(i % 3).encode()} for i in range(12)]
+    write_tar(tmp_path / "shards" / "0.tar", [{"key": f"s{i}", "members": own} for i, own in enumerate(members)])
+    settings = {
+        "objective": {"diffusion": {"classes": ["black", "maroon", "red"], "timesteps": 10, "feature_timestep": 1}},
+        "model": {"unet": UNET},
+        "samples_seen": 16,
+        "batch_size": 8,
+        "warmup": 1,
+        "device": "cpu",
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    pool, out = tmp_path / "pool", tmp_path / "run"
+    winnow("index", tmp_path / "shards", "--no-captions", "--out", pool, "--executor", "serial")
+    winnow("pretrain", pool, "--config", tmp_path / "config.yaml", "--out", out, "--executor", "serial")
+    checkpoint = out / "model" / "seed-0"
+    assert (checkpoint / "samples.png").exists()
+
+    grid = tmp_path / "grid.png"
+    asked = ("sample", checkpoint, "--out", grid, "--n", 6, "--steps", 3, "--guidance", 2, "--classes", "red,black")
+    printed = winnow(*asked, "--against", pool, "--features", checkpoint)
+    assert printed.startswith("6 samples: ")
+    assert f"Fréchet distance of 6 samples from 12 pictures, over {checkpoint}: " in printed
+    pixels = np.asarray(Image.open(io.BytesIO(grid.read_bytes())))
+    assert pixels.shape == (2 * 10 + 2, 3 * 10 + 2, 3)
+    first = grid.read_bytes()
+    winnow(*asked)
+    assert grid.read_bytes() == first
+    winnow(*asked, "--seed", 1)
+    assert grid.read_bytes() != first

@@ -298,7 +298,9 @@ def evaluate(
     ],
     specs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="SPEC...", help="Checkpoint folders, NAME:TAG, NAME:FILE, CONFIG.json:WEIGHTS."),
+        typer.Argument(
+            metavar="SPEC...", help="Checkpoint folders, NAME:TAG, NAME:FILE, CONFIG.json:WEIGHTS, pixels:SIZE."
+        ),
     ] = None,
     out: Annotated[str | None, typer.Option("--out", help="Directory or URL to write to.")] = None,
     tasks: Annotated[str, typer.Option("--tasks", help="all, or names, comma-separated.")] = "all",

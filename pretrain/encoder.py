@@ -64,7 +64,7 @@ def load_checkpoint(url: str) -> torch.nn.Module:
     Raises as `load_encoder`.
     """
     spec = parse_spec(url)
-    if spec.kind != "folder":
+    if spec.kind != "folder" or spec.weights:
         raise UsageError("is no checkpoint folder", where=url)
     model: torch.nn.Module = _load(spec)[0]
     return model.eval().requires_grad_(False)
@@ -75,12 +75,15 @@ def _load(spec: Spec) -> tuple[Any, Any]:
     import open_clip
     import torch
 
-    from pretrain.nets import build_model, build_tokenizer, quiet
+    from pretrain.nets import Pixels, build_model, build_tokenizer, quiet
 
     try:
+        if spec.kind == "pixels":
+            return Pixels(int(spec.model)), None
         if spec.kind == "folder":
-            with _local(spec.model, folder=True) as folder:
-                return _load_folder(folder)
+            with _local(spec.model, folder=True) as folder, torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                return _load_folder(folder, bool(spec.weights))
         if spec.kind == "config":
             content = storage.read_json(spec.model)
             config = check_config(content, spec.model)
@@ -116,7 +119,7 @@ def _load(spec: Spec) -> tuple[Any, Any]:
         ) from error
 
 
-def _load_folder(folder: Path) -> tuple[Any, Any]:
+def _load_folder(folder: Path, random: bool) -> tuple[Any, Any]:
     import open_clip
     from safetensors.torch import load_file
 
@@ -128,7 +131,8 @@ def _load_folder(folder: Path) -> tuple[Any, Any]:
         if isinstance(content, dict) and "objective" in content:
             cls = OBJECTIVES.load(content["objective"]["name"])
             model = cls.build_encoder(content["model"], content["preprocess"])
-            model.load_state_dict(load_file(folder / "model.safetensors"))
+            if not random:
+                model.load_state_dict(load_file(folder / "model.safetensors"))
             return model, build_tokenizer(content["model"]) if hasattr(model, "encode_text") else None
     with quiet():
         model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)

@@ -130,6 +130,22 @@ def build_image_tower(model: dict[str, Any], preprocess: dict[str, Any] | None =
     return ImageTower(trunk, trunk.head_hidden_size, preprocess or {**defaults, **own})
 
 
+class Pixels(torch.nn.Module):
+    """No network: the features are the pixels, a baseline for what one learns.
+
+    Args:
+        size: side of the pictures.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.preprocess_cfg = {"size": (size, size), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        """[n, 3, H, W] to [n, 3·H·W]."""
+        return images.flatten(1)
+
+
 class ImageEncoder(torch.nn.Module):
     """A model's `encode_image` as its `forward`."""
 

@@ -22,28 +22,29 @@ class Spec:
 
     Attributes:
         text: as it was given.
-        model: open_clip model name, URL of a config json, or URL of a checkpoint folder.
+        model: open_clip model name, URL of a config json, URL of a checkpoint folder, or side of the pictures.
         kind: what `model` is.
-        weights: pretrained tag, "random", or URL of a file; empty for a folder.
+        weights: pretrained tag, "random", or URL of a file; empty for a folder's own.
     """
 
     text: str
     model: str
-    kind: Literal["name", "config", "folder"]
+    kind: Literal["name", "config", "folder", "pixels"]
     weights: str = ""
 
     @property
     def is_file(self) -> bool:
         """Whether `weights` is a file."""
         tag = self.kind == "name" and self.weights in pretrained_tags(self.model)
-        return self.kind != "folder" and self.weights != RANDOM and not tag
+        return self.kind in ("name", "config") and self.weights != RANDOM and not tag
 
 
 def parse_spec(spec: str) -> Spec:
     """What a spec stands for; reads no weights and imports no torch.
 
     A folder (a winnow checkpoint, or open_clip's own layout), `NAME:TAG` and `NAME:FILE` for open_clip's models,
-    `CONFIG.json:FILE`; TAG may be `random`.
+    `CONFIG.json:FILE`; `random` after the colon, also after a winnow checkpoint's folder, draws the weights anew. And
+    `pixels:SIZE`, whose features are the pixels themselves.
 
     Raises:
         UsageError: there is no such folder, file, model or tag; with the nearest one.
@@ -52,6 +53,8 @@ def parse_spec(spec: str) -> Spec:
         if not storage.exists(storage.join(spec, "open_clip_config.json")) and not is_winnow(spec):
             raise UsageError("holds no checkpoint", where=spec, do=f"A checkpoint has {', '.join(_CHECKPOINT)}.")
         return Spec(spec, spec, "folder")
+    if match := re.fullmatch(r"pixels:([1-9]\d{0,3})", spec):
+        return Spec(spec, match[1], "pixels")
     match = re.fullmatch(r"((?:[a-z0-9+]+://)?[^:]+):(.*)", spec, re.DOTALL)
     if match is None:
         if spec in model_names():
@@ -61,6 +64,10 @@ def parse_spec(spec: str) -> Spec:
             )
         raise UsageError("no such checkpoint folder", where=spec)
     model, weights = match[1], match[2]
+    if weights == RANDOM and storage.is_dir(model):
+        if not is_winnow(model):
+            raise UsageError("holds no checkpoint of winnow's to take the networks of", where=model)
+        return Spec(spec, model, "folder", RANDOM)
     if model.endswith(".json"):
         if not storage.exists(model):
             raise UsageError("no such model config", where=model)
@@ -85,6 +92,10 @@ def encoder_digest(spec: str) -> str:
     Raises UsageError as `parse_spec`.
     """
     parsed = parse_spec(spec)
+    if parsed.kind == "pixels":
+        return digest_json(["pixels", parsed.model])
+    if parsed.kind == "folder" and parsed.weights == RANDOM:
+        return digest_json([_file_digest(storage.join(parsed.model, "config.json")), RANDOM])
     if parsed.kind == "folder":
         names = [name for name in storage.list_names(parsed.model) if _is_part(name)]
         return digest_json({name: _file_digest(storage.join(parsed.model, name)) for name in names})

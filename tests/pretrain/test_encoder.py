@@ -9,9 +9,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from infra.errors import UsageError, WinnowError
-from pretrain.encoder import encoder_digest, load_encoder
-from pretrain.nets import build_model, build_tokenizer
-from tests.pretrain.tiny import MODEL
+from pretrain.encoder import encoder_digest, load_checkpoint, load_encoder
+from pretrain.nets import build_image_tower, build_model, build_tokenizer
+from tests.pretrain.tiny import CASES, MODEL, config
 
 TEXTS = ["a diagram", "a dog", "a cat"]
 
@@ -117,8 +117,47 @@ def test_a_wrong_spec_says_what_is_wrong(spec: str, words: str) -> None:
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no checkpoint"):
-        encoder_digest(str(tmp_path))
+    for spec in (str(tmp_path), f"{tmp_path}:random"):
+        with pytest.raises(UsageError, match="holds no checkpoint"):
+            encoder_digest(spec)
+
+
+def test_a_checkpoints_networks_with_weights_drawn_anew(tmp_path: Path) -> None:
+    """Equal for checkpoints of the same networks, whatever they learnt."""
+    for number, seed in enumerate((0, 1)):
+        made = config(**CASES["simclr"])
+        torch.manual_seed(seed)
+        trained = build_image_tower(made.model.resolved())
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        save_file(trained.state_dict(), folder / "model.safetensors")
+        content = {
+            "objective": {"name": "simclr", "params": {}},
+            "model": made.model.resolved(),
+            "preprocess": trained.preprocess_cfg,
+        }
+        (folder / "config.json").write_text(json.dumps(content))
+    x = np.random.default_rng(0).random((2, 3, 32, 32), np.float32)
+    first, second = (load_encoder(f"{tmp_path}/{number}:random", device="cpu") for number in (0, 1))
+    np.testing.assert_array_equal(first.encode_images(x), second.encode_images(x))
+    assert first.digest == second.digest != encoder_digest(str(tmp_path / "0"))
+    trained_features = load_encoder(str(tmp_path / "1"), device="cpu").encode_images(x)
+    assert np.abs(first.encode_images(x) - trained_features).max() > 1e-3
+    with pytest.raises(UsageError, match="is no checkpoint folder"):
+        load_checkpoint(f"{tmp_path}/0:random")
+
+
+def test_pixels_are_their_own_features(image: Image.Image) -> None:
+    encoder = load_encoder("pixels:20", device="cpu")
+    assert (encoder.dim, encoder.image_size, encoder.has_text) == (1200, 20, False)
+    pixels = encoder.preprocess(image)
+    # The shorter side becomes 20 pixels, and the middle of the longer one stays.
+    small = np.asarray(image.resize((28, 20), Image.Resampling.BICUBIC))[:, 4:24]
+    flat = small.transpose(2, 0, 1).reshape(1, -1) / 255
+    np.testing.assert_allclose(encoder.encode_images(pixels[None]), flat / np.linalg.norm(flat), atol=1e-6)
+    assert encoder_digest("pixels:20") != encoder_digest("pixels:21")
+    with pytest.raises(UsageError):
+        encoder_digest("pixels:0")
 
 
 def test_weights_are_never_executed(saved: tuple[Path, torch.nn.Module]) -> None:

@@ -256,7 +256,7 @@ def pretrain(
 
     _importable(config)
     read = load_pretrain_config(config, overrides or [])
-    url = _pool(pool, storage.join(out, "work"), executor, address)
+    url = _pool(pool, storage.join(out, "work"), executor, address, captions=read.reads_text)
     _run(pretrain_stage(read, url, subset, seed, out), executor, address, beside=config)
     typer.echo(f"Checkpoint: {storage.join(out, 'model', f'seed-{seed}')}")
 

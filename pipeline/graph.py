@@ -157,7 +157,8 @@ class Graph:
     def _index(self) -> Stage:
         trusted = self.recipe.scorer.trusted if self.recipe.scorer else None
         sources = tuple(self.resolve(url) for url in self.recipe.pool)
-        return IndexStage(sources, self.url("pool"), skip=trusted.shards if trusted else ())
+        skip = trusted.shards if trusted else ()
+        return IndexStage(sources, self.url("pool"), captions=self.recipe.needs_captions, skip=skip)
 
     def _inject(self) -> Stage:
         assert self.recipe.inject is not None

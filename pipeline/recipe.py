@@ -126,6 +126,7 @@ class Recipe(Strict):
     reshard: ReshardSection | None = ReshardSection(samples_per_shard=10_000)
     pretrain: PretrainSection | None = None
     evaluate: EvaluateSection | None = None
+    captions: bool | None = None
     max_set_aside: float = Field(0.05, ge=0)
 
     @field_validator("pool", mode="before")
@@ -143,6 +144,15 @@ class Recipe(Strict):
     def trees(self) -> dict[str, Node]:
         """The parsed filter trees."""
         return {name: parse(tree) for name, tree in self.subsets.items()}
+
+    @property
+    def needs_captions(self) -> bool:
+        """Whether a sample must have a caption: `captions`, else unless nothing here could look at it."""
+        if self.captions is not None or self.pretrain is None:
+            return self.captions is not False
+        columns = {column for node in self.trees().values() for item in node.filters() for column in item.columns()}
+        others = self.scorer or self.inject or self.measure_kinds() or "text" in columns
+        return self.pretrain.reads_text or bool(others)
 
     def measure_kinds(self) -> dict[str, tuple[type[Measure], dict[str, Any]]]:
         """The measures to run, by name: those the filters' columns belong to and those asked for, with parameters."""

@@ -261,6 +261,14 @@ class PretrainConfig(_Strict):
     def objective_params(self) -> dict[str, Any]:
         return {} if isinstance(self.objective, str) else next(iter(self.objective.values()))
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether captions are looked at. What an objective of one's own inherits is not known, and taken for yes."""
+        traits = class_constants(OBJECTIVES.path(self.objective_name))
+        if self.model.network != "encoder":
+            return self.model.text is not None
+        return bool(traits.get("needs_text", self.objective_name not in OBJECTIVES.table and self.model.timm is None))
+
     def identity(self) -> dict[str, Any]:
         """What decides the weights, as JSON values: not where the training runs, and by which scale it was named."""
         values = self.model_dump(mode="json", exclude=_RUNNING)

@@ -86,7 +86,8 @@ class ImageTower(torch.nn.Module):
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
         """Preprocessed pictures, float [n, 3, H, W], to features, [n, dim]."""
-        features: torch.Tensor = self.trunk(images)
+        # Convolutions are up to half as fast again with a place's channels side by side; the output inherits it.
+        features: torch.Tensor = self.trunk(images.contiguous(memory_format=torch.channels_last))
         return features
 
 

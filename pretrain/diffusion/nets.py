@@ -147,7 +147,8 @@ class Diffusion(nn.Module):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
         """The prediction, float32 [n, c, h, w], for x of timesteps t, int64 [n]."""
-        output: torch.Tensor = self.unet(x, t, **condition).sample
+        # Convolutions are a quarter faster with a place's channels side by side.
+        output: torch.Tensor = self.unet(x.contiguous(memory_format=torch.channels_last), t, **condition).sample
         return output.float()
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:

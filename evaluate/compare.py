@@ -34,12 +34,14 @@ class SubsetEntry:
         url: its directory: subset.npy, funnel.json and perhaps reasons.parquet.
         checkpoints: (seed, name in the scores) of each model trained on it.
         pool: directory of the indexed pool it was taken from; "" to show no pictures and no noise.
+        drawn: (what, URL of a PNG) of each picture that a model trained on it has drawn.
     """
 
     name: str
     url: str
     checkpoints: tuple[tuple[int, str], ...]
     pool: str = ""
+    drawn: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
@@ -87,8 +89,13 @@ class CompareStage(Stage):
                     inputs[f"{entry.name}/{file}"] = storage.digest_file(url)
             if entry.pool:
                 inputs[f"{entry.name}/pool"] = pools[entry.pool]
-            pool = storage.absolute(entry.pool) if entry.pool else ""
-            args["subsets"][entry.name] = {"url": storage.absolute(entry.url), "pool": pool}
+            for what, url in entry.drawn:
+                inputs[f"{entry.name}/{what}"] = storage.digest_file(url)
+            args["subsets"][entry.name] = {
+                "url": storage.absolute(entry.url),
+                "pool": storage.absolute(entry.pool) if entry.pool else "",
+                "drawn": [(what, storage.absolute(url)) for what, url in entry.drawn],
+            }
         checkpoints = [[entry.name, [list(pair) for pair in entry.checkpoints]] for entry in self.subsets]
         return [Unit("comparison", inputs, {"checkpoints": checkpoints}, args)]
 
@@ -118,7 +125,10 @@ class CompareStage(Stage):
             views |= look(Pool.open(pool), inside)
         result["noise"] = {name: table for name, view in views.items() if (table := view.noise()) is not None}
         result["headline"] = headline(result)
-        page = render(result, funnels, views, _provenance(unit, manifest, places))
+        drawn = [
+            (name, what, storage.read_bytes(url)) for name, place in places.items() for what, url in place["drawn"]
+        ]
+        page = render(result, funnels, views, _provenance(unit, manifest, places), drawn)
         storage.write_bytes(self.url(TABLE), comparison_text(result).encode())
         storage.write_bytes(self.url(CSV), comparison_csv(result).encode())
         storage.write_json(self.url(JSON), result)

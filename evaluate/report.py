@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ def render(
     funnels: Mapping[str, Mapping[str, Any]],
     views: Mapping[str, SubsetView],
     provenance: Sequence[tuple[str, str]],
+    drawn: Sequence[tuple[str, str, bytes]] = (),
 ) -> str:
     """The page.
 
@@ -28,6 +30,7 @@ def render(
         funnels: `funnel.json` of each subset.
         views: each subset against its pool, where the pool is at hand.
         provenance: (what, digest).
+        drawn: (subset, what, PNG) of pictures that models have drawn.
     """
     import jinja2
     from markupsafe import Markup
@@ -61,6 +64,7 @@ def render(
         funnels=[{**funnels[name], "name": name, "rows": funnel_rows(funnels[name]["tree"])} for name in ranked],
         noise={name: table for name, table in noise.items() if table and table["noisy"]},
         pictures=[(name, views[name]) for name in ranked if name in views],
+        drawn=[(name, what, base64.b64encode(png).decode()) for name, what, png in drawn],
         provenance=provenance,
         colour=colour,
     )

@@ -270,8 +270,13 @@ class Graph:
         by_name: dict[str, list[tuple[int, str]]] = {}
         for name, seed, checkpoint in self._checkpoints():
             by_name.setdefault(name, []).append((seed, prefix + checkpoint))
+        drawn: dict[str, list[tuple[str, str]]] = {name: [] for name in by_name}
+        for name, seed, checkpoint in self._checkpoints():
+            url = self.url("checkpoints", checkpoint)
+            pictures = [file for file in storage.list_names(url) if file.endswith(".png")]
+            drawn[name] += [(f"seed {seed}: {file}", join(url, file)) for file in pictures]
         return tuple(
-            SubsetEntry(prefix + name, self.url("subsets", name), tuple(checkpoints), self.pool_url)
+            SubsetEntry(prefix + name, self.url("subsets", name), tuple(checkpoints), self.pool_url, tuple(drawn[name]))
             for name, checkpoints in by_name.items()
         )
 

@@ -106,7 +106,12 @@ def _reasons(entries: Sequence[Mapping[str, str]], names: Mapping[str, str], tit
         by_task.setdefault(entry["task"], []).append(names[entry["checkpoint"]])
     lines = []
     for (protocol, reason), by_task in found.items():
-        everyone = all(set(some) == set(names.values()) for some in by_task.values())
-        tasks = ", ".join(by_task if everyone else (f"{task} for {', '.join(some)}" for task, some in by_task.items()))
-        lines.append(f"{title}: {f'{protocol} of ' if protocol else ''}{tasks} ({reason.rstrip('.')}).")
+        by_who: dict[tuple[str, ...], list[str]] = {}
+        for task, who in by_task.items():
+            by_who.setdefault(tuple(who), []).append(task)
+        parts = [
+            ", ".join(some) + ("" if set(who) == set(names.values()) else f" for {', '.join(who)}")
+            for who, some in by_who.items()
+        ]
+        lines.append(f"{title}: {f'{protocol} of ' if protocol else ''}{'; '.join(parts)} ({reason.rstrip('.')}).")
     return lines

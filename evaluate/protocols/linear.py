@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -31,7 +32,6 @@ SMALL = 20_000_000  # multiplications of a step
 FALLBACK_L2 = 1.0  # where there is nothing to validate on
 
 Weights = tuple[torch.Tensor, torch.Tensor]
-Directions = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def torch_device(device: str) -> torch.device:
@@ -46,12 +46,36 @@ def to_torch(images: np.ndarray, device: str) -> torch.Tensor:
     return torch.as_tensor(images).to(place, torch.float64 if place.type == "cpu" else torch.float32)
 
 
-def principal_directions(x: torch.Tensor) -> Directions:
-    """Mean [d] of x [n, d], and its variances [d] along its principal axes [d, d], one a column."""
+@dataclass(frozen=True)
+class Principal:
+    """Features in the coordinates of their principal axes.
+
+    Attributes:
+        x: [n, r], of mean 0; what their r axes leave out of them is rounding.
+        mean: [d].
+        axes: [d, r], orthonormal columns.
+        variance: [r], of x.
+    """
+
+    x: torch.Tensor
+    mean: torch.Tensor
+    axes: torch.Tensor
+    variance: torch.Tensor
+
+
+def principal(x: torch.Tensor) -> Principal:
+    """Of features [n, d]; at most min(n, d) axes."""
+    n, dim = x.shape
     mean = x.mean(dim=0)
     centred = x - mean
-    variance, axes = torch.linalg.eigh(centred.T @ centred / len(x))
-    return mean, variance.clamp(min=0), axes
+    if n < dim:
+        _, size, rows = torch.linalg.svd(centred, full_matrices=False)
+        variance, axes = size.square() / n, rows.T
+    else:
+        variance, axes = torch.linalg.eigh(centred.T @ centred / n)
+    kept = variance > max(n, dim) * torch.finfo(x.dtype).eps * variance.max()
+    axes = axes[:, kept].contiguous()
+    return Principal(centred @ axes, mean, axes, variance[kept])
 
 
 def fit(
@@ -60,7 +84,7 @@ def fit(
     classes: int,
     l2: float,
     start: Weights | None = None,
-    directions: Directions | None = None,
+    known: Principal | None = None,
     max_iterations: int = MAX_ITERATIONS,
     tolerance: float = TOLERANCE,
 ) -> Weights:
@@ -75,21 +99,24 @@ def fit(
         classes: number of classes; those without a sample get little probability.
         l2: strength; above 0.
         start: where to start from; 0 where None.
-        directions: `principal_directions(x)`, if they are known.
+        known: `principal(x)`, if it is.
         max_iterations: of L-BFGS.
         tolerance: stop when no entry of the gradient is larger (see `TOLERANCE`).
 
     Returns:
         (W [classes, d], b [classes]), of x's type and on its device.
     """
-    n, dim = x.shape
+    n = len(x)
     # L-BFGS works on a shifted, turned and scaled problem with the same solution, whose curvature at W = 0 is the same
-    # in all directions: embeddings share a large mean and vary far more along some directions than along others.
-    mean, variance, axes = directions or principal_directions(x)
-    scale_w, scale_b = (l2 / n + variance / classes) ** -0.5, classes**0.5
-    theta = torch.zeros(classes, dim + 1, dtype=x.dtype, device=x.device)
+    # in all directions: embeddings share a large mean and vary far more along some directions than along others. Along
+    # those that no sample has, the solution is 0.
+    turned = known or principal(x)
+    scale_w, scale_b = (l2 / n + turned.variance / classes) ** -0.5, classes**0.5
+    rank = len(turned.variance)
+    theta = torch.zeros(classes, rank + 1, dtype=x.dtype, device=x.device)
     if start is not None:
-        theta[:, :dim], theta[:, dim] = start[0] @ axes / scale_w, (start[1] + start[0] @ mean) / scale_b
+        theta[:, :rank] = start[0] @ turned.axes / scale_w
+        theta[:, rank] = (start[1] + start[0] @ turned.mean) / scale_b
     theta.requires_grad_(True)
     optimiser = torch.optim.LBFGS(
         [theta],
@@ -100,21 +127,18 @@ def fit(
         line_search_fn="strong_wolfe",
     )
 
-    def weights() -> Weights:
-        w = (theta[:, :dim] * scale_w) @ axes.T
-        return w, theta[:, dim] * scale_b - w @ mean
-
     def closure() -> torch.Tensor:
         optimiser.zero_grad()
-        w, b = weights()
-        loss = F.cross_entropy(F.linear(x, w, b), y) + l2 / (2 * n) * w.square().sum()
+        w = theta[:, :rank] * scale_w
+        loss = F.cross_entropy(F.linear(turned.x, w, theta[:, rank] * scale_b), y) + l2 / (2 * n) * w.square().sum()
         loss.backward()
         return loss
 
     with threads_for(x, classes):
         optimiser.step(closure)
     with torch.no_grad():
-        return weights()
+        w = (theta[:, :rank] * scale_w) @ turned.axes.T
+        return w, theta[:, rank] * scale_b - w @ turned.mean
 
 
 @contextlib.contextmanager
@@ -177,11 +201,11 @@ def carve(labels: np.ndarray, share: float = VALIDATION, seed: int = 0) -> tuple
 def best_l2(x: torch.Tensor, y: torch.Tensor, held_x: torch.Tensor, held_y: torch.Tensor, classes: int) -> float:
     """The strength with which a classifier trained on (x, y) has the highest accuracy on the held-out samples."""
     fits: dict[float, Weights] = {}
-    directions = principal_directions(x)
+    known = principal(x)
 
     def score(l2: float) -> float:
         near = min(fits, key=lambda other: abs(np.log(other / l2)), default=None)
-        fits[l2] = fit(x, y, classes, l2, None if near is None else fits[near], directions)
+        fits[l2] = fit(x, y, classes, l2, None if near is None else fits[near], known)
         return float((F.linear(held_x, *fits[l2]).argmax(dim=1) == held_y).double().mean())
 
     return sweep(score)

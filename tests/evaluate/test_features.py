@@ -252,3 +252,12 @@ def test_an_encoder_without_text_is_probed(tmp_path: Path, data: Path, specs: di
     reasons = {(e["task"], e["protocol"]): e["reason"] for e in manifest.values["not_applicable"]}
     assert reasons["colors", "zeroshot"] == reasons["retrieval-colors", "zeroshot"] == "the encoder has no text tower"
     assert manifest.values["missing"] == []
+
+
+def test_reasons_name_tasks_and_checkpoints_once() -> None:
+    from evaluate.scoretable import _reasons
+
+    pairs = [("a", "x"), ("a", "y"), ("b", "x"), ("b", "y"), ("c", "z"), ("d", "x"), ("d", "y"), ("d", "z")]
+    entries = [{"protocol": "knn", "task": task, "checkpoint": who, "reason": "no split"} for task, who in pairs]
+    names = {"x": "X", "y": "Y", "z": "Z"}
+    assert _reasons(entries, names, "Left out") == ["Left out: knn of a, b for X, Y; c for Z; d (no split)."]

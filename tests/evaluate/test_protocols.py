@@ -46,6 +46,24 @@ def test_logistic_regression_is_scikit_learns(l2: float) -> None:
     assert (ours.argmax(axis=1) == theirs.predict(x)).mean() > 0.99
 
 
+@pytest.mark.parametrize("rank", [3, 20])
+def test_more_dimensions_than_samples(rank: int) -> None:
+    """Features that fill a part of their space only, as few samples do: scikit-learn's weights in all of it."""
+    x, y = clusters(12, 20, 3)
+    x[:, rank:] = x[:, :1]
+    w, b = linear.fit(linear.to_torch(x, "cpu"), torch.as_tensor(y), 3, 0.1, tolerance=1e-9)
+    theirs = LogisticRegression(C=10, tol=1e-10, max_iter=50_000).fit(x.astype(float), y)
+    np.testing.assert_allclose(w, theirs.coef_ - theirs.coef_.mean(axis=0), atol=2e-3)
+    np.testing.assert_allclose(b - b.mean(), theirs.intercept_ - theirs.intercept_.mean(), atol=2e-3)
+
+
+def test_features_that_are_all_the_same_leave_the_share_of_each_class() -> None:
+    x = torch.full((4, 3), 0.5, dtype=torch.float64)
+    w, b = linear.fit(x, torch.tensor([0, 0, 0, 1]), 2, 1.0, tolerance=1e-9)
+    assert not w.any()
+    np.testing.assert_allclose(torch.softmax(b, dim=0), [0.75, 0.25], atol=1e-6)
+
+
 def test_two_classes_are_the_binomial_regression() -> None:
     """l2/2 (|w0|² + |w1|²) with w1 = -w0 = v/2 is l2/4 |v|², and scikit-learn's penalty |v|²/(2C)."""
     x, y = clusters(80, 5, 2)

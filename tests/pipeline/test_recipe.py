@@ -146,8 +146,9 @@ def test_packaged_recipes_are_valid(real_data):
     assert load_recipe("quickstart").demo is not None
     real = load_recipe("real", [f"pool={real_data}/pool", f"evaluate.data={real_data}/eval"])
     assert real.inject is not None and real.scorer.trusted.shards
-    for name in ("simclr", "moco", "diffusion"):
-        assert load_recipe(name, [f"evaluate.data={real_data}/eval"]).pretrain.objective_name == name
+    for name in ("clip", "simclr", "moco", "diffusion"):
+        overrides = [f"evaluate.data={real_data}/eval"] + ([f"pool={real_data}/pool"] if name == "clip" else [])
+        assert load_recipe(name, overrides).pretrain.objective_name == name
 
 
 def test_no_such_recipe():

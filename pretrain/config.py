@@ -158,7 +158,7 @@ class PretrainConfig(_Strict):
         runs_per_start: trainings that one start of the processes does, one after the other. Starting takes some 20
             seconds, so small trainings on one machine go faster with more; on a cluster 1 lets them run side by side.
         threads: CPU threads a worker computes with.
-        decoders: CPU threads a worker decodes pictures with.
+        decoders: processes a worker decodes pictures with, through shared memory; 0 for none but its own.
         save_every: steps between checkpoints to resume from; None for the last only.
         keep_checkpoints: how many of those are kept.
         max_failures: how often Ray Train starts failed workers again.
@@ -194,7 +194,7 @@ class PretrainConfig(_Strict):
     workers: int = Field(default=1, ge=1)
     runs_per_start: int = Field(default=1, ge=1)
     threads: int = Field(default=1, ge=1)
-    decoders: int = Field(default=2, ge=1)
+    decoders: int = Field(default=2, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     save_every: int | None = Field(default=None, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)

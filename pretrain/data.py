@@ -6,15 +6,15 @@ the order, and every random crop, are the same for any number of processes, and 
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from infra import storage
 from infra.errors import WinnowError
@@ -28,11 +28,9 @@ from pretrain.order import Order, epoch_order
 __all__ = ["Batches", "Order", "Samples", "epoch_order"]
 
 _COLUMNS = ("text", "label", "tar", "image_offset", "image_size")
-_CHUNK = 32
-_AHEAD = 3
+_AHEAD = 2  # batches of each decoding process
 
 Views = Callable[[Sample, np.random.Generator], dict[str, np.ndarray]]
-Allocate = Callable[[tuple[int, ...], np.dtype], np.ndarray]
 
 
 class Samples:
@@ -146,27 +144,55 @@ def _times(uids: np.ndarray, distinct: np.ndarray, counts: np.ndarray) -> tuple[
     return at, np.where((distinct["f0"][at] == uids["f0"]) & (distinct["f1"][at] == uids["f1"]), counts[at], 0)
 
 
-class _Batch:
-    """A batch's arrays, which the chunks write into, and the chunks under way."""
+class _Steps(Dataset):
+    """By step, this process's part of the global batch, [n, …] each, and how many of its pictures were replaced."""
 
-    def __init__(self, size: int, allocate: Allocate) -> None:
-        self.size, self.allocate = size, allocate
-        self.arrays: dict[str, np.ndarray] = {}
-        self.chunks: list[Future[int]] = []
-        self._lock = threading.Lock()
+    def __init__(self, samples: Samples, views: Views, seed: int, batch: int, rank: int, world: int) -> None:
+        self.samples, self.views, self.seed = samples, views, seed
+        self.batch, self.share, self.rank = batch, batch // world, rank
+        self.order = samples.order(seed)
 
-    def put(self, row: int, views: dict[str, np.ndarray]) -> None:
-        with self._lock:
-            if not self.arrays:
-                for name, value in views.items():
+    def __getitem__(self, step: int) -> tuple[dict[str, np.ndarray], int] | tuple[str, str | None, str | None]:
+        """The arrays and the number; or what an error says, which DataLoader would wrap in a traceback."""
+        try:
+            return self._make(step)
+        except WinnowError as error:
+            return error.what, error.where, error.do
+
+    def _make(self, step: int) -> tuple[dict[str, np.ndarray], int]:
+        start = step * self.batch + self.rank * self.share
+        positions = np.arange(start, start + self.share, dtype=np.int64)
+        numbers = self.order(positions)
+        arrays: dict[str, np.ndarray] = {}
+        replaced = 0
+        read = zip(positions, self.samples.read(numbers), self.samples.labels(numbers), strict=True)
+        for row, (position, (data, text), label) in enumerate(read):
+            try:
+                image = decode_picture(data)
+            except PictureError:
+                image, text, label = self._instead(int(position))
+                replaced += 1
+            views = self.views(Sample(image, text, label), np.random.default_rng((self.seed, int(position))))
+            for name, value in views.items():
+                if name not in arrays:
                     value = np.asarray(value)
-                    self.arrays[name] = self.allocate((self.size, *value.shape), value.dtype)
-        for name, value in views.items():
-            self.arrays[name][row] = value
+                    arrays[name] = np.empty((self.share, *value.shape), value.dtype)
+                arrays[name][row] = value
+        return arrays, replaced
+
+    def _instead(self, position: int) -> tuple:
+        for step in range(1, self.order.epoch_size + 1):
+            number = self.order(np.array([position + step]))
+            ((data, text),) = self.samples.read(number)
+            try:
+                return decode_picture(data), text, self.samples.labels(number)[0]
+            except PictureError:
+                continue
+        raise WinnowError("no picture of the pool can be decoded", where=self.samples.where)
 
 
 class Batches:
-    """One process's part of each global batch, decoded and augmented ahead of time by threads.
+    """One process's part of each global batch, decoded and augmented ahead of time by processes of its own.
 
     A picture that cannot be decoded is replaced by the next sample in the order that can.
 
@@ -177,8 +203,12 @@ class Batches:
         batch: global batch size.
         rank, world: this process's place among how many.
         first, last: steps, from and before.
-        threads: decoding threads.
-        allocate: makes the arrays (pinned memory, where a GPU is to read them).
+        decoders: processes; with 0 each batch is made here, when it is asked for.
+        pin: whether the arrays lie in memory that a GPU reads while the process goes on.
+
+    Attributes:
+        waited: seconds spent waiting for batches so far.
+        replaced: pictures replaced so far.
     """
 
     def __init__(
@@ -192,70 +222,44 @@ class Batches:
         world: int = 1,
         first: int = 0,
         last: int,
-        threads: int = 2,
-        allocate: Allocate = np.empty,
+        decoders: int = 0,
+        pin: bool = False,
     ) -> None:
-        self.samples, self.views, self.seed = samples, views, seed
-        self.batch, self.share, self.rank = batch, batch // world, rank
-        self.step, self.last, self.allocate = first, last, allocate
-        self.order = samples.order(seed)
-        self.waited = 0.0
-        self.replaced = 0
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._chunk_size = max(1, min(_CHUNK, -(-self.share // threads)))
-        self._queue: deque[_Batch] = deque()
+        self.waited, self.replaced = 0.0, 0
+        # Forked, as torch does it: a decoder touches no GPU, and shares the table of samples.
+        self._loader: DataLoader = DataLoader(
+            _Steps(samples, views, seed, batch, rank, world),
+            batch_size=None,
+            sampler=range(first, last),
+            num_workers=min(decoders, max(0, last - first)),
+            prefetch_factor=_AHEAD if decoders and last > first else None,
+            multiprocessing_context="fork" if decoders and last > first else None,
+            pin_memory=pin,
+            generator=torch.Generator(),  # it draws a seed, which is not used
+        )
+        self._batches: Iterator[Any] | None = None
 
     def __enter__(self) -> Batches:
+        self._batches = iter(self._loader)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._batches = None  # which ends the processes
 
     def __iter__(self) -> Batches:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """The next step's arrays, [batch / world, …] each. `waited` (seconds) and `replaced` (pictures) run on."""
-        while len(self._queue) < _AHEAD and self.step < self.last:
-            start = self.step * self.batch + self.rank * self.share
-            positions = np.arange(start, start + self.share, dtype=np.int64)
-            numbers = self.order(positions)
-            batch = _Batch(self.share, self.allocate)
-            for i in range(0, self.share, self._chunk_size):
-                part = slice(i, i + self._chunk_size)
-                batch.chunks.append(self._pool.submit(self._chunk, batch, i, positions[part], numbers[part]))
-            self._queue.append(batch)
-            self.step += 1
-        if not self._queue:
-            raise StopIteration
+        """The next step's arrays, [batch / world, …] each."""
+        assert self._batches is not None
         started = time.perf_counter()
-        batch = self._queue.popleft()
-        self.replaced += sum(chunk.result() for chunk in batch.chunks)
+        made = next(self._batches)
         self.waited += time.perf_counter() - started
-        return batch.arrays
-
-    def _chunk(self, batch: _Batch, first: int, positions: np.ndarray, numbers: np.ndarray) -> int:
-        """Fill a batch's rows from `first` on; how many pictures were replaced."""
-        replaced = 0
-        read = zip(positions, self.samples.read(numbers), self.samples.labels(numbers), strict=True)
-        for row, (position, (data, text), label) in enumerate(read, start=first):
-            try:
-                image = decode_picture(data)
-            except PictureError:
-                image, text, label = self._instead(int(position))
-                replaced += 1
-            rng = np.random.default_rng((self.seed, int(position)))
-            batch.put(row, self.views(Sample(image, text, label), rng))
-        return replaced
-
-    def _instead(self, position: int) -> tuple:
-        for step in range(1, self.order.epoch_size + 1):
-            number = self.order(np.array([position + step]))
-            ((data, text),) = self.samples.read(number)
-            try:
-                return decode_picture(data), text, self.samples.labels(number)[0]
-            except PictureError:
-                continue
-        raise WinnowError("no picture of the pool can be decoded", where=self.samples.where)
+        if isinstance(made[0], str):
+            what, where, do = made
+            raise WinnowError(what, where=where, do=do)
+        tensors, replaced = made
+        self.replaced += replaced
+        return {name: tensor.numpy() for name, tensor in tensors.items()}

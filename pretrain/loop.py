@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -108,8 +107,8 @@ def _train(job: Job, config: PretrainConfig, device: torch.device, via: str) -> 
             world=world,
             first=first,
             last=config.steps,
-            threads=config.decoders,
-            allocate=_pinned if device.type == "cuda" else np.empty,
+            decoders=config.decoders,
+            pin=device.type == "cuda",
         )
         saved = first if start is not None else None
         boards = Boards(config, job.out, job.key, first, rank == 0)
@@ -156,13 +155,6 @@ def _train(job: Job, config: PretrainConfig, device: torch.device, via: str) -> 
 def _flops(config: PretrainConfig, seed: int, part: dict[str, torch.Tensor], device: torch.device) -> float | None:
     """Of a sample, counted on networks of their own for two of them."""
     return model_flops(make_objective(config, seed).to(device), {name: value[:2] for name, value in part.items()})
-
-
-def _pinned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that a GPU reads while the process goes on."""
-    empty = torch.from_numpy(np.empty(0, dtype)).new_empty(shape, pin_memory=True)
-    array: np.ndarray = empty.numpy()
-    return array
 
 
 def _parts(arrays: dict[str, Any], parts: int, device: torch.device) -> list[dict[str, torch.Tensor]]:

@@ -106,7 +106,7 @@ def loader(args: Namespace, pool: str, folder: Path) -> None:
 
     def ours() -> float:
         views = make_objective(config, seed=0).views  # with a cache of tokens as empty as that of new processes
-        with Batches(samples, views, seed=0, batch=args.batch, last=args.steps + 1, threads=args.workers) as batches:
+        with Batches(samples, views, seed=0, batch=args.batch, last=args.steps + 1, decoders=args.workers) as batches:
             clock = Clock(batches, args.steps)
             for _ in clock:
                 pass
@@ -144,7 +144,7 @@ def loader(args: Namespace, pool: str, folder: Path) -> None:
         "webdataset, open_clip's transform": theirs(its_own),
         "webdataset, the same decoding and transform": theirs(same),
     }
-    title = f"Loader: batches of {args.batch}, {args.workers} threads against {args.workers} worker processes"
+    title = f"Loader: batches of {args.batch}, {args.workers} processes each"
     table(title, in_turns(runs, args.repeat))
 
 
@@ -206,7 +206,7 @@ def train(args: Namespace, pool: str, folder: Path) -> None:
         launch([Job(config.model_dump(mode="json"), pool, None, str(out), seed=0)], via="local")
         return rate(out, args.batch)
 
-    loading = f"{args.workers} decoding threads against {args.workers} worker processes"
+    loading = f"{args.workers} decoding processes each"
     title = f"Training: batches of {args.batch}, {args.precision}, {args.threads} threads, {loading}"
     table(title, in_turns({"winnow": ours, "open_clip's train_one_epoch": theirs}, args.repeat))
 

@@ -101,10 +101,15 @@ def test_a_broken_picture_is_replaced_by_the_next_in_the_order(tmp_path: Path) -
     assert batches.replaced == sum(n in broken for n in order[:72])
 
 
-def test_a_pool_of_broken_pictures_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("decoders", [0, 1])
+def test_a_pool_of_broken_pictures_is_an_error(decoders: int, tmp_path: Path) -> None:
     samples = Samples(make_pool(tmp_path, count=4, broken=(0, 1, 2, 3)), None)
-    with pytest.raises(WinnowError, match="no picture"), Batches(samples, views, seed=0, batch=2, last=1) as batches:
+    with (
+        pytest.raises(WinnowError, match="no picture of the pool can be decoded") as error,
+        Batches(samples, views, seed=0, batch=2, last=1, decoders=decoders) as batches,
+    ):
         next(batches)
+    assert "Traceback" not in str(error.value)
 
 
 def test_weights_are_how_often_a_sample_is_seen() -> None:
@@ -144,16 +149,16 @@ def test_several_sources_in_any_number_of_processes(tmp_path: Path) -> None:
         SourceConfig(pool=pools[2], weight=0.5),
     )
 
-    def numbers(world: int, threads: int) -> list[list[int]]:
+    def numbers(world: int, decoders: int) -> list[list[int]]:
         samples, parts = Samples(pools[0], None, more), []
         for rank in range(world):
-            place = {"rank": rank, "world": world, "last": 18, "threads": threads}
+            place = {"rank": rank, "world": world, "last": 18, "decoders": decoders}
             with Batches(samples, views, seed=3, batch=4, **place) as batches:
                 parts.append([batch["number"] for batch in batches])
         return [np.concatenate(step).tolist() for step in zip(*parts, strict=True)]
 
     one = numbers(1, 1)
-    assert numbers(2, 3) == numbers(4, 1) == one
+    assert numbers(2, 3) == numbers(4, 0) == one
     flat = [n for step in one for n in step]
     for epoch in (flat[:36], flat[36:]):
         counts = {n: epoch.count(n) for n in set(epoch)}
@@ -161,13 +166,13 @@ def test_several_sources_in_any_number_of_processes(tmp_path: Path) -> None:
     assert sorted(n for n in flat if n >= 2000) == list(range(2000, 2020))  # two epochs, each with another half
 
 
-def test_every_sample_once_an_epoch_whatever_the_processes_and_threads(tmp_path: Path) -> None:
+def test_every_sample_once_an_epoch_whatever_the_processes(tmp_path: Path) -> None:
     pool = make_pool(tmp_path, count=24, shards=1)
-    for world, threads in ((1, 1), (2, 3), (4, 2), (8, 1)):  # more processes than shards, too
+    for world, decoders in ((1, 0), (2, 3), (4, 2), (8, 1)):  # more processes than shards, too
         parts = []
         for rank in range(world):
             with Batches(
-                Samples(pool, None), views, seed=1, batch=8, rank=rank, world=world, last=9, threads=threads
+                Samples(pool, None), views, seed=1, batch=8, rank=rank, world=world, last=9, decoders=decoders
             ) as batches:
                 parts += [(step, n) for step, batch in enumerate(batches) for n in batch["number"]]
         for epoch in range(3):

@@ -73,7 +73,7 @@ def test_killed_again_and_again_it_ends_in_the_same_bits(name: str, pool: str, t
 def test_two_processes_killed_end_in_the_same_bits(name: str, pool: str, tmp_path: Path) -> None:
     whole = job(pool, tmp_path / "whole", **CASES[name], workers=2)
     assert mortal.run(whole, tmp_path) == [0, 0]
-    killed = job(pool, tmp_path / "killed", **CASES[name], workers=2, save_every=2)
+    killed = job(pool, tmp_path / "killed", **CASES[name], workers=2, decoders=1, save_every=2)
     for step in (3, 5):
         assert mortal.run(killed, tmp_path, die_at=step)[-1] == -signal.SIGKILL
     assert mortal.run(killed, tmp_path) == [0, 0]

@@ -111,6 +111,7 @@ def config(**changes: Any) -> PretrainConfig:
         "lr": 1e-2,
         "warmup": 2,
         "device": "cpu",
+        "decoders": 0,
         "max_failures": 0,
     }
     return PretrainConfig(**values | changes)

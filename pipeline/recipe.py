@@ -11,7 +11,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -32,6 +32,8 @@ from pretrain.config import PretrainConfig
 from pretrain.spec import parse_spec
 
 DEMO = "demo:"
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Strict(BaseModel):
@@ -232,24 +234,33 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
 
 def parse_recipe(text: str, name: str, overrides: list[str]) -> Recipe:
     """`load_recipe` on a text; `name` stands for the file in messages."""
+    recipe, source = read_model(Recipe, text, name, overrides)
+    _check(recipe, source)
+    return recipe
+
+
+def read_model(model: type[Model], text: str, name: str, overrides: list[str]) -> tuple[Model, Source]:
+    """A pydantic model out of a YAML text, with `key.path=value` over it; and where its values come from.
+
+    Raises:
+        UsageError: with the line, and for a misspelt key the nearest one.
+    """
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UsageError(f"is not valid YAML ({' '.join(str(error).split())})", where=name) from None
     if not isinstance(raw, dict) or root is None:
-        raise UsageError("a recipe is a mapping of keys to values", where=name)
+        raise UsageError("is no mapping of keys to values", where=name)
     lines: dict[tuple[str | int, ...], int] = {}
     _find_lines(root, (), lines, name)
     keys = [_override(raw, item) for item in overrides]
     source = Source(name, lines, frozenset(keys))
     raw = _interpolate(raw, raw, source)
     try:
-        recipe = Recipe.model_validate(raw)
+        return model.model_validate(raw), source
     except ValidationError as error:
-        raise _explain(error, source) from None
-    _check(recipe, source)
-    return recipe
+        raise _explain(error, source, model) from None
 
 
 def _find_lines(node: yaml.Node, path: tuple, lines: dict, name: str) -> None:
@@ -309,9 +320,9 @@ def _interpolate(value: Any, root: dict[str, Any], source: Source, path: tuple =
     return re.sub(r"\$\{([\w.\-]+)\}", look, value)
 
 
-def _fields_at(loc: tuple[str | int, ...]) -> list[str]:
-    """Known keys of the mapping at a place in the recipe."""
-    kind: Any = Recipe
+def _fields_at(loc: tuple[str | int, ...], model: type[BaseModel]) -> list[str]:
+    """Known keys of the mapping at a place in a model."""
+    kind: Any = model
     for part in loc:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             info = kind.model_fields.get(str(part))
@@ -324,7 +335,7 @@ def _fields_at(loc: tuple[str | int, ...]) -> list[str]:
     return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
 
 
-def _explain(error: ValidationError, source: Source) -> UsageError:
+def _explain(error: ValidationError, source: Source, model: type[BaseModel]) -> UsageError:
     """The first fault as one sentence with its line."""
     errors = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     fault = errors[0]
@@ -332,7 +343,7 @@ def _explain(error: ValidationError, source: Source) -> UsageError:
     where = source.where(loc)
     dotted = ".".join(map(str, loc))
     if fault["type"] == "extra_forbidden":
-        return unknown("key", str(loc[-1]), _fields_at(loc[:-1]) or ["(none)"], where)
+        return unknown("key", str(loc[-1]), _fields_at(loc[:-1], model) or ["(none)"], where)
     if fault["type"] == "missing":
         near = nearest(str(loc[-1]), [])
         return UsageError(f'"{dotted}" is missing', where=where, do=near)

@@ -167,35 +167,11 @@ def print_funnel(funnel: dict[str, Any], timings: dict[str, float]) -> str:
 
 def load_pretrain_config(path: str | None, overrides: list[str]) -> Any:
     """A PretrainConfig out of a YAML file and `--set key=value`. Raises UsageError."""
-    from pydantic import ValidationError
-
+    from pipeline.recipe import read_model
     from pretrain.config import PretrainConfig
 
-    raw: Any = {}
-    if path is not None:
-        try:
-            raw = yaml.safe_load(storage.read_bytes(path)) or {}
-        except yaml.YAMLError as error:
-            raise UsageError(f"is not valid YAML ({' '.join(str(error).split())})", where=path) from None
-    if not isinstance(raw, dict):
-        raise UsageError("is no mapping of keys to values", where=path)
-    for item in overrides:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise UsageError("is not of the form key=value", where=f"--set {item}")
-        place = raw
-        *parents, last = key.split(".")
-        for part in parents:
-            place = place.setdefault(part, {})
-        place[last] = yaml.safe_load(value)
-    try:
-        return PretrainConfig.model_validate(raw)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        name = ".".join(map(str, fault["loc"]))
-        if fault["type"] == "extra_forbidden":
-            raise unknown("key", str(fault["loc"][-1]), PretrainConfig.model_fields, path) from None
-        raise UsageError(f"{name}: {fault['msg']}" if name else fault["msg"], where=path) from None
+    text = "{}" if path is None else storage.read_bytes(path).decode(errors="replace")
+    return read_model(PretrainConfig, text, path or "--set", overrides)[0]
 
 
 def pretrain_stage(config: Any, pool: str, subset: str | None, seed: int, out: str) -> Stage:

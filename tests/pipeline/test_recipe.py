@@ -4,6 +4,7 @@ import pytest
 
 from infra.errors import UsageError
 from pipeline.recipe import load_recipe, parse_recipe
+from pipeline.stages import load_pretrain_config
 from tests.drawing import write_pool
 
 MODEL = (
@@ -154,3 +155,28 @@ def test_packaged_recipes_are_valid(real_data):
 def test_no_such_recipe():
     with pytest.raises(UsageError, match=r"nothing\.yaml: cannot be read"):
         load_recipe("nothing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("objective: simclr\nmodel: {timm: resnet18}\nsamples_sen: 8\n", r'line 3: .*"samples_sen".*"samples_seen"'),
+        (
+            "model: ViT-B-32\nsamples_seen: 640\nbatch_size: 64\nwarmup: 5\nworkers: 3\n",
+            "c.yaml.*: batch_size 64 cannot",
+        ),
+        ("model: ViT-B-32\nsamples_seen: 640\nbatch_size: 64\nwarmup: -1\n", "line 4: warmup: .* not -1"),
+        ("- a list\n", "no mapping"),
+    ],
+)
+def test_a_config_of_one_training_is_read_like_a_recipe(text, words, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UsageError, match=words):
+        load_pretrain_config(str(tmp_path / "c.yaml"), [])
+
+
+def test_a_training_may_be_given_on_the_command_line_alone():
+    settings = ["model.timm=resnet18", "objective=simclr", "samples_seen=640", "batch_size=64", "warmup=1"]
+    assert load_pretrain_config(None, settings).steps == 10
+    with pytest.raises(UsageError, match=r"--set warmup: .* not 'x'"):
+        load_pretrain_config(None, [*settings, "warmup=x"])

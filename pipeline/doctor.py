@@ -16,6 +16,8 @@ PACKAGES = (
     "torch",
     "torchvision",
     "open_clip_torch",
+    "timm",
+    "diffusers",
     "deepspeed",
     "ray",
     "faiss-cpu",
@@ -39,13 +41,22 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at everything. Imports nothing heavy but torch."""
-    return [_python(), *_shadowed(), *_packages(), *_devices(), *_space()]
+    return [_python(), _bytecode(), *_shadowed(), *_packages(), *_devices(), *_space()]
 
 
 def _python() -> Finding:
     good = sys.version_info >= (3, 11)
     text = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     return Finding("python", "ok" if good else "fail", text if good else f"{text}; 3.11 or newer is needed")
+
+
+def _bytecode() -> Finding:
+    """Each worker process imports torch and more; compiling them again each time trebles what that takes."""
+    spec = importlib.util.find_spec("torch")
+    known = spec is None or spec.cached is None or Path(spec.cached).exists()
+    if known or not sys.dont_write_bytecode:
+        return Finding("bytecode", "ok", "kept" if known else "will be kept")
+    return Finding("bytecode", "warn", "never kept: every process compiles torch anew; unset PYTHONDONTWRITEBYTECODE")
 
 
 def _shadowed() -> list[Finding]:

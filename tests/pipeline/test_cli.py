@@ -148,6 +148,15 @@ def test_doctor_finds_this_machine_well_and_a_shadowed_room(monkeypatch, capsys,
     assert "fail" in done.stdout and "shadowed by" in done.stdout, done.stderr
 
 
+def test_doctor_says_that_bytecode_is_never_kept(tmp_path):
+    code = "from pipeline.doctor import _bytecode; print(_bytecode().line())"
+    nowhere = {"PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    for keep, words in (("", "ok    bytecode     will be kept"), ("1", "warn  bytecode     never kept")):
+        env = os.environ | nowhere | {"PYTHONDONTWRITEBYTECODE": keep}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+        assert done.stdout.startswith(words), done.stderr
+
+
 def test_modules_of_ones_own_lie_beside_the_recipe(tmp_path):
     """As the installed command finds them: neither the working directory nor the recipe's is on Python's path."""
     folder = tmp_path / "mine"

@@ -1,7 +1,7 @@
 """Random changes to pictures that contrastive objectives learn to ignore, drawn from a NumPy generator.
 
 The pixel operations are torchvision's; it draws from torch's global generator, here every draw comes from the one that
-is handed in, so a view is a pure function of picture and generator and any number of threads may make them.
+is handed in, so a view is a pure function of picture and generator and any number of processes may make them.
 """
 
 from __future__ import annotations

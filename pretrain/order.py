@@ -1,11 +1,10 @@
-"""The order of the samples: a pure function of (seed, epoch, subset), the same for any number of processes or threads.
+"""The order of the samples: a pure function of (seed, epoch, subset), the same for any number of processes.
 
 The epochs' permutations, one after the other, are one endless sequence of positions.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,10 +40,9 @@ class Order:
             whole * n + rest for n, whole, rest in zip(self.sizes, self._whole, self._rest, strict=True)
         )
         self._epochs: dict[int, np.ndarray] = {}
-        self._lock = threading.Lock()
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """int64 positions [k] to int64 sample numbers [k]. May be called by several threads."""
+        """int64 positions [k] to int64 sample numbers [k]."""
         epochs = positions // self.epoch_size
         result = np.empty_like(positions)
         for epoch in np.unique(epochs):
@@ -53,15 +51,14 @@ class Order:
         return result
 
     def _epoch(self, epoch: int) -> np.ndarray:
-        with self._lock:
-            if epoch not in self._epochs:
-                order = epoch_order(self.epoch_size, self.seed, epoch)
-                if any(weight != 1 for weight in self.weights):
-                    order = self._mix(epoch)[order]
-                self._epochs[epoch] = order
-                while len(self._epochs) > 2:
-                    del self._epochs[next(iter(self._epochs))]
-            return self._epochs[epoch]
+        if epoch not in self._epochs:
+            order = epoch_order(self.epoch_size, self.seed, epoch)
+            if any(weight != 1 for weight in self.weights):
+                order = self._mix(epoch)[order]
+            self._epochs[epoch] = order
+            while len(self._epochs) > 2:
+                del self._epochs[next(iter(self._epochs))]
+        return self._epochs[epoch]
 
     def _mix(self, epoch: int) -> np.ndarray:
         """The samples of an epoch, not yet permuted."""

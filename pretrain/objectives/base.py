@@ -76,7 +76,7 @@ class Objective(nn.Module, abc.ABC):
     def views(self, sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """What the loss sees of one sample; arrays of fixed shapes, stacked over the batch.
 
-        Called by several threads at once. Deterministic in `rng`, which depends on the seed and the place in the order
+        Called in the decoding processes. Deterministic in `rng`, which depends on the seed and the place in the order
         alone.
         """
 

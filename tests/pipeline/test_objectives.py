@@ -21,7 +21,6 @@ SETTINGS = {
     "batch_size": 8,
     "warmup": 1,
     "device": "cpu",
-    "workers": 2,
     "log_every": 1,
 }
 
@@ -45,7 +44,7 @@ def winnow(monkeypatch, capsys, *args):
 
 @pytest.mark.parametrize("name", CASES)
 def test_run_and_pretrain(name, folder, tmp_path, monkeypatch, capsys):
-    """`winnow run` with two processes and `winnow pretrain` with one: equal losses, and a report of what was drawn."""
+    """`winnow run` and `winnow pretrain` with one process and with two: equal losses, and a report of what was drawn."""
     recipe = {
         "pool": f"{folder}/shards",
         "subsets": {"all": {}},
@@ -54,17 +53,22 @@ def test_run_and_pretrain(name, folder, tmp_path, monkeypatch, capsys):
         "evaluate": {"data": f"{folder}/eval", "protocols": ["zeroshot", "knn"]},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    (tmp_path / "pretrain.yaml").write_text(yaml.safe_dump(recipe["pretrain"] | {"workers": 1}))
-    out, alone = tmp_path / "run", tmp_path / "alone"
-    winnow(monkeypatch, capsys, "run", tmp_path / "recipe.yaml", "--out", out, "--executor", "serial")
-    words = ("pretrain", out / "pool", "--config", tmp_path / "pretrain.yaml", "--out", alone, "--executor", "serial")
-    winnow(monkeypatch, capsys, *words)
-
+    (tmp_path / "pretrain.yaml").write_text(yaml.safe_dump(recipe["pretrain"]))
     losses = []
-    for made in (out / "checkpoints" / "all" / "seed-0", alone / "model" / "seed-0"):
-        lines = [json.loads(line) for line in (made / "log.jsonl").read_text().splitlines()]
-        losses.append([line["loss"] for line in lines if "lr" in line])
-    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-3)
+    for workers in (1, 2):
+        out, alone = tmp_path / f"run-{workers}", tmp_path / f"alone-{workers}"
+        words = ("--executor", "serial", "--out")
+        given = ("--set", f"pretrain.workers={workers}")
+        winnow(monkeypatch, capsys, "run", tmp_path / "recipe.yaml", *given, *words, out)
+        given = ("--config", tmp_path / "pretrain.yaml", "--set", f"workers={workers}")
+        winnow(monkeypatch, capsys, "pretrain", out / "pool", *given, *words, alone)
+        for made in (out / "checkpoints" / "all" / "seed-0", alone / "model" / "seed-0"):
+            lines = [json.loads(line) for line in (made / "log.jsonl").read_text().splitlines()]
+            assert [line["workers"] for line in lines if line.get("event") == "start"] == [workers]
+            losses.append([line["loss"] for line in lines if "lr" in line])
+    assert len(losses[0]) == 3
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], rel=1e-3)
 
     made = out / "checkpoints" / "all" / "seed-0"
     rows = pq.read_table(out / "scores" / "scores.parquet").to_pylist()

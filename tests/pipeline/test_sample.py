@@ -10,15 +10,7 @@ from PIL import Image
 
 from pipeline.cli import main
 from tests.drawing import picture, write_tar
-
-UNET = {
-    "sample_size": 8,
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-}
+from tests.pretrain.tiny import UNET
 
 
 @pytest.fixture
@@ -40,7 +32,7 @@ def test_a_class_conditional_model_is_trained_and_drawn_from(winnow, tmp_path):
     write_tar(tmp_path / "shards" / "0.tar", [{"key": f"s{i}", "members": own} for i, own in enumerate(members)])
     settings = {
         "objective": {"diffusion": {"classes": ["black", "maroon", "red"], "timesteps": 10, "feature_timestep": 1}},
-        "model": {"unet": UNET},
+        "model": UNET,
         "samples_seen": 16,
         "batch_size": 8,
         "warmup": 1,

@@ -64,34 +64,19 @@ def captions_in(members: Mapping[str, bytes]) -> list[str]:
 
 
 @dataclass
-class EmbedStage(Stage):
-    """Embed sets with checkpoints.
-
-    The pictures of a set are cut into parts (`evaluate.parts`). A unit is one encoder on one part; the units of one
-    part run together, so that its pictures are decoded once, with one more that keeps what lies beside the pictures.
-    Prompts are embedded in units of some thousand. Files are named and keyed by content: a new checkpoint embeds
-    alone, a changed class name embeds no picture, and one folder serves any number of evaluations.
-
-    A part that is broken leaves a record that says so. An encoder that cannot be loaded leaves none, and is tried
-    again by the next run. Nothing is set aside here; the evaluate stage counts what it could not use.
-
-    Files:
-        ENCODER/SHARD/I-of-N.npy: float32 [n, dim], L2-normalised, the pictures of a part that can be decoded.
-        ENCODER/SHARD/I-of-N-captions.npy, …-texts.npy: the same for a retrieval set, and float32 [m, dim], the captions
-            of the part's samples, one after the other.
-        ENCODER/prompts/DIGEST.npy: float32 [classes, dim], the class weights of some classes.
-        samples/SHARD/I-of-N.parquet: key, members, and why a picture cannot be decoded, of each sample.
+class SetsStage(Stage):
+    """What the stages that take checkpoints to sets are told.
 
     Args:
         checkpoints: (name, encoder spec, digest) of each.
         data: folder of test sets in DataComp's layout.
-        out: directory of the features.
+        out: directory of what the stage makes.
         tasks: "all" for every set in the folder, or keys or names.
-        protocols: for which the features are meant: some need no training set, some no prompts.
-        device: for the encoders; "auto" takes a GPU where there is one.
+        protocols: which of `evaluate.kinds.PROTOCOLS`; some need no training set, some no prompts.
+        device: for encoders and probes; "auto" takes a GPU where there is one.
         batch_size: pictures an encoder sees at once.
         threads: CPU threads of an encoder; None leaves it to torch.
-        part_samples: samples in a part, about.
+        part_samples: samples of a set that are embedded in one piece, about.
         unit_cpus, unit_gpus: what a unit asks of the cluster; -1: a GPU where there is one.
     """
 
@@ -107,8 +92,6 @@ class EmbedStage(Stage):
     unit_cpus: float = 1
     unit_gpus: float = -1
 
-    name = "embed"
-    version = 1
     keep_orphans = True
     tolerates = True
 
@@ -126,13 +109,41 @@ class EmbedStage(Stage):
     def parents(self) -> dict[str, str]:
         return {f"checkpoint/{name}": digest for name, _, digest in self.checkpoints}
 
+    def found(self) -> list[FoundTask]:
+        """The sets. Raises UsageError as `find_tasks`."""
+        return find_tasks(storage.absolute(self.data), self.tasks)
+
+
+@dataclass
+class EmbedStage(SetsStage):
+    """Embed sets with checkpoints.
+
+    The pictures of a set are cut into parts (`evaluate.parts`). A unit is one encoder on one part; the units of one
+    part run together, so that its pictures are decoded once, with one more that keeps what lies beside the pictures.
+    Prompts are embedded in units of some thousand. Files are named and keyed by content: a new checkpoint embeds
+    alone, a changed class name embeds no picture, and one folder serves any number of evaluations.
+
+    A part that is broken leaves a record that says so. An encoder that cannot be loaded leaves none, and is tried
+    again by the next run. Nothing is set aside here; the evaluate stage counts what it could not use.
+
+    Files:
+        ENCODER/SHARD/I-of-N.npy: float32 [n, dim], L2-normalised, the pictures of a part that can be decoded.
+        ENCODER/SHARD/I-of-N-captions.npy, …-texts.npy: the same for a retrieval set, and float32 [m, dim], the captions
+            of the part's samples, one after the other.
+        ENCODER/prompts/DIGEST.npy: float32 [classes, dim], the class weights of some classes.
+        samples/SHARD/I-of-N.parquet: key, members, and why a picture cannot be decoded, of each sample.
+    """
+
+    name = "embed"
+    version = 1
+
     def encoders(self) -> dict[str, str]:
         """Spec by digest, each encoder once, whatever number of names it has."""
         return {digest: spec for _, spec, digest in reversed(self.checkpoints)}
 
     def plan(self) -> list[Unit]:
         units: dict[str, Unit] = {}
-        for found in find_tasks(storage.absolute(self.data), self.tasks):
+        for found in self.found():
             if not any(applies(protocol, found.task.kind) for protocol in self.protocols):
                 continue
             for split in self.splits(found):

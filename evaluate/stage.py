@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 from urllib.parse import quote
 
@@ -12,16 +12,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evaluate.data import EvalSet, FoundTask, TaskError, data_digest, find_tasks
-from evaluate.features import EmbedStage, encoders_of
+from evaluate.data import EvalSet, FoundTask, TaskError, data_digest
+from evaluate.features import EmbedStage, SetsStage, encoders_of
 from evaluate.kinds import NEED_TEXT, NEED_TRAIN, SEED, SEEDS, Features, Split, applies, kind_of
-from evaluate.parts import PART_SAMPLES, has_split
+from evaluate.parts import has_split
 from evaluate.reading import LoadedSplit, NotEmbedded, load_class_weights, load_split
 from evaluate.results import measured, result_line
 from evaluate.tasks import Task
 from infra import storage
 from infra.errors import UsageError, WinnowError
-from infra.stage import Output, Record, SetAside, Stage, Unit
+from infra.stage import Output, Record, SetAside, Unit
 
 SCORES = "scores.parquet"
 RESULTS = "eval_results.jsonl"
@@ -41,7 +41,7 @@ SCHEMA = pa.schema(
 
 
 @dataclass
-class EvaluateStage(Stage):
+class EvaluateStage(SetsStage):
     """Score checkpoints on tasks.
 
     A unit is one checkpoint on one task by one protocol, and by one seed where the protocol draws something. It embeds
@@ -50,69 +50,19 @@ class EvaluateStage(Stage):
     and zero-shot) is listed in `not_applicable`.
 
     Args:
-        checkpoints: (name, encoder spec, digest) of each.
-        data: folder of test sets in DataComp's layout.
-        out: directory for scores.parquet and eval_results.jsonl.
-        tasks: "all" for every set in the folder, or keys or names.
-        protocols: which of `evaluate.kinds.PROTOCOLS`.
         features: directory of the features; `out`/features if not given. May be shared with other evaluations.
-        device: for encoders and probes; "auto" takes a GPU where there is one.
-        batch_size: pictures an encoder sees at once.
-        threads: CPU threads of an encoder; None leaves it to torch.
-        part_samples: samples of a set that are embedded in one piece, about.
-        unit_cpus, unit_gpus: what a unit asks of the cluster; -1: a GPU where there is one.
+        others: see `SetsStage`; in `out` are scores.parquet and eval_results.jsonl.
     """
 
-    checkpoints: tuple[tuple[str, str, str], ...]
-    data: str
-    out: str
-    tasks: tuple[str, ...] | str = "all"
-    protocols: tuple[str, ...] = ("zeroshot",)
     features: str = ""
-    device: str = "auto"
-    batch_size: int = 256
-    threads: int | None = None
-    part_samples: int = PART_SAMPLES
-    unit_cpus: float = 1
-    unit_gpus: float = -1
 
     name = "evaluate"
     version = 2
-    keep_orphans = True
-    tolerates = True
-
-    @property
-    def cpus(self) -> float:
-        return self.unit_cpus
-
-    @property
-    def gpus(self) -> float:
-        return self.unit_gpus
-
-    def params(self) -> dict[str, Any]:
-        return {}
-
-    def parents(self) -> dict[str, str]:
-        return {f"checkpoint/{name}": digest for name, _, digest in self.checkpoints}
 
     def embedding(self) -> EmbedStage:
         """The stage that must have run before this one."""
-        return EmbedStage(
-            checkpoints=self.checkpoints,
-            data=self.data,
-            out=self.features or self.url("features"),
-            tasks=self.tasks,
-            protocols=self.protocols,
-            device=self.device,
-            batch_size=self.batch_size,
-            threads=self.threads,
-            part_samples=self.part_samples,
-            unit_cpus=self.unit_cpus,
-            unit_gpus=self.unit_gpus,
-        )
-
-    def found(self) -> list[FoundTask]:
-        return find_tasks(storage.absolute(self.data), self.tasks)
+        same = {field.name: getattr(self, field.name) for field in fields(SetsStage)}
+        return EmbedStage(**same | {"out": self.features or self.url("features")})
 
     def plan(self) -> list[Unit]:
         if not self.checkpoints:

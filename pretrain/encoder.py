@@ -170,9 +170,13 @@ def _token_cache(tokenizer: Any) -> Any:
 
     if type(tokenizer) is not SimpleTokenizer or tokenizer.reduction_fn is not None:
         return tokens
-    vocabulary = storage.digest_json(sorted(tokenizer.encoder.items()))
-    key = f"{vocabulary} {tokenizer.context_length} {tokenizer.clean_fn.__name__}"
+    key = f"{_vocabulary(tokenizer)} {tokenizer.context_length} {tokenizer.clean_fn.__name__}"
     return _token_caches.setdefault(key, functools.lru_cache(maxsize=64)(tokens))
+
+
+@functools.lru_cache(maxsize=8)
+def _vocabulary(tokenizer: Any) -> str:
+    return storage.digest_json(sorted(tokenizer.encoder.items()))
 
 
 class Encoder:
@@ -220,28 +224,37 @@ class Encoder:
 
     def encode_texts(self, texts: Sequence[str], batch: int = 256) -> np.ndarray:
         """Texts to L2-normalised float32 [n, dim]. Raises UsageError when the model reads no text."""
+        import torch
+
         if not self.has_text:
             raise UsageError("this encoder reads no text", where=self.spec)
-        parts = [
-            self._run(self._encode_tokens, self._tokens(tuple(texts[i : i + batch])))
-            for i in range(0, len(texts), batch)
-        ]
-        return np.concatenate(parts) if parts else np.empty((0, self.dim), np.float32)
+        if not texts:
+            return np.empty((0, self.dim), np.float32)
+        tokens = torch.cat([self._tokens(tuple(texts[i : i + batch])) for i in range(0, len(texts), batch)])
+        if not self._causal:
+            return np.concatenate([self._run(self._model.encode_text, some) for some in tokens.split(batch)])
+        order = tokens.argmax(dim=1).argsort(stable=True)
+        parts = [self._run(self._encode_tokens, tokens[some]) for some in order.split(batch)]
+        result = np.empty((len(texts), parts[0].shape[1]), np.float32)
+        result[order.numpy()] = np.concatenate(parts)
+        return result
+
+    @property
+    def _causal(self) -> bool:
+        """Whether a text's feature is taken at its end and looks at nothing behind it, as CLIP's is."""
+        import open_clip
+
+        causal = isinstance(self._model, open_clip.CLIP) and self._model.attn_mask is not None
+        return causal and self._model.text_pool_type == "argmax"
 
     def _encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """open_clip's `encode_text`; without the padding after the longest text, where that changes nothing.
+        """open_clip's `encode_text` of a causal model, without the padding after the longest text.
 
-        A causal transformer whose feature is taken at the end of the text never looks at what follows, and prompts fill
-        a fifth of CLIP's 77 places.
+        That changes nothing, and prompts fill a fifth of CLIP's 77 places; texts of like length are put together.
         """
-        import open_clip
         import torch
 
         model = self._model
-        causal = isinstance(model, open_clip.CLIP) and model.attn_mask is not None
-        if not causal or model.text_pool_type != "argmax":
-            features: torch.Tensor = model.encode_text(tokens)
-            return features
         length = int(tokens.argmax(dim=1).max()) + 1
         shorter = {
             "positional_embedding": model.positional_embedding[:length],

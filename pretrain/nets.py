@@ -186,23 +186,31 @@ def val_transform(preprocess: dict[str, Any]) -> Callable[[Image.Image], torch.T
 
 
 def build_tokenizer(config: dict[str, Any], name: str | None = None) -> Callable[[Sequence[str]], torch.Tensor]:
-    """The tokenizer of a model: texts to int64 [n, context]; by open_clip's name where it has one."""
+    """The tokenizer of a model: texts to int64 [n, context]; by open_clip's name where it has one.
+
+    Equal ones are the same object: to build one takes as long as to load a small model.
+    """
+    text = config["text_cfg"]
+    own = {"name": text.get("hf_tokenizer_name"), "mode": text.get("tokenizer_mode")}
+    own |= {"context": text.get("context_length", 77), "kwargs": text.get("tokenizer_kwargs") or {}}
+    return _tokenizer(name, json.dumps(own, sort_keys=True))
+
+
+@functools.lru_cache(maxsize=8)
+def _tokenizer(name: str | None, own: str) -> Callable[[Sequence[str]], torch.Tensor]:
     import open_clip
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
-    if name is not None:
-        named: Callable[[Sequence[str]], torch.Tensor] = open_clip.get_tokenizer(name)
-        return named
-    text = config["text_cfg"]
-    context = text.get("context_length", 77)
-    kwargs = text.get("tokenizer_kwargs") or {}
     tokenizer: Callable[[Sequence[str]], torch.Tensor]
-    if text.get("hf_tokenizer_name"):
+    config = json.loads(own)
+    if name is not None:
+        tokenizer = open_clip.get_tokenizer(name)
+    elif config["name"]:
         tokenizer = HFTokenizer(
-            text["hf_tokenizer_name"], context_length=context, tokenizer_mode=text.get("tokenizer_mode"), **kwargs
+            config["name"], context_length=config["context"], tokenizer_mode=config["mode"], **config["kwargs"]
         )
     else:
-        tokenizer = SimpleTokenizer(context_length=context, **kwargs)
+        tokenizer = SimpleTokenizer(context_length=config["context"], **config["kwargs"])
     return tokenizer
 
 

@@ -1,10 +1,14 @@
 """What five checkpoints on many sets cost in one pass, against five passes of the plain loop, and on two workers.
 
-    python -m tests.benchmarks.evaluate --data FOLDER [--checkpoints 5] [--tasks all] [--workers 1,2]
+    python -m tests.benchmarks.evaluate --data FOLDER [--checkpoints 5] [--tasks all]
+    python -m tests.benchmarks.evaluate scaling --data FOLDER [--checkpoints 15] [--tasks all] [--workers 1,2]
 
 The plain loop is what one writes with open_clip and webdataset (`plain` below): a process a checkpoint, decoding in
-loader processes where a set has several shards. Both compute the same figures, which is checked. Run by hand, on a
-quiet machine.
+loader processes where a set has several shards. Both compute the same figures, which is checked.
+
+`scaling` embeds the train splits too. Of each number of workers it gives the time until the first unit ended, in which
+a worker imports torch and open_clip and loads the checkpoints, and what one worker does after it against several. Run
+by hand, on a quiet machine.
 """
 
 from __future__ import annotations
@@ -94,7 +98,9 @@ def checkpoints(folder: Path, count: int) -> tuple[str, list[str]]:
     return str(config), files
 
 
-def one_pass(config: str, files: list[str], data: str, tasks: str, out: Path, workers: int | None) -> list[str]:
+def one_pass(
+    config: str, files: list[str], data: str, tasks: str, out: Path, workers: int | None, protocols: str = "zeroshot"
+) -> list[str]:
     """The command that evaluates them all: in this process alone, or on a Ray of that many workers."""
     code = (
         "import sys, ray, pipeline.cli\n"
@@ -103,15 +109,16 @@ def one_pass(config: str, files: list[str], data: str, tasks: str, out: Path, wo
         "pipeline.cli.app(sys.argv[1:])\n"
     )
     words = ["evaluate", *(f"{config}:{file}" for file in files), "--data", data, "--tasks", tasks, "--out", str(out)]
-    return [sys.executable, "-c", code, *words, "--executor", "ray" if workers else "serial"]
+    return [sys.executable, "-c", code, *words, "--protocols", protocols, "--executor", "ray" if workers else "serial"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("passes", "scaling"), default="passes")
     parser.add_argument("--data", required=True, help="folder of sets in DataComp's layout")
     parser.add_argument("--tasks", default="all", help="all, or names, comma-separated")
-    parser.add_argument("--checkpoints", type=int, default=5)
-    parser.add_argument("--workers", default="1,2", help="Ray workers to run the one pass on, comma-separated")
+    parser.add_argument("--checkpoints", type=int, help="5; of scaling 15")
+    parser.add_argument("--workers", default="1,2", help="of scaling: numbers of Ray workers, comma-separated")
     parser.add_argument("--plain", nargs=3, metavar=("CONFIG", "WEIGHTS", "OUT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.plain:
@@ -120,12 +127,16 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config, files = checkpoints(folder, options.checkpoints)
-        compare(folder, config, files, options.data, options.tasks, [int(n) for n in options.workers.split(",")])
+        config, files = checkpoints(folder, options.checkpoints or (15 if options.what == "scaling" else 5))
+        if options.what == "scaling":
+            counts = [int(count) for count in options.workers.split(",")]
+            scaling(folder, config, files, options.data, options.tasks, counts)
+        else:
+            compare(folder, config, files, options.data, options.tasks)
 
 
-def compare(folder: Path, config: str, files: list[str], data: str, tasks: str, workers: list[int]) -> None:
-    """Run all of it, check that the figures agree, and print the tables."""
+def compare(folder: Path, config: str, files: list[str], data: str, tasks: str) -> None:
+    """Plain passes against the one, and whether the figures agree."""
     import pyarrow.parquet as pq
 
     passes = []
@@ -156,16 +167,27 @@ def compare(folder: Path, config: str, files: list[str], data: str, tasks: str, 
             ("winnow evaluate, one pass, one process", here.wall, here.cpu, apart / here.wall),
         ],
     )
-    lines: list[tuple[object, ...]] = [("Ray workers", "wall s", "speed-up of the embedding")]
-    first = 0.0
+
+
+def scaling(folder: Path, config: str, files: list[str], data: str, tasks: str, workers: list[int]) -> None:
+    """The embedding of all splits on Ray with each number of workers."""
+    lines: list[tuple[object, ...]] = [
+        ("Ray workers", "embedding s", "times", "until the first unit s", "after it s", "times")
+    ]
+    first: list[float] = []
     for count in workers:
         out = folder / f"ray-{count}"
-        done = run(one_pass(config, files, data, tasks, out, count))
+        run(one_pass(config, files, data, tasks, out, count, "zeroshot,knn"))
         events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        seconds = next(e["seconds"] for e in events if e.get("event") == "done" and e["stage"] == "embed")
-        first = first or seconds
-        lines.append((count, done.wall, f"{first / seconds:.2f} ({seconds:.1f} s)"))
-    table("The same pass on Ray", lines)
+        events = [event for event in events if event.get("stage") == "embed"]
+        began, ended = (next(e["time"] for e in events if e["event"] == which) for which in ("start", "done"))
+        # A unit's record is the last of its files; records are written as the units end.
+        units = [path.stat().st_mtime for path in (out / "features" / "units").rglob("*.json")]
+        start = min(units) - began
+        seconds, rest = ended - began, ended - began - start
+        first = first or [seconds, rest]
+        lines.append((count, seconds, first[0] / seconds, start, rest, first[1] / rest))
+    table(f"{len(files)} checkpoints, test and train splits, on Ray", lines)
 
 
 if __name__ == "__main__":

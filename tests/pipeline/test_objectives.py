@@ -44,7 +44,7 @@ def winnow(monkeypatch, capsys, *args):
 
 @pytest.mark.parametrize("name", CASES)
 def test_run_and_pretrain(name, folder, tmp_path, monkeypatch, capsys):
-    """`winnow run` and `winnow pretrain` with one process and with two: equal losses, and a report of what was drawn."""
+    """`winnow run` and `winnow pretrain`, each with one process and with two: equal losses; what was drawn is shown."""
     recipe = {
         "pool": f"{folder}/shards",
         "subsets": {"all": {}},

@@ -65,14 +65,14 @@ def embed(
     """
     import torch
 
-    prepare = {encoder.preprocess_key: encoder.preprocess for encoder in encoders}
+    prepare = {encoder.preprocess_key: encoder for encoder in encoders}
 
     def decode(picture: bytes) -> dict[str, Any] | str:
         try:
             image = decode_picture(picture)
         except PictureError as error:
             return error.what
-        return {key: function(image) for key, function in prepare.items()}
+        return {key: encoder.crop(image) for key, encoder in prepare.items()}
 
     parts: list[list[np.ndarray]] = [[] for _ in encoders]
     aside: dict[int, str] = {}
@@ -81,7 +81,10 @@ def embed(
         ready = [result for result in batch if not isinstance(result, str)]
         aside |= {done + i: result for i, result in enumerate(batch) if isinstance(result, str)}
         if ready:
-            tensors = {key: torch.stack([result[key] for result in ready]) for key in prepare}
+            tensors = {
+                key: encoder.normalise(torch.stack([result[key] for result in ready]))
+                for key, encoder in prepare.items()
+            }
             for part, encoder in zip(parts, encoders, strict=True):
                 part.append(encoder.encode_images(tensors[encoder.preprocess_key]))
         done += len(batch)

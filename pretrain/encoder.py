@@ -194,7 +194,7 @@ class Encoder:
     def __init__(self, spec: str, digest: str, model: Any, tokenizer: Any, device: str) -> None:
         import torch
 
-        from pretrain.nets import image_size, preprocess_config, val_transform
+        from pretrain.nets import image_size, preprocess_config, val_steps
 
         self.spec, self.digest = spec, digest
         self._device = torch.device(device)
@@ -205,7 +205,7 @@ class Encoder:
         config = preprocess_config(model)
         self.image_size = image_size(model)
         self.preprocess_key = hashlib.sha256(storage.canonical_json(config).encode()).hexdigest()
-        self._transform = val_transform(config)
+        self._crop, self._normalise = val_steps(config)
         self.has_text = tokenizer is not None and hasattr(model, "encode_text")
         scale = getattr(model, "logit_scale", None)
         self.logit_scale = float(scale.exp()) if scale is not None else 1.0
@@ -213,8 +213,17 @@ class Encoder:
         self.dim = self.encode_images(blank).shape[1]
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """RGB picture to float32 [3, H, W], as open_clip preprocesses for evaluation."""
-        return self._transform(image)
+        """RGB picture to float32 [3, H, W], as open_clip preprocesses for evaluation. Of many, `crop` each and
+        `normalise` them together."""
+        return self._normalise(self._crop(image)[None])[0]
+
+    def crop(self, image: Image.Image) -> torch.Tensor:
+        """RGB picture to uint8 [3, H, W]: the first part of `preprocess`. May be called by several threads."""
+        return self._crop(image)
+
+    def normalise(self, crops: torch.Tensor) -> torch.Tensor:
+        """uint8 [n, 3, H, W] to what `encode_images` takes, on the encoder's device: the rest of `preprocess`."""
+        return self._normalise(crops.to(self._device))
 
     def encode_images(self, batch: torch.Tensor | np.ndarray) -> np.ndarray:
         """Preprocessed pictures, float32 [n, 3, H, W], to L2-normalised float32 [n, dim]."""

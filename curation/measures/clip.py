@@ -63,8 +63,8 @@ class Clip(Measure):
         read = np.array([text is not None for text in captions], dtype=bool)
         image, text = np.zeros((n, dim), np.float32), np.zeros((n, dim), np.float32)
         if seen.any():
-            pixels = torch.stack([encoder.preprocess(picture) for picture in samples.images if picture is not None])
-            image[seen] = encoder.encode_images(pixels)
+            crops = torch.stack([encoder.crop(picture) for picture in samples.images if picture is not None])
+            image[seen] = encoder.encode_images(encoder.normalise(crops))
         if read.any() and encoder.has_text:
             text[read] = encoder.encode_texts([caption for caption in captions if caption is not None])
         else:

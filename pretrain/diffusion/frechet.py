@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+import torch
 from PIL import Image
 
 from infra.pictures import PictureError, decode_picture
@@ -43,7 +44,8 @@ def features_of(images: Iterable[Image.Image], encoder: str, device: str = "auto
     loaded = load_encoder(encoder, device)
     parts = []
     for batch in _batches(images):
-        parts.append(loaded.encode_images(np.stack([loaded.preprocess(image).numpy() for image in batch])))
+        crops = torch.stack([loaded.crop(image) for image in batch])
+        parts.append(loaded.encode_images(loaded.normalise(crops)))
     return np.concatenate(parts)
 
 

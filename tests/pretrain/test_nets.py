@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from pydantic import ValidationError
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from pretrain.config import ModelConfig
 from pretrain.encoder import Encoder
 from pretrain.models import timm_arguments, timm_names
-from pretrain.nets import build_image_tower, preprocess_config, val_transform
+from pretrain.nets import build_image_tower, build_model, preprocess_config, val_transform
 from tests.pretrain.tiny import MODEL, NARROW
 
 
@@ -46,6 +47,21 @@ def test_towers_give_pooled_features(model: dict, dim: int) -> None:
     with torch.no_grad():  # training's normalisation on the device is evaluation's preprocessing
         expected = tower.encode_image(val_transform(preprocess_config(tower))(image)[None])
         torch.testing.assert_close(tower(pixels[None]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("resize", ["shortest", "longest", "squash"])
+def test_pictures_are_preprocessed_together_as_open_clip_does_one_by_one(resize: str) -> None:
+    rng = np.random.default_rng(0)
+    sizes = [(50, 70), (32, 32), (200, 33), (7, 90), (500, 375)]
+    images = [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
+    own = {"mean": [0.1, 0.5, 0.9], "std": [0.2, 0.3, 0.7], "interpolation": "bilinear", "resize_mode": resize}
+    model = build_model(MODEL, own)
+    encoder = Encoder("model", "digest", model, None, "cpu")
+    theirs = torch.stack([image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), False)(i) for i in images])
+    crops = torch.stack([encoder.crop(image) for image in images])
+    assert crops.dtype == torch.uint8
+    assert torch.equal(encoder.normalise(crops), theirs)
+    assert torch.equal(torch.stack([encoder.preprocess(image) for image in images]), theirs)
 
 
 def test_weights_are_those_timm_would_draw() -> None:

@@ -90,6 +90,14 @@ def difference(subset: SubsetScores, baseline: SubsetScores, tasks: Sequence[str
     return Score(mean(ours) - mean(theirs), math.hypot(math.sqrt(squares) / len(tasks), seeds))
 
 
+def averaged_tasks(tasks: Mapping[str, Mapping[str, Any]], shared: Sequence[str]) -> list[str]:
+    """What an average is over, of the tasks that all have a score on: those that are scored; where all of DataComp's 38
+    are among them, those alone."""
+    scored = [key for key in shared if tasks[key]["scored"]]
+    official = [key for key in scored if tasks[key]["group"] != "extra"]
+    return official if len(official) == DATACOMP_SCORED else scored
+
+
 def average_name(tasks: Mapping[str, Mapping[str, Any]], averaged: Sequence[str]) -> str:
     """ "38-task average" for DataComp's 38 and nothing else, "average over N tasks" otherwise."""
     full = len(averaged) == DATACOMP_SCORED and all(tasks[key]["group"] != "extra" for key in averaged)
@@ -110,10 +118,7 @@ def compare(subsets: Sequence[SubsetScores], tasks: Mapping[str, Mapping[str, An
     tasks = dict(sorted(tasks.items(), key=lambda item: (ORDER.index(item[1]["group"]), item[1]["name"].lower())))
     judged = [subset for subset in subsets if subset.tasks()]
     shared = [key for key in tasks if all(key in subset.tasks() for subset in judged)]
-    averaged = [key for key in shared if tasks[key]["scored"]]
-    official = [key for key in averaged if tasks[key]["group"] != "extra"]
-    if len(official) == DATACOMP_SCORED:
-        averaged = official
+    averaged = averaged_tasks(tasks, shared)
     groups = {
         group: [key for key in averaged if tasks[key]["group"] == group]
         for group in AGGREGATES

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evaluate import hub, packed
-from evaluate.data import EvalSet, FoundTask, find_tasks
+from evaluate.data import TYPE, EvalSet, FoundTask, find_tasks, split_tars
+from evaluate.kinds import PROTOCOLS, applies
+from evaluate.parts import has_split, shard_index
 from evaluate.tables import text_table
 from evaluate.tasks import Task, TaskError, datacomp_tasks, find_task
 from infra import storage
 from infra.errors import WinnowError
-from infra.index import split_name
 
 # States of a set, best first.
 COMPLETE, PARTIAL, INCOMPLETE, MISSING = "complete", "partial", "incomplete", "missing"
@@ -73,8 +73,10 @@ def _check(found: FoundTask) -> TaskCheck:
         if lost:
             return TaskCheck(task, INCOMPLETE, note="no " + ", ".join(lost))
         test_set = EvalSet.open(found)
+        if not any(applies(protocol, task.kind) for protocol in PROTOCOLS):
+            return TaskCheck(task, INCOMPLETE, note=f'{TYPE}: no protocol evaluates the kind "{task.kind}"')
         if not storage.is_local(test_set.url):
-            return TaskCheck(task, COMPLETE)
+            return TaskCheck(task, COMPLETE, note=_train_fault(found, test_set))
         count = sum(_count(tar) for tar in test_set.tars)
         if task.kind == "winogavil":
             count = len(test_set.associations())
@@ -87,8 +89,8 @@ def _check(found: FoundTask) -> TaskCheck:
     if not count:
         return TaskCheck(task, INCOMPLETE, 0, "the shards hold no sample")
     partial = task.size is not None and count < task.size
-    note = f"unpacked from {storage.name_of(url)}" if test_set.url != url else ""
-    return TaskCheck(task, PARTIAL if partial else COMPLETE, count, note)
+    notes = [f"unpacked from {storage.name_of(url)}" if test_set.url != url else "", _train_fault(found, test_set)]
+    return TaskCheck(task, PARTIAL if partial else COMPLETE, count, "; ".join(filter(None, notes)))
 
 
 def _lost_shards(url: str) -> list[str]:
@@ -104,22 +106,20 @@ def _lost_shards(url: str) -> list[str]:
 
 
 def _count(tar: str) -> int:
-    """Samples of a local shard, by its headers. Raises TaskError when it is cut."""
-    path = storage.local_path(tar)
-    size, keys = path.stat().st_size, 0
+    """Samples of a local shard, by its headers. Raises TaskError when it is broken."""
+    return len(shard_index(tar, storage.version_token(tar)))
+
+
+def _train_fault(found: FoundTask, test_set: EvalSet) -> str:
+    """What is wrong with the train split, which the probes want and zero-shot does not; "" if nothing is."""
+    if not has_split(test_set.url, "train"):
+        return ""
     try:
-        with tarfile.open(path, "r:") as archive:
-            last = None
-            while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]  # else tarfile keeps them all
-                key = split_name(member.name)[0]
-                if member.isreg() and key != last:
-                    keys, last = keys + 1, key
-            if archive.offset > size or size % tarfile.BLOCKSIZE:
-                raise TaskError("truncated tar", where=tar)
-    except tarfile.TarError as error:
-        raise TaskError("truncated tar", where=tar, do=f"({error})") from None
-    return keys
+        tars = split_tars(found.url, "train")
+        count = sum(_count(tar) for tar in tars) if storage.is_local(test_set.url) else 1
+        return "" if count else "train: the shards hold no sample"
+    except TaskError as error:
+        return str(error).replace(found.url + "/", "")
 
 
 def check_table(checks: Sequence[TaskCheck]) -> str:

@@ -15,8 +15,9 @@ import functools
 import io
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,6 +32,9 @@ CLASSNAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 TYPE = "dataset_type.txt"
 MEMBERS = ("cls", "txt", "npy")  # what is read of a sample beside its picture
+# Of several pictures in a sample, the one that DataComp's evaluation takes.
+PICTURES = ("webp", "png", "jpg", "jpeg", *(ext for ext in EXTENSIONS if ext not in ("webp", "png", "jpg", "jpeg")))
+FOLDERS = r"wds_[^,.\x00-\x1f][^,\x00-\x1f]*_test"
 MAX_TEXT_BYTES = 64 << 20
 MAX_SHARDS = 100_000
 CLASSIFIED = ("zeroshot_classification", "grouped_classification", "face_attributes", "multilabel")  # kinds
@@ -84,7 +88,7 @@ def find_tasks(data_url: str, names: Sequence[str] | str = "all") -> list[FoundT
         return _on_the_hub(data_url, names)
     if not storage.is_dir(data_url):
         raise UsageError("no such folder", where=data_url, do="It should hold wds_<task>_test folders.")
-    present = [name for name in storage.list_names(data_url) if name.startswith("wds_") and name.endswith("_test")]
+    present = [name for name in storage.list_names(data_url) if re.fullmatch(FOLDERS, name)]
     cached = packed.in_datasets_cache(data_url)
     by_folder = {task.data_folder: task for task in datacomp_tasks().values()}
     found = {}
@@ -139,8 +143,9 @@ def _kind(url: str) -> str:
     path = storage.join(url, TYPE)
     if not storage.exists(path):
         return "zeroshot_classification"
-    word = storage.read_bytes(path)[:100].decode("utf-8", "replace").strip().lower()
-    return "zeroshot_classification" if word in ("", "classification") else word
+    word = storage.read_bytes(path)[:100].decode("utf-8-sig", "replace").strip().lower()
+    # What the groups are would stand in a task file; without one the set is one of classes.
+    return "zeroshot_classification" if word in ("", "classification", "grouped_classification") else word
 
 
 def _count_classes(url: str) -> int | None:
@@ -159,7 +164,7 @@ def _lines(path: str) -> list[str]:
     if storage.size_of(path) > MAX_TEXT_BYTES:
         raise TaskError(f"is larger than {MAX_TEXT_BYTES >> 20} MiB", where=path)
     try:
-        lines = [line.strip() for line in storage.read_bytes(path).decode("utf-8").splitlines()]
+        lines = [line.strip() for line in storage.read_bytes(path).decode("utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise TaskError(f"is not UTF-8 (byte {error.start})", where=path) from None
     while lines and not lines[-1]:
@@ -262,7 +267,9 @@ class EvalSet:
             try:
                 entry = json.loads(line)
                 one = Association(entry["cue"], tuple(entry["candidates"]), frozenset(entry["associations"]))
-                fault = not one.cue or not one.chosen or not one.chosen <= set(one.candidates)
+                # Those that were not shown do not count, as in DataComp's evaluation.
+                one = replace(one, chosen=one.chosen & set(one.candidates))
+                fault = not one.cue or not one.chosen
             except (ValueError, TypeError, KeyError):
                 fault = True
             if fault:
@@ -275,7 +282,7 @@ class EvalSet:
     def sample(self, tar: str, key: str, members: Mapping[str, bytes]) -> Sample:
         """What the members of a sample (by extension) say. Raises TaskError."""
         where = f"{tar}, sample {key}"
-        ext = next((ext for ext in EXTENSIONS if ext in members), None)
+        ext = next((ext for ext in PICTURES if ext in members), None)
         if ext is None:
             raise TaskError("no picture", where=where)
         if self.task.kind == "winogavil":
@@ -295,10 +302,9 @@ class EvalSet:
             return Sample(key, members[ext], captions=tuple(lines))
         if "cls" not in members:
             raise TaskError("no label (.cls)", where=where)
-        try:
-            label = int(members["cls"][:32])
-        except ValueError:
-            raise TaskError(f"the label {members['cls'][:32]!r} is no whole number", where=where) from None
+        if not re.fullmatch(rb"\s*-?\d{1,18}\s*", members["cls"]):
+            raise TaskError(f"the label {members['cls'][:32]!r} is no whole number", where=where)
+        label = int(members["cls"])
         if self.kept is not None and label >= 0:
             label = self.kept.get(label, -1)
         elif not 0 <= label < len(self.classnames):
@@ -366,16 +372,26 @@ def split_tars(url: str, split: str = "test") -> tuple[str, ...]:
     for tar in tars:
         if not storage.exists(tar):
             raise TaskError("no such file", where=tar, do=f"nshards.txt counts {len(tars)} shards.")
+        if storage.is_local(tar) and storage.is_dir(tar):
+            raise TaskError("is a folder", where=tar)
     return tars
 
 
 def data_digest(url: str, split: str = "test") -> str:
     """Digest of a split of a set: of the content of its text files and shards where they are local, of the store's
-    version tokens where they are not."""
+    version tokens where they are not. One that cannot be read counts as such; the one who wants it says so."""
     files = [name for name in storage.list_names(url) if name.endswith((".txt", ".json", ".jsonl"))]
-    files += [f"{split}/{name}" for name in storage.list_names(storage.join(url, split))]
+    inner = [name for name in storage.list_names(storage.join(url, split)) if name.endswith((".txt", ".tar"))]
+    files += [f"{split}/{name}" for name in inner]
     files += packed.files(url)
-    return storage.digest_json({name: file_digest(storage.join(url, name)) for name in files})
+
+    def digest(name: str) -> str:
+        try:
+            return file_digest(storage.join(url, name))
+        except OSError as error:
+            return f"unreadable: {error.strerror}"
+
+    return storage.digest_json({name: digest(name) for name in files})
 
 
 def file_digest(url: str) -> str:

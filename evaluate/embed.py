@@ -69,7 +69,8 @@ def embed(
 
     def decode(picture: bytes) -> dict[str, Any] | str:
         try:
-            image = decode_picture(picture)
+            # What lies under transparency is seen, as by webdataset's decoder and open_clip's transform.
+            image = decode_picture(picture, flatten=False)
         except PictureError as error:
             return error.what
         return {key: encoder.crop(image) for key, encoder in prepare.items()}

@@ -28,10 +28,12 @@ PROMPTS_AT_ONCE = 8192  # of a unit
 SAMPLES = pa.schema([("key", pa.string()), ("members", pa.map_(pa.string(), pa.binary())), ("aside", pa.string())])
 
 # The encoders of the last group in this process: the next part mostly wants the same.
-_ENCODERS: dict[tuple[str, str, str], Any] = {}
+_ENCODERS: dict[tuple[str, str, str, str], Any] = {}
 
 
-def encoders_of(wanted: Sequence[tuple[str, str]], device: str, threads: int | None) -> list[Encoder | str]:
+def encoders_of(
+    wanted: Sequence[tuple[str, str]], device: str, threads: int | None, precision: str
+) -> list[Encoder | str]:
     """The encoder of each (spec, digest), or the sentence saying why it cannot be loaded.
 
     Keeps those asked for last in memory, so a process needs memory for all that are evaluated together.
@@ -39,7 +41,7 @@ def encoders_of(wanted: Sequence[tuple[str, str]], device: str, threads: int | N
     Raises:
         UsageError: a spec names nothing.
     """
-    keys = [(spec, digest, device) for spec, digest in wanted]
+    keys = [(spec, digest, device, precision) for spec, digest in wanted]
     for key in set(_ENCODERS) - set(keys):
         del _ENCODERS[key]
     found: list[Encoder | str] = []
@@ -48,14 +50,23 @@ def encoders_of(wanted: Sequence[tuple[str, str]], device: str, threads: int | N
             from pretrain.encoder import load_encoder
 
             try:
-                _ENCODERS[key] = load_encoder(key[0], device=device, threads=threads)
+                _ENCODERS[key] = load_encoder(key[0], device=device, threads=threads, precision=precision)
             except UsageError:
                 raise
             except WinnowError as error:
-                found.append(f"the checkpoint cannot be loaded: {error.what}")
+                found.append(f"the checkpoint {error.what}")
                 continue
         found.append(_ENCODERS[key])
     return found
+
+
+def _not_finite(**features: np.ndarray) -> str | None:
+    """What the figures of such an encoder would be worth nothing for."""
+    for of, array in features.items():
+        wrong = int((~np.isfinite(array).all(axis=1)).sum())
+        if wrong:
+            return f"the encoder's features are not finite, for {wrong:,} of {len(array):,} {of}"
+    return None
 
 
 def captions_in(members: Mapping[str, bytes]) -> list[str]:
@@ -75,6 +86,7 @@ class SetsStage(Stage):
         protocols: which of `evaluate.kinds.PROTOCOLS`; some need no training set, some no prompts.
         device: for encoders and probes; "auto" takes a GPU where there is one.
         batch_size: pictures an encoder sees at once.
+        precision: of the encoders' matrix products, "float32" or "bfloat16"; see `pretrain.encoder.load_encoder`.
         threads: CPU threads of an encoder; None leaves it to torch.
         part_samples: samples of a set that are embedded in one piece, about.
         unit_cpus, unit_gpus: what a unit asks of the cluster; -1: a GPU where there is one.
@@ -87,6 +99,7 @@ class SetsStage(Stage):
     protocols: tuple[str, ...] = ("zeroshot",)
     device: str = "auto"
     batch_size: int = 256
+    precision: str = "float32"
     threads: int | None = None
     part_samples: int = PART_SAMPLES
     unit_cpus: float = 1
@@ -127,7 +140,8 @@ class EmbedStage(SetsStage):
     again by the next run. Nothing is set aside here; the evaluate stage counts what it could not use.
 
     Files:
-        ENCODER/SHARD/I-of-N.npy: float32 [n, dim], L2-normalised, the pictures of a part that can be decoded.
+        ENCODER/SHARD/I-of-N.npy: float32 [n, dim], L2-normalised, the pictures of a part that can be decoded. ENCODER
+            is its digest's beginning, with the precision behind it where that is not float32.
         ENCODER/SHARD/I-of-N-captions.npy, …-texts.npy: the same for a retrieval set, and float32 [m, dim], the captions
             of the part's samples, one after the other.
         ENCODER/prompts/DIGEST.npy: float32 [classes, dim], the class weights of some classes.
@@ -135,7 +149,7 @@ class EmbedStage(SetsStage):
     """
 
     name = "embed"
-    version = 1
+    version = 2
 
     def encoders(self) -> dict[str, str]:
         """Spec by digest, each encoder once, whatever number of names it has."""
@@ -149,7 +163,7 @@ class EmbedStage(SetsStage):
             for split in self.splits(found):
                 try:
                     parts = self.parts(found, split)
-                except TaskError:
+                except (TaskError, OSError):
                     continue  # the evaluate stage says what is wrong with it
                 for part in parts:
                     group = f"{storage.name_of(found.url)}/{split} {storage.name_of(part.tar)} {part.index}"
@@ -183,12 +197,15 @@ class EmbedStage(SetsStage):
     def pictures_unit(self, part: Part, encoder: str, found: FoundTask) -> Unit:
         captions = found.task.kind == "retrieval"
         return Unit(
-            f"{encoder[:24]}/{part.name}{'-captions' if captions else ''}",
+            f"{self._folder(encoder)}/{part.name}{'-captions' if captions else ''}",
             inputs={"encoder": encoder, "shard": part.digest},
-            params={"part": [part.index, part.count], "captions": captions},
+            params={"part": [part.index, part.count], "captions": captions, "precision": self.precision},
             args={"part": part.values(), "spec": self.encoders()[encoder]},
             items=part.samples,
         )
+
+    def _folder(self, encoder: str) -> str:
+        return encoder[:24] + ("" if self.precision == "float32" else f"-{self.precision}")
 
     def prompt_units(self, found: FoundTask) -> list[Unit]:
         """Units for the class weights of a set, some classes each; in the order of the classes within an encoder."""
@@ -209,8 +226,9 @@ class EmbedStage(SetsStage):
             for digest, spec in self.encoders().items():
                 units.append(
                     Unit(
-                        f"{digest[:24]}/prompts/{content[:24]}",
+                        f"{self._folder(digest)}/prompts/{content[:24]}",
                         inputs={"encoder": digest, "prompts": content},
+                        params={"precision": self.precision},
                         args={"prompts": some, "spec": spec},
                         group=f"{storage.name_of(found.url)} prompts {low}",
                     )
@@ -220,7 +238,7 @@ class EmbedStage(SetsStage):
     def run_group(self, units: list[Unit]) -> Iterator[tuple[Unit, Output]]:
         mine = [unit for unit in units if "encoder" in unit.inputs]
         encoders = encoders_of(
-            [(unit.args["spec"], unit.inputs["encoder"]) for unit in mine], self.device, self.threads
+            [(unit.args["spec"], unit.inputs["encoder"]) for unit in mine], self.device, self.threads, self.precision
         )
         ready = [(u, encoder) for u, encoder in zip(mine, encoders, strict=True) if not isinstance(encoder, str)]
         if "prompts" in units[0].inputs:
@@ -235,6 +253,8 @@ class EmbedStage(SetsStage):
         if not encoder.has_text:
             return Output(values={"text": False})
         weights = prompt_weights(encoder.encode_texts, unit.args["prompts"])
+        if fault := _not_finite(prompts=weights):
+            return Output(values={"error": fault})
         return Output([self._save(unit, weights)], values={"text": True})
 
     def _pictures(
@@ -252,18 +272,22 @@ class EmbedStage(SetsStage):
             threads = decode_threads(self.device)
             made = embed(pictures(), [encoder for _, encoder in ready], self.batch_size, threads, self._notes(first))
         except TaskError as error:
-            # Records hold no absolute paths: a set is named from the data folder on.
-            reason = str(error).replace(storage.absolute(self.data) + "/", "")
+            # By content: the shard may lie elsewhere, too, when this is read.
             for unit in [*samples, *(unit for unit, _ in ready)]:
-                yield unit, Output(values={"error": reason})
+                yield unit, Output(values={"broken": [error.what, error.do]})
             return
         for unit in samples:
             yield unit, self._samples(unit, raws, made.aside)
         for (unit, encoder), images in zip(ready, made.images, strict=True):
+            texts = np.empty((0, encoder.dim), np.float32)
+            if with_texts := unit.params["captions"] and encoder.has_text:
+                texts = encoder.encode_texts([text for raw in raws for text in captions_in(raw.members)])
+            if fault := _not_finite(pictures=images, captions=texts):
+                yield unit, Output(values={"error": fault})
+                continue
             files = [self._save(unit, images)]
-            if unit.params["captions"] and encoder.has_text:
-                texts = [text for raw in raws for text in captions_in(raw.members)]
-                files.append(self._save(unit, encoder.encode_texts(texts), "-texts"))
+            if with_texts:
+                files.append(self._save(unit, texts, "-texts"))
             yield unit, Output(files, len(images), values={"text": encoder.has_text})
 
     def _samples(self, unit: Unit, raws: Sequence[Raw], aside: dict[int, str]) -> Output:

@@ -25,11 +25,12 @@ def label_ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
         labels: int [n], the index of the right candidate.
 
     Returns:
-        int64 [n]; 0 when the right one is first.
+        int64 [n]; 0 when the right one is first. What cannot be compared (nan) stands before it.
     """
     own = scores[np.arange(len(labels)), labels][:, None]
-    before = np.arange(scores.shape[1])[None, :] < labels[:, None]
-    return ((scores > own) | ((scores == own) & before)).sum(axis=1)
+    behind = np.arange(scores.shape[1])[None, :] > labels[:, None]
+    ranks: np.ndarray = scores.shape[1] - 1 - ((scores < own) | ((scores == own) & behind)).sum(axis=1)
+    return ranks
 
 
 def accuracy(ranks: np.ndarray, k: int = 1) -> float:

@@ -142,8 +142,12 @@ def _unpack(url: str, packed: Sequence[str], target: Path) -> None:
 
 
 def key_of(name: str) -> str:
-    """The key of a picture's sample: its file name up to the first dot, as webdataset cuts it."""
-    return name.rpartition("/")[2].partition(".")[0]
+    """The key of a picture's sample: its file name without the extension. webdataset cuts a name at its first dot, so
+    another dot in it is written as "%2E"."""
+    stem, dot, ext = name.rpartition("/")[2].rpartition(".")
+    if ext.lower() not in EXTENSIONS:
+        stem += dot + ext
+    return stem.replace("%", "%25").replace(".", "%2E")
 
 
 def _extension(picture: bytes) -> str:

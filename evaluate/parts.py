@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from evaluate.data import MEMBERS, TaskError, file_digest, split_tars
+from evaluate.data import MEMBERS, PICTURES, TaskError, file_digest, split_tars
 from infra import storage
 from infra.errors import WinnowError
 from infra.index import Member, tar_samples
@@ -146,7 +146,7 @@ def _read(tar: str, samples: Index) -> Iterator[Raw]:
 
 def _wanted(members: Sequence[Member]) -> list[Member]:
     by_ext = {member.ext: member for member in members}
-    picture = next((ext for ext in EXTENSIONS if ext in by_ext), None)
+    picture = next((ext for ext in PICTURES if ext in by_ext), None)
     return [by_ext[ext] for ext in (picture, *MEMBERS) if ext in by_ext and _fits(ext, by_ext[ext].size)]
 
 

@@ -72,9 +72,9 @@ def load_split(stage: EmbedStage, found: FoundTask, test_set: EvalSet, split: st
     has_text, place = True, itertools.count()
     for part in parts:
         unit = stage.samples_unit(part)
-        table = _table(stage, unit, _record(stage, unit))
+        table = _table(stage, unit, _record(stage, unit, part.tar))
         unit = stage.pictures_unit(part, encoder, found)
-        record = _record(stage, unit)
+        record = _record(stage, unit, part.tar)
         has_text = has_text and record.values["text"]
         captions: list[str] = []
         for row in table:
@@ -106,12 +106,15 @@ def load_class_weights(stage: EmbedStage, found: FoundTask, encoder: str) -> np.
     return np.concatenate([_array(stage, f"{unit.name}.npy") for unit in units])
 
 
-def _record(stage: EmbedStage, unit: Unit) -> Record:
+def _record(stage: EmbedStage, unit: Unit, tar: str | None = None) -> Record:
     record = read_record(stage, unit)
     if record is None:
         raise NotEmbedded("the features are not there", where=unit.name, do="Run again to embed what is missing.")
     if "error" in record.values:
         raise TaskError(record.values["error"])
+    if "broken" in record.values:
+        what, do = record.values["broken"]
+        raise TaskError(what, where=tar, do=do)
     return record
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from statistics import mean
 from typing import Any
 
-from evaluate.aggregate import AGGREGATES, ORDER, Score, average_name, spread
+from evaluate.aggregate import AGGREGATES, ORDER, Score, average_name, averaged_tasks, spread
 from evaluate.tables import partial_note, text_table
 
 NOT_APPLICABLE = "n/a"
@@ -19,12 +19,13 @@ def scores_text(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) ->
     A task's seeds are averaged. An average is over the scored tasks that every checkpoint has a figure for.
 
     Args:
-        rows: of scores.parquet.
+        rows: of scores.parquet; their order is that of the checkpoints.
         values: of the evaluate manifest.
     """
     tasks = values["tasks"]
     keys = sorted(tasks, key=lambda key: (ORDER.index(tasks[key]["group"]), tasks[key]["name"].lower()))
-    checkpoints, protocols = list(values["checkpoints"]), list(values["protocols"])
+    checkpoints = list(dict.fromkeys([*(row["checkpoint"] for row in rows), *values["checkpoints"]]))
+    protocols = list(values["protocols"])
     scores = _main_scores(rows, tasks)
     unfit = {(entry["checkpoint"], entry["task"], entry["protocol"]) for entry in values["not_applicable"]}
     names = dict(zip(checkpoints, short_names(checkpoints), strict=True))
@@ -35,10 +36,22 @@ def scores_text(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) ->
             lines.append(
                 [tasks[key]["name"], protocol, str(tasks[key]["metric"] or "–"), f"{tasks[key]['n']:,}", *cells]
             )
+    over: dict[tuple[str, ...], list[str]] = {}
     for protocol in protocols:
-        lines += _averages(protocol, keys, tasks, checkpoints, scores)
+        judged = [c for c in checkpoints if any((c, key, protocol) in scores for key in keys)]
+        shared = [key for key in keys if all((c, key, protocol) in scores for c in judged)]
+        averaged = averaged_tasks(tasks, shared) if judged else []
+        failed = {c for c in checkpoints if any((c, key, protocol) not in unfit for key in keys)}
+        lines += _averages(protocol, averaged, tasks, checkpoints, scores, failed)
+        if len(averaged) > 1 and not average_name(tasks, averaged).startswith("38-"):
+            over.setdefault(tuple(averaged), []).append(protocol)
     header = ["task", "protocol", "metric", "n", *(names[checkpoint] for checkpoint in checkpoints)]
-    parts = [text_table(header, lines, left=(0, 1, 2)), *partial_note(tasks)]
+    parts = [text_table(header, lines, left=(0, 1, 2))]
+    for several, some in over.items():
+        of = f" of {', '.join(some)}" if len(over) > 1 else ""
+        parts.append(f"The average{of} is over {', '.join(tasks[key]['name'] for key in several)}.")
+    parts += partial_note(tasks)
+    parts += _left_out(values["left_out"], tasks)
     parts += _reasons(values["not_applicable"], names, "Not applicable (n/a)")
     parts += _reasons(values["missing"], names, "Missing")
     return "\n\n".join(parts)
@@ -77,25 +90,39 @@ def _cell(score: Score | None, unfit: bool) -> str:
 
 def _averages(
     protocol: str,
-    keys: Sequence[str],
+    averaged: Sequence[str],
     tasks: Mapping[str, Mapping[str, Any]],
     checkpoints: Sequence[str],
     scores: Mapping[tuple[str, str, str], Score],
+    failed: Set[str],
 ) -> list[list[str]]:
     """Rows with the average over all tasks, and over those of each of DataComp's groups that has several."""
-    judged = [checkpoint for checkpoint in checkpoints if any((checkpoint, key, protocol) in scores for key in keys)]
-    shared = [key for key in keys if tasks[key]["scored"] and all((c, key, protocol) in scores for c in judged)]
-    groups = {name: [key for key in shared if tasks[key]["group"] == group] for group, name in AGGREGATES.items()}
+    groups = {name: [key for key in averaged if tasks[key]["group"] == group] for group, name in AGGREGATES.items()}
     lines = []
-    for name, some in {average_name(tasks, shared): shared, **groups}.items():
-        if len(some) > 1 and judged:
-            title = name if some is shared else f"{name}, average over {len(some)}"
-            cells = [
-                f"{mean(scores[c, key, protocol].value for key in some):.3f}" if c in judged else NOT_APPLICABLE
-                for c in checkpoints
-            ]
+    for name, some in {average_name(tasks, averaged): averaged, **groups}.items():
+        if len(some) > 1:
+            title = name if some is averaged else f"{name}, average over {len(some)}"
+            cells = []
+            for c in checkpoints:
+                if all((c, key, protocol) in scores for key in some):
+                    cells.append(f"{mean(scores[c, key, protocol].value for key in some):.3f}")
+                else:
+                    cells.append("–" if c in failed else NOT_APPLICABLE)
             lines.append([title, protocol, "", "", *cells])
     return lines
+
+
+def _left_out(left_out: Mapping[str, Mapping[str, Mapping[str, int]]], tasks: Mapping[str, Any]) -> list[str]:
+    """A sentence on the pictures that no figure rests on."""
+    parts = []
+    for key, splits in left_out.items():
+        counts = [
+            f"{n:,} {'' if split == 'test' else f'of {split} '}for {reason}"
+            for split, reasons in splits.items()
+            for reason, n in reasons.items()
+        ]
+        parts.append(f"{tasks[key]['name']}, {', '.join(counts)}")
+    return [f"Pictures left out: {'; '.join(parts)}."] if parts else []
 
 
 def _reasons(entries: Sequence[Mapping[str, str]], names: Mapping[str, str], title: str) -> list[str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import numpy as np
@@ -14,17 +16,23 @@ import pyarrow.parquet as pq
 
 from evaluate.data import EvalSet, FoundTask, TaskError, data_digest
 from evaluate.features import EmbedStage, SetsStage, encoders_of
-from evaluate.kinds import NEED_TEXT, NEED_TRAIN, SEED, SEEDS, Features, Split, applies, kind_of
+from evaluate.kinds import NEED_TEXT, NEED_TRAIN, PROTOCOLS, SEED, SEEDS, Features, Split, applies, kind_of
 from evaluate.parts import has_split
 from evaluate.reading import LoadedSplit, NotEmbedded, load_class_weights, load_split
 from evaluate.results import measured, result_line
-from evaluate.tasks import Task
+from evaluate.tasks import NotApplicable, Task
 from infra import storage
 from infra.errors import UsageError, WinnowError
-from infra.stage import Output, Record, SetAside, Unit
+from infra.execute import Budget
+from infra.stage import Output, Record, SetAside, Unit, read_manifest
+
+if TYPE_CHECKING:
+    from pretrain.encoder import Encoder
 
 SCORES = "scores.parquet"
 RESULTS = "eval_results.jsonl"
+DATACOMP_RESULTS = "datacomp"  # folder of the same for each checkpoint, of DataComp's tasks alone
+MAX_FOLDER = 160
 SCHEMA = pa.schema(
     [
         ("checkpoint", pa.string()),
@@ -49,15 +57,20 @@ class EvaluateStage(SetsStage):
     manifest's `missing`; what does not apply (a task without a train split and a probe, an encoder without a text tower
     and zero-shot) is listed in `not_applicable`.
 
+    A set of which more than `max_set_aside` of the pictures cannot be decoded is missing, too. So is what a checkpoint
+    that cannot be loaded would have scored; the next run tries it again.
+
     Args:
         features: directory of the features; `out`/features if not given. May be shared with other evaluations.
+        max_set_aside: of a split's pictures, how many may be undecodable: a share of them when below 1, else a number.
         others: see `SetsStage`; in `out` are scores.parquet and eval_results.jsonl.
     """
 
     features: str = ""
+    max_set_aside: float = 0.05
 
     name = "evaluate"
-    version = 2
+    version = 3
 
     def embedding(self) -> EmbedStage:
         """The stage that must have run before this one."""
@@ -75,8 +88,11 @@ class EvaluateStage(SetsStage):
                 if self._unfit(found, protocol) is None:
                     units += self._units(found, protocol)
         if not units:
+            reasons = [self._unfit(found, protocol) for found in self.found() for protocol in self.protocols]
             raise UsageError(
-                f"no task here can be evaluated by {', '.join(self.protocols)}", where=storage.absolute(self.data)
+                f"no task here can be evaluated by {', '.join(self.protocols)}",
+                where=storage.absolute(self.data),
+                do=f"The first: {reasons[0]}." if reasons else None,
             )
         return units
 
@@ -99,7 +115,13 @@ class EvaluateStage(SetsStage):
                     Unit(
                         unit_name(name, found.task, protocol, seed if protocol in SEEDS else None),
                         inputs=inputs | {"checkpoint": checkpoint},
-                        params={"task": found.task.model_dump(), "protocol": protocol, "seed": seed},
+                        params={
+                            "task": found.task.model_dump(),
+                            "protocol": protocol,
+                            "seed": seed,
+                            "precision": self.precision,
+                            "max_set_aside": self.max_set_aside,
+                        },
                         args={"checkpoint": name, "spec": spec, "url": found.url},
                     )
                 )
@@ -119,9 +141,14 @@ class EvaluateStage(SetsStage):
             kind = kind_of(protocol, task.kind)
             assert kind is not None
             figures = kind(self._features(unit, found, splits, seed), test_set)
-        except TaskError as error:
+        except NotApplicable as error:
+            return Output(values=values | {"not_applicable": error.what})
+        except UsageError:
+            raise
+        except WinnowError as error:
             reason = self._without_root(str(error))
-            return Output(set_aside=[SetAside(unit.name, reason)], values=values | {"missing": reason})
+            again = not isinstance(error, TaskError)
+            return Output(set_aside=[SetAside(unit.name, reason)], values=values | {"missing": reason}, again=again)
         rows = [{"protocol": protocol, "seed": seed, **asdict(row)} for row in figures]
         aside = [
             SetAside(f"{task.key}/{key}" if split == "test" else f"{task.key}/{split}/{key}", reason)
@@ -130,7 +157,13 @@ class EvaluateStage(SetsStage):
         ]
         n = measured(task, len(test.samples), rows)
         chance = 1 / n if task.kind == "retrieval" and task.chance is None else task.chance
-        return Output(items=n, set_aside=aside, values=values | {"rows": rows, "chance": chance, "n": n})
+        left_out = {
+            split: dict(sorted(Counter(reason for _, reason in loaded.aside).items()))
+            for split, loaded in splits.items()
+            if loaded.aside
+        }
+        facts = {"rows": rows, "chance": chance, "n": n, "left_out": left_out}
+        return Output(items=n, set_aside=aside, values=values | facts)
 
     def _load(self, unit: Unit, found: FoundTask, test_set: EvalSet) -> dict[str, LoadedSplit]:
         """The splits the unit's protocol looks at. Raises TaskError for a broken one, WinnowError where one is not
@@ -138,20 +171,35 @@ class EvaluateStage(SetsStage):
         embedding, checkpoint = self.embedding(), unit.inputs["checkpoint"]
         names = ["test", *(split for split in ("train", "val") if split in unit.inputs)]
         try:
-            return {name: load_split(embedding, found, test_set, name, checkpoint) for name in names}
-        except NotEmbedded:
-            # What keeps the encoder from being loaded is more use than that it was not.
-            (encoder,) = encoders_of([(unit.args["spec"], checkpoint)], self.device, self.threads)
-            if isinstance(encoder, str):
-                raise WinnowError(encoder) from None
-            raise
+            splits = {name: load_split(embedding, found, test_set, name, checkpoint) for name in names}
+        except NotEmbedded as error:
+            # Why is more use than that it was not.
+            self._encoder(unit)
+            manifest = read_manifest(embedding.out)
+            reason = manifest.set_aside["units"].get(error.where) if manifest else None
+            if reason is None:
+                raise
+            raise WinnowError(f"could not be embedded: {reason}", where=storage.name_of(found.url)) from None
+        budget = Budget(self.max_set_aside)
+        for name, split in splits.items():
+            reasons = Counter(reason for _, reason in split.aside)
+            try:
+                budget.check(reasons, len(split.samples), storage.join(found.url, name))
+            except WinnowError as error:
+                raise TaskError(error.what, where=error.where, do=error.do) from None
+        return splits
+
+    def _encoder(self, unit: Unit) -> Encoder:
+        """Raises WinnowError when it cannot be loaded."""
+        wanted = [(unit.args["spec"], unit.inputs["checkpoint"])]
+        (loaded,) = encoders_of(wanted, self.device, self.threads, self.precision)
+        if isinstance(loaded, str):
+            raise WinnowError(loaded)
+        return loaded
 
     def _features(self, unit: Unit, found: FoundTask, splits: dict[str, LoadedSplit], seed: int) -> Features:
-        def encoder() -> Any:
-            (loaded,) = encoders_of([(unit.args["spec"], unit.inputs["checkpoint"])], self.device, self.threads)
-            if isinstance(loaded, str):
-                raise WinnowError(loaded)
-            return loaded
+        def encoder() -> Encoder:
+            return self._encoder(unit)
 
         test = splits["test"]
         weights = None
@@ -182,13 +230,14 @@ class EvaluateStage(SetsStage):
             results.setdefault((got["checkpoint"], got["task"], got["protocol"]), []).append(got)
         rows, lines, missing, unfit = [], [], [], []
         tasks: dict[str, Any] = {}
+        left_out: dict[str, dict[str, dict[str, int]]] = {}
         found_tasks = self.found()
         for name, _, _ in self.checkpoints:
             for found in found_tasks:
                 task = found.task
                 stamp = {"checkpoint": name, "task": task.key}
-                if not any(applies(protocol, task.kind) for protocol in self.protocols):
-                    reason = f'no protocol of this run evaluates tasks of kind "{task.kind}"'
+                if not any(applies(protocol, task.kind) for protocol in PROTOCOLS):
+                    reason = f'no protocol evaluates tasks of kind "{task.kind}"'
                     missing.append(stamp | {"reason": reason})
                     continue
                 mine: list[dict[str, Any]] = []
@@ -206,6 +255,8 @@ class EvaluateStage(SetsStage):
                     missing += [stamp | {"reason": fault} for fault in faults[:1]]
                     for got in some:
                         if got["rows"]:
+                            if got["left_out"]:
+                                left_out.setdefault(task.key, {}).update(got["left_out"])
                             tasks[task.key] = _facts(task) | {"chance": got["chance"], "n": got["n"]}
                 rows += [row | {"checkpoint": name, "task": task.key, "task_version": task.version} for row in mine]
                 lines += [result_line(name, task, mine)] if mine else []
@@ -214,16 +265,26 @@ class EvaluateStage(SetsStage):
             raise WinnowError(f"no task could be evaluated; the first, {first['task']}: {first['reason']}")
         with storage.writing(self.url(SCORES)) as path:
             pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path)
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        storage.write_bytes(self.url(RESULTS), text.encode())
+        files = [SCORES, RESULTS]
+        _write_lines(self.url(RESULTS), lines)
+        official = {found.task.key for found in found_tasks if found.task.group != "extra"}
+        for name, _, _ in self.checkpoints:
+            if mine := [line for line in lines if line["checkpoint"] == name and line["key"] in official]:
+                files.append(f"{DATACOMP_RESULTS}/{folder_of(name)}.jsonl")
+                _write_lines(self.url(files[-1]), mine)
         values = {
             "checkpoints": {name: digest for name, _, digest in self.checkpoints},
             "protocols": list(self.protocols),
             "tasks": {found.task.key: tasks[found.task.key] for found in found_tasks if found.task.key in tasks},
             "missing": missing,
             "not_applicable": unfit,
+            "left_out": left_out,
         }
-        return Output([SCORES, RESULTS], values=values)
+        return Output(files, values=values)
+
+
+def _write_lines(url: str, lines: list[dict[str, Any]]) -> None:
+    storage.write_bytes(url, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
 
 
 def _facts(task: Task) -> dict[str, Any]:
@@ -253,10 +314,16 @@ def _known_texts(known: dict[str, np.ndarray], encoder: Callable[[], Any]) -> Ca
     return encode
 
 
+def folder_of(checkpoint: str) -> str:
+    """A name for files, of a checkpoint's name: readable, distinct for distinct ones, no longer than files' may be."""
+    folder = quote(checkpoint, safe="")
+    if len(folder) > MAX_FOLDER:
+        end = re.sub(r"[^A-Za-z0-9]+", "-", checkpoint)[-MAX_FOLDER // 2 :]
+        return f"{storage.digest_json(checkpoint)[:24]}-{end}"
+    return "%2E" + folder[1:] if folder.startswith(".") else folder
+
+
 def unit_name(checkpoint: str, task: Task, protocol: str, seed: int | None = None) -> str:
     """Distinct for distinct arguments, and safe as a path whatever the checkpoint is called."""
-    folder = quote(checkpoint, safe="")
-    if folder.startswith("."):
-        folder = "%2E" + folder[1:]
-    name = f"{folder}/{task.data_folder.removeprefix('wds_').removesuffix('_test')}/{protocol}"
+    name = f"{folder_of(checkpoint)}/{task.data_folder.removeprefix('wds_').removesuffix('_test')}/{protocol}"
     return name if seed is None else f"{name}/seed-{seed}"

@@ -20,6 +20,10 @@ class TaskError(WinnowError):
     """A test set that cannot be evaluated as it is; trying again does not help."""
 
 
+class NotApplicable(WinnowError):
+    """What a protocol needs is not there, and nothing is wrong with that."""
+
+
 class Task(BaseModel):
     """What is evaluated, and by which figure it is judged.
 
@@ -47,7 +51,7 @@ class Task(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     name: str = Field(min_length=1)
-    key: str = Field(pattern=r"^[A-Za-z0-9_.\-]+(/[A-Za-z0-9_.\-]+)*$")
+    key: str = Field(pattern=r"^[^/,.\x00-\x1f][^/,\x00-\x1f]*(/[^/,.\x00-\x1f][^/,\x00-\x1f]*)*$")
     kind: str = Field(min_length=1)
     metric: str | None
     size: int | None = Field(default=None, ge=1)

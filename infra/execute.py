@@ -11,6 +11,7 @@ from infra.errors import UsageError, WinnowError
 from infra.executors import Executor
 from infra.progress import RunLog, StageProgress, read_note
 from infra.stage import (
+    INCOMPLETE,
     MANIFEST,
     PLACES,
     Manifest,
@@ -29,13 +30,30 @@ NOTES = "notes"
 
 @dataclass(frozen=True)
 class Budget:
-    """How much may be set aside before a run counts as failed: a share of the items when below 1, else a number."""
+    """How much may be set aside before a run counts as failed: a share of the items when below 1, else a number.
+
+    Raises UsageError when it is below 0.
+    """
 
     max_set_aside: float = 0.05
 
-    def allows(self, set_aside: int, total: int) -> bool:
+    def __post_init__(self) -> None:
+        if not self.max_set_aside >= 0:
+            raise UsageError(
+                f"max_set_aside cannot be {self.max_set_aside:g}", do="Give a share, or a number from 1 up."
+            )
+
+    def check(self, reasons: Counter[str], items: int, where: str) -> None:
+        """Raises WinnowError when more was set aside (number by reason) than `items` that were not allow."""
+        count, total = reasons.total(), items + reasons.total()
         limit = self.max_set_aside * total if self.max_set_aside < 1 else self.max_set_aside
-        return set_aside <= limit
+        if count > limit:
+            raise WinnowError(
+                f"{count} of {total} set aside, the budget is {self} "
+                f"({', '.join(f'{reason}: {n}' for reason, n in reasons.most_common(5))})",
+                where=where,
+                do="Mend the input, or raise max_set_aside.",
+            )
 
     def __str__(self) -> str:
         return f"{self.max_set_aside:.1%}" if self.max_set_aside < 1 else f"{self.max_set_aside:.0f}"
@@ -75,7 +93,7 @@ def execute(
     places_url = stage.url(PLACES)
     if not storage.exists(places_url) or storage.read_json(places_url) != stage.places():
         storage.write_json(places_url, stage.places())
-    if not todo and previous is not None and previous.key == key:
+    if not todo and previous is not None and previous.key == key and _whole(stage, previous, done):
         log.event(event="unchanged", stage=label, units=len(units))
         log.say(f"{label:<24} unchanged ({len(units)} units)")
         return previous
@@ -90,23 +108,22 @@ def execute(
     lost = _failed_units(stage, units, failures, log)
 
     records = [done[unit.name] for unit in units if unit.name in done]
+    items = sum(record.items for record in records)
+    left_out = [item for record in records for item in record.set_aside]
+    reasons = Counter(item["reason"] for item in left_out)
+    for unit in lost:
+        reasons[_reason(failures[unit.name])] += max(unit.items, 1)
+    budget.check(reasons, items, label)
+    # What `finish` writes takes the place of what an earlier manifest speaks of.
+    storage.remove(stage.url(MANIFEST))
     finished = stage.finish(records)
     files = {path: facts for record in records for path, facts in record.files.items()}
     files |= describe_files(stage, finished.files)
-    left_out = [item for record in records for item in record.set_aside]
     left_out += [asdict(item) for item in finished.set_aside]
-    items = sum(record.items for record in records) - len(finished.set_aside)
-    n_left = len(left_out) + sum(max(unit.items, 1) for unit in lost)
-    if not budget.allows(n_left, items + n_left):
-        reasons = Counter(item["reason"] for item in left_out)
-        for unit in lost:
-            reasons[str(failures[unit.name])] += max(unit.items, 1)
-        raise WinnowError(
-            f"{n_left} of {items + n_left} set aside, the budget is {budget} "
-            f"({', '.join(f'{reason}: {n}' for reason, n in reasons.most_common(5))})",
-            where=label,
-            do="Mend the input, or raise max_set_aside in the recipe.",
-        )
+    items -= len(finished.set_aside)
+    reasons.update(item.reason for item in finished.set_aside)
+    budget.check(reasons, items, label)
+    n_left = reasons.total()
     remove_orphans(stage, units, files)
     manifest = Manifest(
         stage=stage.name,
@@ -120,20 +137,31 @@ def execute(
             "count": n_left,
             "reasons": dict(sorted(Counter(item["reason"] for item in left_out).items())),
             "samples": left_out[:1000],
-            "units": {unit.name: str(failures[unit.name]) for unit in lost},
+            "units": {unit.name: _reason(failures[unit.name]) for unit in lost},
         },
         files=dict(sorted(files.items())),
         values=finished.values,
         url=stage.out,
     )
     # With units missing, the next run must try them again, so its key must not match.
-    body = asdict(manifest) | {"key": "incomplete" if lost else key}
+    again = bool(lost) or any(record.key == INCOMPLETE for record in records)
+    body = asdict(manifest) | {"key": INCOMPLETE if again else key}
     body.pop("url")
     storage.write_json(stage.url(MANIFEST), body)
     seconds = time.monotonic() - started
     log.say(progress.line() if not n_left else f"{progress.line()}  {manifest.state}")
     log.event(event="done", stage=label, state=manifest.state, **progress.facts() | {"seconds": round(seconds, 3)})
     return manifest
+
+
+def _whole(stage: Stage, manifest: Manifest, done: dict[str, Record]) -> bool:
+    """Whether what `finish` wrote is there; the units' own files were looked at with their records."""
+    looked_at = {path for record in done.values() for path in record.files}
+    return all(
+        storage.exists(stage.url(path)) and storage.size_of(stage.url(path)) == facts["bytes"]
+        for path, facts in manifest.files.items()
+        if path not in looked_at
+    )
 
 
 def _groups(units: list[Unit]) -> list[list[Unit]]:
@@ -182,8 +210,11 @@ def _failed_units(stage: Stage, units: list[Unit], failures: dict[str, Exception
     lost = [unit for unit in units if unit.name in failures]
     if not lost:
         return []
+    reasons: dict[str, list[str]] = {}
     for unit in lost:
-        log.say(f"{stage.name}: {unit.name} failed: {failures[unit.name]}")
+        reasons.setdefault(_reason(failures[unit.name]), []).append(unit.name)
+    for reason, names in reasons.items():
+        log.say(f"{stage.name}: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} failed: {reason}")
     if not stage.tolerates or len(lost) == len(units):
         first = failures[lost[0].name]
         if len(lost) == 1 and isinstance(first, WinnowError):
@@ -194,6 +225,10 @@ def _failed_units(stage: Stage, units: list[Unit], failures: dict[str, Exception
             do="What is finished is kept; run again to try the rest.",
         ) from first
     return lost
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def _notes(stage: Stage) -> str:

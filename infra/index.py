@@ -56,7 +56,8 @@ class _Hashing:
 
 
 class _StrictInfo(tarfile.TarInfo):
-    """A header that is cut or garbled is an error; tarfile itself takes it for the end of the archive."""
+    """A header that is cut or garbled, or an archive without its end, is an error; tarfile itself takes either for the
+    end of the archive."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> _StrictInfo:
@@ -64,22 +65,41 @@ class _StrictInfo(tarfile.TarInfo):
             return super().fromtarfile(archive)
         except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:  # type: ignore[attr-defined]
             raise tarfile.ReadError(str(error)) from error
+        except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError("no end of the archive") from error
 
 
 class _Counting:
-    """A file object that counts the bytes read through it."""
+    """A file object that counts the bytes read through it, and knows how they began."""
 
     def __init__(self, file: Any) -> None:
-        self.file, self.count = file, 0
+        self.file, self.count, self.head = file, 0, b""
 
     def read(self, size: int = -1) -> bytes:
         data: bytes = self.file.read(size)
+        self.head = self.head or data[: tarfile.BLOCKSIZE]
         self.count += len(data)
         return data
 
+    def fault(self) -> str:
+        """What is wrong with a file that cannot be read as a tar to its end."""
+        if not self.head:
+            return "empty file"
+        if self.head.startswith(_COMPRESSED):
+            return "compressed; shards are plain tars"
+        try:
+            tarfile.TarInfo.frombuf(self.head, "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            return "truncated tar" if len(self.head) < tarfile.BLOCKSIZE else "no tar"
+        return "truncated tar"
+
+
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
+
 
 def split_name(path: str) -> tuple[str, str]:
-    """webdataset's rule: the key is the path up to the first dot of its last component, the rest is the extension."""
+    """webdataset's rule: the key is the path up to the first dot of its last component, the rest is the extension. One
+    of them is empty where webdataset passes a member over: `README`, `._0001.jpg`."""
     folder, slash, base = path.rpartition("/")
     stem, _, ext = base.partition(".")
     return folder + slash + stem, ext.lower()
@@ -88,8 +108,8 @@ def split_name(path: str) -> tuple[str, str]:
 def tar_samples(file: Any, keep: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Member]]]:
     """The samples of a tar, in order: key and members by extension, with data where the extension is in `keep`.
 
-    Raises WinnowError("truncated tar") after the last whole sample when the file ends too early; a sample is whole
-    when the next one, or the end of the archive, has been seen.
+    Raises WinnowError ("truncated tar", or what else is wrong with it) after the last whole sample when the file ends
+    too early; a sample is whole when the next one, or the end of the archive, has been seen.
     """
     key: str | None = None
     members: dict[str, Member] = {}
@@ -100,6 +120,8 @@ def tar_samples(file: Any, keep: tuple[str, ...]) -> Iterator[tuple[str, dict[st
                 if not info.isreg():
                     continue
                 name, ext = split_name(info.name)
+                if not ext or name.endswith("/") or not name:
+                    continue
                 if key is not None and (name != key or ext in members):
                     yield key, members
                     members = {}
@@ -115,7 +137,8 @@ def tar_samples(file: Any, keep: tuple[str, ...]) -> Iterator[tuple[str, dict[st
             if counted.count < tar.offset:
                 raise tarfile.ReadError("unexpected end of data")
     except tarfile.TarError as error:
-        raise WinnowError("truncated tar", do=f"({error})") from error
+        fault = counted.fault()
+        raise WinnowError(fault, do=f"({error})" if fault == "truncated tar" else None) from error
     if key is not None:
         yield key, members
 
@@ -214,9 +237,6 @@ class IndexStage(Stage):
             rows = list(self._rows(file, unit.name, aside))
             while file.read(8 << 20):
                 pass
-        # tarfile takes a header cut short for the end of the archive.
-        if file.count % 512 and not any(item.reason == "truncated tar" for item in aside):
-            aside.append(SetAside(unit.name, "truncated tar", "ends within a header"))
         digest = file.state.hexdigest()
         for row in rows:
             row["uid"] = row["uid"] or derived_uid(digest, row["key"])

@@ -11,6 +11,7 @@ from infra import storage
 from infra.errors import WinnowError
 
 MAX_PIXELS = 100_000_000
+MAX_ASPECT = 500  # longer side over shorter; what resizes the shorter side makes the longer as many times as large
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 
@@ -24,10 +25,23 @@ def picture_size(data: bytes) -> tuple[int, int]:
     return image.size
 
 
-def decode_picture(data: bytes) -> Image.Image:
-    """Decode to RGB; transparency is laid on white. Raises PictureError when the bytes are no whole picture."""
+def decode_picture(data: bytes, flatten: bool = True) -> Image.Image:
+    """Decode to RGB.
+
+    Args:
+        data: encoded.
+        flatten: lay what is transparent on white. False takes the colour that lies under it, as Pillow's
+            `convert("RGB")` does.
+
+    Raises:
+        PictureError: the bytes are no whole picture, or one too large or too thin.
+    """
     image = _open(data)
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise PictureError("picture too thin")
     try:
+        if not flatten:
+            return image.convert("RGB")
         if image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info):
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))

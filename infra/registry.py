@@ -13,6 +13,8 @@ from typing import Any
 
 from infra.errors import UsageError
 
+SHOWN = 20  # words of a table in a message
+
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
     """The known word most like the given one, or None when none is near."""
@@ -22,9 +24,10 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
 
 def unknown(kind: str, word: str, words: Iterable[str], where: str | None = None) -> UsageError:
     """The error for a name that is not known, with the nearest one that is."""
-    words = sorted(words)
+    words = sorted(set(words))
     near = nearest(word, words)
-    hint = f'Did you mean "{near}"?' if near else f"Known: {', '.join(words)}."
+    some = words if len(words) <= SHOWN else [*words[:SHOWN], f"… ({len(words)} in all)"]
+    hint = f'Did you mean "{near}"?' if near else f"Known: {', '.join(some)}."
     return UsageError(f'unknown {kind} "{word}"', where=where, do=hint)
 
 

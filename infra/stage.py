@@ -23,6 +23,7 @@ from infra.storage import digest_json
 RECORDS = "units"
 MANIFEST = "manifest.json"
 PLACES = "places.json"
+INCOMPLETE = "incomplete"  # key of a record or manifest that the next run must make anew
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,16 @@ class SetAside:
 
 @dataclass
 class Output:
-    """What running a unit gives: files written below the stage's directory, counts, and JSON values to pass on."""
+    """What running a unit gives: files written below the stage's directory, counts, and JSON values to pass on.
+
+    With `again` the next run tries the unit anew, for what went wrong may have passed by then.
+    """
 
     files: list[str] = field(default_factory=list)
     items: int = 0
     set_aside: list[SetAside] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,7 +196,7 @@ def write_record(stage: Stage, unit: Unit, output: Output) -> Record:
     """The last act of a unit."""
     record = Record(
         unit=unit.name,
-        key=stage.key(unit),
+        key=INCOMPLETE if output.again else stage.key(unit),
         files=describe_files(stage, output.files),
         items=output.items,
         set_aside=[asdict(item) for item in output.set_aside],

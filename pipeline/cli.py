@@ -311,31 +311,42 @@ def evaluate(
         str | None,
         typer.Option("--features", help="Where embeddings are kept and looked for; OUT/features if not given."),
     ] = None,
+    precision: Annotated[
+        str, typer.Option("--precision", help="Of the encoders: float32, or bfloat16, faster on a GPU.")
+    ] = "float32",
     check: Annotated[
         bool, typer.Option("--check", help="Say which sets are there, whole or in part, and do nothing else.")
     ] = False,
     executor: ExecutorName = "ray",
     address: Address = None,
-    max_set_aside: Aside = 0.05,
+    max_set_aside: Annotated[
+        float,
+        typer.Option(
+            "--max-set-aside",
+            help="Share (or number, from 1 up) of a set's pictures that may be undecodable; with more it is left out.",
+        ),
+    ] = 0.05,
     debug: Debug = False,
 ) -> None:
     """Score checkpoints on the evaluation sets; write scores.parquet and eval_results.jsonl."""
-    from pipeline.stages import check_text, evaluate_stage, score_table
+    from pipeline.stages import check_text, evaluate_stage, score_table, unscored
 
     if check:
         typer.echo(check_text(data, tasks))
         return
     if out is None:
         raise UsageError("--out is missing", do="Give the directory to write to.")
-    stage = evaluate_stage(specs or [], data, tasks, protocols, out, features)
+    stage = evaluate_stage(specs or [], data, tasks, protocols, out, features, precision, max_set_aside)
     runner = _executor(executor, address)
     try:
-        # What a broken set leaves out is counted once, by the stage that would have used it.
+        # A broken set is missing, and the others' figures stand; how many pictures a set may lack the stage knows.
         execute(stage.embedding(), runner, budget=Budget(math.inf), log=RunLog(out))
-        execute(stage, runner, budget=Budget(max_set_aside), log=RunLog(out))
+        execute(stage, runner, budget=Budget(math.inf), log=RunLog(out))
     finally:
         runner.close()
     typer.echo(score_table(out))
+    if without := unscored(out):
+        raise WinnowError(f"no figure of {'; '.join(without)}")
 
 
 @app.command()

@@ -105,9 +105,10 @@ class Graph:
         if recipe.pretrain is not None:
             steps.append(Step("pretrain", self._pretrain))
         if recipe.evaluate is not None:
-            # What a broken set leaves out is counted once, by the stage that would have used it.
+            # A broken set is missing, and the others' figures stand.
             embed = Step("embed", lambda: self._evaluate().embedding(), Budget(math.inf))
-            steps += [embed, Step("evaluate", self._evaluate), Step("compare", self.compare_stage)]
+            evaluate = Step("evaluate", self._evaluate, Budget(math.inf))
+            steps += [embed, evaluate, Step("compare", self.compare_stage)]
         return steps
 
     def run(self, executor: Executor, log: RunLog, until: str | None = None) -> dict[str, Manifest]:
@@ -262,6 +263,8 @@ class Graph:
             tasks=section.tasks,
             protocols=section.protocols,
             out=self.url("scores"),
+            precision=section.precision,
+            max_set_aside=self.recipe.max_set_aside,
             unit_gpus=-1,
         )
 

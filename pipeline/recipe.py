@@ -11,7 +11,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -101,6 +101,7 @@ class EvaluateSection(Strict):
     data: str
     tasks: str | tuple[str, ...] = "all"
     protocols: tuple[str, ...] = Field(("zeroshot",), min_length=1)
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     @field_validator("protocols")
     @classmethod

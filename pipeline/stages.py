@@ -10,6 +10,7 @@ import yaml
 
 from infra import storage
 from infra.errors import UsageError
+from infra.execute import Budget
 from infra.metadata import is_metadata
 from infra.pool import Pool
 from infra.registry import unknown
@@ -216,7 +217,14 @@ def draw_samples(
 
 
 def evaluate_stage(
-    specs: list[str], data: str, tasks: str, protocols: str, out: str, features: str | None = None
+    specs: list[str],
+    data: str,
+    tasks: str,
+    protocols: str,
+    out: str,
+    features: str | None = None,
+    precision: str = "float32",
+    max_set_aside: float = 0.05,
 ) -> EvaluateStage:
     """The stage that scores checkpoints; its `embedding()` comes first. Raises UsageError for a wrong argument."""
     from evaluate.data import is_data
@@ -224,6 +232,7 @@ def evaluate_stage(
     from evaluate.stage import EvaluateStage
     from pretrain.encoder import encoder_digest
 
+    specs = [spec.rstrip("/") or spec for spec in specs]
     if not specs:
         raise UsageError("no checkpoint to evaluate", do="Give folders, NAME:TAG, NAME:FILE or CONFIG.json:WEIGHTS.")
     if twice := [spec for spec in specs if specs.count(spec) > 1]:
@@ -233,6 +242,11 @@ def evaluate_stage(
     chosen = _names(protocols)
     for protocol in chosen:
         applies(protocol, "")
+    if not _names(tasks):
+        raise UsageError("no task to evaluate", do="Give all, or names, comma-separated.")
+    if precision not in ("float32", "bfloat16"):
+        raise unknown("precision", precision, ("float32", "bfloat16"), "--precision")
+    Budget(max_set_aside)
     return EvaluateStage(
         checkpoints=tuple((spec, spec, encoder_digest(spec)) for spec in specs),
         data=data,
@@ -240,6 +254,8 @@ def evaluate_stage(
         protocols=chosen,
         features=features or "",
         out=out,
+        precision=precision,
+        max_set_aside=max_set_aside,
     )
 
 
@@ -262,6 +278,15 @@ def score_table(out: str) -> str:
     with storage.open_read(join(out, "scores.parquet")) as file:
         rows = pq.read_table(file).to_pylist()
     return scores_text(rows, need_manifest(out, "scores").values)
+
+
+def unscored(out: str) -> list[str]:
+    """Checkpoints of a finished evaluation without any figure, with the reason."""
+    with storage.open_read(join(out, "scores.parquet")) as file:
+        scored = set(pq.read_table(file, columns=["checkpoint"])["checkpoint"].to_pylist())
+    values = need_manifest(out, "scores").values
+    reasons = {entry["checkpoint"]: entry["reason"] for entry in reversed(values["missing"])}
+    return [f"{name}: {reasons[name].rstrip('.')}" for name in values["checkpoints"] if name not in scored and name in reasons]
 
 
 def compare_stages(runs: list[str], baseline: str | None, out: str) -> list[Stage]:

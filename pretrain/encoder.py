@@ -7,6 +7,7 @@ import copy
 import functools
 import hashlib
 import json
+import pickle
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ import numpy as np
 
 from infra import storage
 from infra.errors import UsageError, WinnowError
-from pretrain.models import check_config, model_config, pretrained_tags
+from infra.registry import unknown
+from pretrain.models import check_config, check_preprocess, model_config, pretrained_tags
 from pretrain.spec import RANDOM, Spec, encoder_digest, is_winnow, parse_spec
 
 if TYPE_CHECKING:
@@ -26,19 +28,21 @@ if TYPE_CHECKING:
 __all__ = ["Encoder", "encoder_digest", "load_encoder", "parse_spec"]
 
 _CACHED = 2
-_cache: dict[tuple[str, str], Encoder] = {}
+_cache: dict[tuple[str, str, str], Encoder] = {}
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
-def load_encoder(spec: str, device: str = "auto", threads: int | None = None) -> Encoder:
+def load_encoder(spec: str, device: str = "auto", threads: int | None = None, precision: str = "auto") -> Encoder:
     """Load an encoder; the last two loaded in a process are kept, for workers that are handed unit after unit.
 
     Args:
         spec: see `parse_spec`. Weights are read as safetensors or with `weights_only`, never executed.
         device: auto (CUDA where there is), cpu, cuda, cuda:1.
         threads: CPU threads torch computes with in this process; None leaves them.
+        precision: of the matrix products: float32; bfloat16 (autocast); auto is bfloat16 on a GPU that has it.
 
     Raises:
-        UsageError: the spec names nothing.
+        UsageError: the spec names nothing, or there is no such precision.
         WinnowError: the weights do not fit, are damaged, or cannot be downloaded.
     """
     import torch
@@ -47,12 +51,17 @@ def load_encoder(spec: str, device: str = "auto", threads: int | None = None) ->
         torch.set_num_threads(threads)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    key = (encoder_digest(spec), device)
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+    if precision == "auto":
+        fast = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+        precision = "bfloat16" if fast else "float32"
+    key = (encoder_digest(spec), device, precision)
     if key in _cache:
         _cache[key] = _cache.pop(key)
         return _cache[key]
     model, tokenizer = _load(parse_spec(spec))
-    encoder = _cache[key] = Encoder(spec, key[0], model, tokenizer, device)
+    encoder = _cache[key] = Encoder(spec, key[0], model, tokenizer, device, precision)
     while len(_cache) > _CACHED:
         del _cache[next(iter(_cache))]
     return encoder
@@ -87,9 +96,13 @@ def _load(spec: Spec) -> tuple[Any, Any]:
         if spec.kind == "config":
             content = storage.read_json(spec.model)
             config = check_config(content, spec.model)
+            preprocess = check_preprocess(content.get("preprocess_cfg"), spec.model)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                model = build_model(config, content.get("preprocess_cfg"))
+                try:
+                    model = build_model(config, preprocess)
+                except UsageError as error:
+                    raise UsageError(error.what, where=spec.model) from error
             if spec.is_file:
                 with _local(spec.weights) as path:
                     open_clip.load_checkpoint(model, str(path))
@@ -109,14 +122,21 @@ def _load(spec: Spec) -> tuple[Any, Any]:
     except WinnowError:
         raise
     except Exception as error:  # whatever a library raises on a file that is not what it should be, or on no network
-        text = str(error).strip().splitlines()
         raise WinnowError(
-            f"cannot be loaded ({type(error).__name__}: {text[0] if text else ''})",
+            f"cannot be loaded ({_said(error)})",
             where=spec.text,
             do="Published weights are downloaded once; without a network give a local file, as NAME:FILE."
             if spec.kind == "name" and not spec.is_file
             else "The weights must be a state dict that fits the model.",
         ) from error
+
+
+def _said(error: Exception) -> str:
+    """What a library said, in one line."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "damaged, or it holds more than tensors, and none of that is executed"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}{': ' if lines else ''}{' '.join(lines[:3])[:300]}"
 
 
 def _load_folder(folder: Path, random: bool) -> tuple[Any, Any]:
@@ -191,7 +211,9 @@ class Encoder:
         logit_scale: what cosines are multiplied by; 1 where the model has none.
     """
 
-    def __init__(self, spec: str, digest: str, model: Any, tokenizer: Any, device: str) -> None:
+    def __init__(
+        self, spec: str, digest: str, model: Any, tokenizer: Any, device: str, precision: str = "float32"
+    ) -> None:
         import torch
 
         from pretrain.nets import image_size, preprocess_config, val_steps
@@ -201,7 +223,7 @@ class Encoder:
         self._model = model.eval().requires_grad_(False).to(self._device)
         # Encoders that are evaluated together are given the same texts one after the other.
         self._tokens: Any = _token_cache(tokenizer) if tokenizer is not None else None
-        self._bf16 = self._device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self._bf16 = precision == "bfloat16"
         config = preprocess_config(model)
         self.image_size = image_size(model)
         self.preprocess_key = hashlib.sha256(storage.canonical_json(config).encode()).hexdigest()

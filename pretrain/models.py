@@ -14,6 +14,7 @@ from typing import Any
 from infra.errors import UsageError
 from infra.registry import nearest, unknown
 
+_PREPROCESS = ("size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color")
 _NEEDED = ("embed_dim", "vision_cfg", "text_cfg")
 # timm's families that may be an encoder: the file, and the class whose arguments a config may set.
 _TIMM_FAMILIES = {"resnet": "ResNet", "vision_transformer": "VisionTransformer"}
@@ -50,6 +51,20 @@ def check_config(config: Any, where: str | None = None) -> dict[str, Any]:
     if missing:
         raise UsageError(f"is no open_clip model config: {', '.join(missing)} missing", where=where)
     assert isinstance(config, dict)
+    return config
+
+
+def check_preprocess(config: Any, where: str | None = None) -> dict[str, Any]:
+    """An open_clip preprocess_cfg, {} for None. Raises UsageError for a key that open_clip would silently ignore."""
+    if config is None:
+        return {}
+    if not isinstance(config, dict):
+        raise UsageError("preprocess_cfg should be an object", where=where)
+    for key, value in config.items():
+        if key not in _PREPROCESS:
+            raise unknown("key of preprocess_cfg", key, _PREPROCESS, where)
+        if key in ("mean", "std") and not (isinstance(value, list | tuple) and len(value) == 3):
+            raise UsageError(f"preprocess_cfg: {key} should be three numbers, one a channel", where=where)
     return config
 
 

@@ -10,10 +10,11 @@ from typing import Literal
 from infra import storage
 from infra.errors import UsageError
 from infra.storage import digest_json
-from pretrain.models import check_config, find_tag, model_config, model_names, pretrained_tags
+from pretrain.models import check_config, check_preprocess, find_tag, model_config, model_names, pretrained_tags
 
 _CHECKPOINT = ("model.safetensors", "config.json", "open_clip_config.json")
 RANDOM = "random"
+FORMS = "Give a folder, NAME:TAG, NAME:FILE or CONFIG.json:WEIGHTS."
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ def parse_spec(spec: str) -> Spec:
     Raises:
         UsageError: there is no such folder, file, model or tag; with the nearest one.
     """
+    if not spec.strip():
+        raise UsageError("a checkpoint is named by nothing", do=FORMS)
     if storage.is_dir(spec):
         if not storage.exists(storage.join(spec, "open_clip_config.json")) and not is_winnow(spec):
             raise UsageError("holds no checkpoint", where=spec, do=f"A checkpoint has {', '.join(_CHECKPOINT)}.")
@@ -62,6 +65,10 @@ def parse_spec(spec: str) -> Spec:
             raise UsageError(
                 f'"{spec}" says no weights', do=f"Give {spec}:TAG (known: {tags}), {spec}:FILE or {spec}:random."
             )
+        if storage.exists(spec):
+            raise UsageError(
+                "is a file, and a checkpoint is a folder or a model with its weights", where=spec, do=FORMS
+            )
         raise UsageError("no such checkpoint folder", where=spec)
     model, weights = match[1], match[2]
     if weights == RANDOM and storage.is_dir(model):
@@ -72,11 +79,17 @@ def parse_spec(spec: str) -> Spec:
         if not storage.exists(model):
             raise UsageError("no such model config", where=model)
         kind: Literal["name", "config"] = "config"
+    elif model == "pixels":
+        raise UsageError(f'"{spec}" has no size: pixels:SIZE, from 1 to 9999')
+    elif "/" in model:
+        raise UsageError("no such checkpoint", where=spec, do=FORMS)
     else:
         model_config(model)
         kind = "name"
     if weights == RANDOM or (kind == "config" and not weights):
         return Spec(spec, model, kind, RANDOM)
+    if weights and storage.is_dir(weights):
+        raise UsageError("is a folder, and weights are a file", where=weights)
     if weights and storage.exists(weights):
         return Spec(spec, model, kind, weights)
     if kind == "config":
@@ -103,6 +116,7 @@ def encoder_digest(spec: str) -> str:
     if parsed.kind == "config":
         model = storage.read_json(parsed.model)
         check_config(model, parsed.model)
+        check_preprocess(model.get("preprocess_cfg"), parsed.model)
     return digest_json([model, {"sha256": _file_digest(parsed.weights)} if parsed.is_file else parsed.weights])
 
 

@@ -24,6 +24,7 @@ from evaluate.kinds import Features, Row, Split
 from evaluate.kinds.zeroshot import classification_rows
 from evaluate.protocols.fewlabels import few_labels
 from evaluate.protocols.linear import torch_device, train_split
+from evaluate.tasks import NotApplicable
 from infra.ahead import ahead
 from infra.pictures import decode_picture
 
@@ -46,7 +47,8 @@ def loader(split: Split, places: np.ndarray, prepare: Prepare, threads: int) -> 
 
     def load(some: np.ndarray) -> torch.Tensor:
         pictures = split.pictures([int(place) for place in some])
-        return torch.stack(list(ahead(lambda picture: prepare(decode_picture(picture)), pictures, threads)))
+        ready = ahead(lambda picture: prepare(decode_picture(picture, flatten=False)), pictures, threads)
+        return torch.stack(list(ready))
 
     if load(places[:1]).nbytes * len(places) > KEEP_BYTES:
         return load
@@ -132,6 +134,8 @@ def finetune(features: Features, test_set: EvalSet, share: float) -> list[Row]:
     encoder = features.encoder()
     places = few_labels(train.labels, share, features.seed)
     tower = encoder.image_tower().to(torch_device(features.device))
+    if not any(True for _ in tower.parameters()):
+        raise NotApplicable("the encoder has nothing to tune")
     threads = max(1, decode_threads(features.device))
     classes = len(test_set.classnames)
     model = tune(tower, encoder.dim, classes, train, places, encoder.preprocess, EPOCHS[share], features.seed, threads)

@@ -216,18 +216,18 @@ def probe(train: Split, val: Split | None, test_images: np.ndarray, classes: int
 
     Args:
         train: to learn from.
-        val: to choose the strength on; None to carve it from `train`.
+        val: to choose the strength on; None, or where it holds one class alone, to carve it from what there is.
         test_images: float32 [n, dim].
         classes: number of classes.
         device: "auto", "cpu", "cuda".
     """
-    if val is None:
-        own, held = carve(train.labels)
-        images, labels = train.images, train.labels
+    splits = [train] if val is None else [train, val]
+    images = np.concatenate([split.images for split in splits])
+    labels = np.concatenate([split.labels for split in splits])
+    if val is None or len(np.unique(val.labels)) < 2:
+        own, held = carve(labels)
     else:
-        images = np.concatenate([train.images, val.images])
-        labels = np.concatenate([train.labels, val.labels])
-        own, held = np.arange(len(train.labels)), len(train.labels) + np.arange(len(val.labels))
+        own, held = np.split(np.arange(len(labels)), [len(train.labels)])
     x = to_torch(images, device)
     y = torch.as_tensor(labels, device=x.device)
     l2 = best_l2(x[own], y[own], x[held], y[held], classes) if len(held) else FALLBACK_L2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,21 @@ def test_named_tasks(tmp_path: Path) -> None:
         check_tasks(str(tmp_path), ("colours",))
     with pytest.raises(UsageError, match="no such folder"):
         check_tasks(str(tmp_path / "nothing"))
+
+
+def test_what_evaluating_would_find_wrong(tmp_path: Path) -> None:
+    root = write_classification(tmp_path, "wds_garbled_test", shards=1)
+    tar = root / "test" / "0.tar"
+    content = bytearray(tar.read_bytes())
+    with tarfile.open(tar) as archive:
+        content[archive.getmembers()[4].offset + 10] ^= 255
+    tar.write_bytes(content)
+    (write_retrieval(tmp_path, "wds_odd_test") / "dataset_type.txt").write_text("retreival")
+    (write_classification(tmp_path, "wds_probed_test") / "train").mkdir()
+    rows = {check.task.key: check for check in check_tasks(str(tmp_path), ("garbled", "odd", "probed"))}
+    assert rows["garbled"].state == INCOMPLETE and "test/0.tar" in rows["garbled"].note
+    assert rows["odd"].state == INCOMPLETE and 'evaluates the kind "retreival"' in rows["odd"].note
+    assert rows["probed"].state == COMPLETE and rows["probed"].note.startswith("train/nshards.txt: no such file")
 
 
 @pytest.mark.parametrize("size", [100, 600, 1030, 1200, 2047, 2049, 2300, 2577])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from evaluate.data import EvalSet, TaskError, data_digest, find_tasks
+from evaluate.parts import cut, read_part
 from infra.errors import UsageError
 from tests.drawing import COLORS, picture, write_tar
 from tests.evaluate.sets import TEMPLATES, npy, write_classification, write_faces, write_retrieval
@@ -119,10 +121,13 @@ def test_digest_follows_content(tmp_path: Path) -> None:
     assert data_digest(str(root)) != before
 
 
-@pytest.mark.parametrize("cut", [100, 600, 1030, 1200, 2047, 2049, 2300, 2560 + 17])
-def test_a_tar_cut_anywhere_is_noticed(tmp_path: Path, cut: int) -> None:
-    """Within a header, within data, within the padding after them."""
+@pytest.mark.parametrize("cut", [100, 600, 1030, 1200, 2047, 2049, 2300, 2560 + 17, "between samples"])
+def test_a_tar_cut_anywhere_is_noticed(tmp_path: Path, cut: int | str) -> None:
+    """Within a header, within data, within the padding after them, and where a sample ends."""
     root = write_classification(tmp_path, shards=1)
+    if isinstance(cut, str):
+        with tarfile.open(root / "test" / "0.tar") as archive:
+            cut = archive.getmembers()[6].offset
     tar = root / "test" / "0.tar"
     tar.write_bytes(tar.read_bytes()[:cut])
     (found,) = find_tasks(str(tmp_path))
@@ -184,3 +189,58 @@ def test_broken_associations(tmp_path: Path, line: str) -> None:
     (root / "associations.jsonl").write_text('{"cue": "owl", "candidates": ["a"], "associations": ["a"]}\n' + line)
     with pytest.raises(TaskError, match=r"associations\.jsonl:2: should be an object with a cue"):
         EvalSet.open(find_tasks(str(tmp_path))[0])
+
+
+def test_labels_are_whole_numbers(tmp_path: Path) -> None:
+    for number, text in enumerate((b"0_3", b"3.0", b"3" + b" " * 40 + b"7", "٣".encode(), b"")):
+        root = write_classification(tmp_path / str(number), "wds_cifar10_test", names=TEN, n=2, shards=1)
+        write_tar(root / "test" / "0.tar", [{"key": "s", "members": {"jpg": picture((1, 2, 3), 0), "cls": text}}])
+        (found,) = find_tasks(str(tmp_path / str(number)))
+        with pytest.raises(TaskError, match="is no whole number"):
+            list(EvalSet.open(found).samples())
+
+
+def test_of_several_pictures_the_one_that_datacomps_evaluation_takes(tmp_path: Path) -> None:
+    root = write_classification(tmp_path, n=2, shards=1)
+    kinds = {
+        ext: picture((i, 0, 0), i, ext="jpg" if ext == "jpeg" else ext)
+        for i, ext in enumerate(("jpeg", "jpg", "png", "webp"))
+    }
+    for expected in ("webp", "png", "jpg", "jpeg"):
+        write_tar(root / "test" / "0.tar", [{"key": "s", "members": {**kinds, "cls": b"0"}}])
+        (found,) = find_tasks(str(tmp_path))
+        (sample,) = EvalSet.open(found).samples()
+        (raw,) = read_part(cut(found.url, "test")[0])
+        assert sample.image == raw.image == kinds.pop(expected)
+
+
+def test_text_files_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    root = write_retrieval(tmp_path)
+    for path in (root / "dataset_type.txt", root / "test" / "nshards.txt"):
+        path.write_text(path.read_text(), encoding="utf-8-sig")
+    (found,) = find_tasks(str(tmp_path))
+    assert found.task.kind == "retrieval" and len(list(EvalSet.open(found).samples())) == 9
+
+
+def test_odd_names_and_what_lies_about_hide_no_set(tmp_path: Path) -> None:
+    root = write_classification(tmp_path, "wds_colors_test")
+    before = data_digest(str(root))
+    for folder in ("wds_my set_test", "wds_été_test", "wds_grouped_test"):
+        write_classification(tmp_path, folder)
+    for folder in ("wds__test", "wds_.._test", "wds_a,b_test"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "wds_grouped_test" / "dataset_type.txt").write_text("grouped_classification")
+    (root / "test" / "notes").mkdir()
+    (root / "test" / "dangling").symlink_to("nowhere")
+    assert [found.task.key for found in find_tasks(str(tmp_path))] == ["colors", "grouped", "my set", "été"]
+    assert all(len(list(EvalSet.open(found).samples())) == 30 for found in find_tasks(str(tmp_path)))
+    assert data_digest(str(root)) == before
+    (root / "test" / "1.tar").unlink()
+    (root / "test" / "1.tar").mkdir()
+    with pytest.raises(TaskError, match="is a folder"):
+        EvalSet.open(find_tasks(str(tmp_path), "colors")[0])
+    (root / "test" / "1.tar").rmdir()
+    (root / "test" / "1.tar").symlink_to("nowhere")
+    assert data_digest(str(root)) != before
+    with pytest.raises(TaskError, match="no such file"):
+        EvalSet.open(find_tasks(str(tmp_path), "colors")[0])

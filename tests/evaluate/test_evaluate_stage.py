@@ -5,16 +5,19 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from evaluate.data import EvalSet, find_tasks
 from evaluate.kinds import PROTOCOLS, Row
+from evaluate.scoretable import scores_text
 from evaluate.stage import EvaluateStage
 from infra import storage
 from infra.errors import UsageError, WinnowError
@@ -22,6 +25,7 @@ from infra.execute import Budget, execute
 from infra.executors import Executor, SerialExecutor
 from infra.stage import Manifest
 from pretrain.encoder import encoder_digest
+from pretrain.nets import build_model
 from tests.drawing import COLORS, picture, write_tar
 from tests.evaluate.sets import CONFIG, TEMPLATES, write_classification, write_config, write_retrieval
 
@@ -166,7 +170,7 @@ def test_many_checkpoints_decode_once(tmp_path: Path, data: Path, spec: str, mon
 
     decoded = []
     original = evaluate.embed.decode_picture
-    monkeypatch.setattr(evaluate.embed, "decode_picture", lambda data: decoded.append(1) or original(data))
+    monkeypatch.setattr(evaluate.embed, "decode_picture", lambda *a, **k: decoded.append(1) or original(*a, **k))
     digest = encoder_digest(spec)
     names = ("clip-30/seed0", "../clip 30%", ".hidden")
     stage = EvaluateStage(tuple((name, spec, digest) for name in names), str(data), str(tmp_path / "out"))
@@ -201,11 +205,39 @@ def test_undecodable_picture_is_set_aside(tmp_path: Path, spec: str) -> None:
     good = [{"key": f"g{i}", "members": {"jpg": picture((i, 90, 3), i), "cls": b"1"}} for i in range(4)]
     bad = {"key": "bad", "members": {"jpg": b"\xff\xd8 no picture", "cls": b"1"}}
     write_tar(root / "test" / "0.tar", [*good[:2], bad, *good[2:]])
-    stage = stage_of(spec, tmp_path / "data", tmp_path / "out")
+    write_classification(tmp_path / "data", "wds_whole_test", n=10)
+    stage = stage_of(spec, tmp_path / "data", tmp_path / "out", max_set_aside=1)
     manifest = run(stage, Budget(1))
     assert manifest.set_aside["reasons"] == {"undecodable picture": 1}
     assert manifest.set_aside["samples"][0]["id"] == "colors/bad"
-    assert {row["n"] for row in rows_of(stage)} == {4}
+    assert {(row["task"], row["n"]) for row in rows_of(stage)} == {("colors", 4), ("whole", 10)}
+    text = scores_text(rows_of(stage), manifest.values)
+    assert "Pictures left out: colors, 1 for undecodable picture." in text
+    # With more than a set may lack, its figures are missing and the others' stand.
+    manifest = run(replace(stage, max_set_aside=0.1), Budget(1))
+    assert {row["task"] for row in rows_of(stage)} == {"whole"}
+    (missing,) = manifest.values["missing"]
+    assert missing["task"] == "colors" and "1 of 5 set aside, the budget is 10.0%" in missing["reason"]
+
+
+def test_features_that_are_not_finite_give_no_figure(data: Path, tmp_path: Path) -> None:
+    """nan is neither above nor below another score, so that no label would seem to stand before the right one."""
+    config = write_config(tmp_path).rpartition(":")[0]
+    state = build_model(CONFIG).state_dict()
+    specs = {"whole": f"{config}:random"}
+    for name, tensor in (("pictures", "visual.proj"), ("texts", "text_projection")):
+        torch.save(state | {tensor: torch.full_like(state[tensor], math.nan)}, tmp_path / f"{name}.pt")
+        specs[name] = f"{config}:{tmp_path}/{name}.pt"
+    checkpoints = tuple((name, one, encoder_digest(one)) for name, one in specs.items())
+    stage = EvaluateStage(checkpoints, str(data), str(tmp_path / "out"))
+    manifest = run(stage, Budget(9))
+    assert {row["checkpoint"] for row in rows_of(stage)} == {"whole"}
+    for name, words in (("pictures", "pictures"), ("texts", "prompts")):
+        reasons = {e["task"]: e["reason"] for e in manifest.values["missing"] if e["checkpoint"] == name}
+        assert set(reasons) == set(manifest.values["tasks"])
+        assert "features are not finite" in reasons["colors"] and words in reasons["colors"]
+    text = scores_text(rows_of(stage), manifest.values)
+    assert next(line for line in text.splitlines() if "average" in line).count("–") == 2
 
 
 def pairs(features, test_set) -> list[Row]:

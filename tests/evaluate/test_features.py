@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -10,21 +11,30 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import webdataset as wds
+from PIL import Image
 
 import evaluate.embed
 from evaluate.data import EvalSet, TaskError, find_tasks
 from evaluate.features import EmbedStage
 from evaluate.kinds import PROTOCOLS, SEEDS
 from evaluate.parts import cut, read_part, read_pictures
-from evaluate.stage import EvaluateStage
+from evaluate.stage import EvaluateStage, folder_of
 from infra import storage
 from infra.errors import WinnowError
 from infra.execute import Budget, execute
 from infra.executors import SerialExecutor
 from infra.stage import Manifest, pending_units, read_manifest
 from pretrain.encoder import encoder_digest, load_encoder
-from tests.drawing import COLORS
-from tests.evaluate.sets import CONFIG, write_classification, write_config, write_retrieval, write_train
+from tests.drawing import COLORS, write_tar
+from tests.evaluate.sets import (
+    CONFIG,
+    classification_samples,
+    write_classification,
+    write_config,
+    write_retrieval,
+    write_train,
+)
 
 
 def run(stage: EvaluateStage, budget: Budget | None = None) -> Manifest:
@@ -57,7 +67,7 @@ def decoded(monkeypatch) -> list[int]:
     """Grows by one with each picture that is decoded."""
     seen: list[int] = []
     original = evaluate.embed.decode_picture
-    monkeypatch.setattr(evaluate.embed, "decode_picture", lambda picture: seen.append(1) or original(picture))
+    monkeypatch.setattr(evaluate.embed, "decode_picture", lambda *a, **k: seen.append(1) or original(*a, **k))
     return seen
 
 
@@ -218,7 +228,8 @@ def test_a_part_that_fails_is_tried_again_and_hides_nothing(
     manifest = run(stage, Budget(9))
     assert max(map(failures.count, failures)) == 3  # tried, and tried again twice
     assert set(manifest.values["tasks"]) == {"other", "retrieval-colors"}
-    assert {(e["task"], e["reason"][:6]) for e in manifest.values["missing"]} == {("colors", "failed")}
+    (reason,) = {e["reason"] for e in manifest.values["missing"] if e["task"] == "colors"}
+    assert reason == "wds_colors_test: could not be embedded: the worker's disk is full."
     assert read_manifest(stage.embedding().out).set_aside["count"] > 0
     monkeypatch.setattr(EmbedStage, "_pictures", original)
     assert set(run(stage).values["tasks"]) == {"other", "retrieval-colors", "colors"}
@@ -231,7 +242,7 @@ def test_a_checkpoint_that_cannot_be_loaded_hides_nothing(tmp_path: Path, data: 
     stage = stage_of(checkpoints, data, tmp_path / "out")
     manifest = run(stage, Budget(2))
     assert {e["checkpoint"] for e in manifest.values["missing"]} == {"bad"}
-    assert all("the checkpoint cannot be loaded" in text for text in manifest.set_aside["units"].values())
+    assert all("the checkpoint cannot be loaded" in e["reason"] for e in manifest.values["missing"])
     rows = pq.read_table(stage.url("scores.parquet")).to_pylist()
     assert {r["checkpoint"] for r in rows} == set(specs)
     with pytest.raises(WinnowError, match="the checkpoint cannot be loaded"):
@@ -261,3 +272,91 @@ def test_reasons_name_tasks_and_checkpoints_once() -> None:
     entries = [{"protocol": "knn", "task": task, "checkpoint": who, "reason": "no split"} for task, who in pairs]
     names = {"x": "X", "y": "Y", "z": "Z"}
     assert _reasons(entries, names, "Left out") == ["Left out: knn of a, b for X, Y; c for Z; d (no split)."]
+
+
+def test_what_lies_under_transparency_is_seen_as_open_clip_sees_it(tmp_path: Path, specs: dict[str, str]) -> None:
+    """webdataset's decoder and open_clip's transform both convert to RGB, which drops the alpha channel."""
+    rng = np.random.default_rng(0)
+    root = write_classification(tmp_path / "data", n=2, shards=1)
+    pixels = {mode: rng.integers(0, 255, (20, 24, size), dtype=np.uint8) for mode, size in (("RGBA", 4), ("LA", 2))}
+    images = [Image.fromarray(array, mode) for mode, array in pixels.items()]
+    samples = []
+    for i, image in enumerate(images):
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        samples.append({"key": f"s{i}", "members": {"png": file.getvalue(), "cls": str(i).encode()}})
+    write_tar(root / "test" / "0.tar", samples)
+    loader = wds.WebDataset(str(root / "test" / "0.tar"), shardshuffle=False).decode("pil").to_tuple("png")
+    encoder = load_encoder(specs["tiny"], device="cpu")
+    expected = [encoder.encode_images(encoder.preprocess(image)[None])[0] for (image,) in loader]
+    stage = stage_of({"tiny": specs["tiny"]}, tmp_path / "data", tmp_path / "out").embedding()
+    execute(stage, SerialExecutor())
+    (found,) = find_tasks(str(tmp_path / "data"))
+    (part,) = stage.parts(found, "test")
+    kept = np.load(stage.url(f"{stage.pictures_unit(part, encoder.digest, found).name}.npy"))
+    np.testing.assert_allclose(kept, expected, atol=1e-6)
+
+
+def test_each_precision_has_features_of_its_own(tmp_path: Path, data: Path, specs: dict[str, str]) -> None:
+    """bfloat16 keeps 8 bits: near float32's features, and not equal to them."""
+    made = {}
+    for precision in ("float32", "bfloat16"):
+        stage = stage_of({"tiny": specs["tiny"]}, data, tmp_path / "out", precision=precision)
+        run(stage)
+        embedding = stage.embedding()
+        (found,) = find_tasks(str(data), "colors")
+        digest = stage.checkpoints[0][2]
+        files = [embedding.pictures_unit(part, digest, found).name for part in embedding.parts(found, "test")]
+        made[precision] = np.concatenate([np.load(embedding.url(f"{file}.npy")) for file in files])
+    difference = np.abs(made["float32"] - made["bfloat16"]).max()
+    assert 1e-5 < difference < 0.05
+
+
+def test_a_thin_picture_is_left_out(tmp_path: Path, specs: dict[str, str]) -> None:
+    """Resizing the shorter side of one of 100,000 x 1 pixels would take gigabytes."""
+    root = write_classification(tmp_path / "data", n=30, shards=1)
+    file = io.BytesIO()
+    Image.new("L", (100_000, 1)).save(file, "PNG")
+    samples = classification_samples(29)
+    write_tar(root / "test" / "0.tar", [{"key": "z", "members": {"png": file.getvalue(), "cls": b"0"}}, *samples])
+    manifest = run(stage_of({"tiny": specs["tiny"]}, tmp_path / "data", tmp_path / "out"), Budget(1))
+    assert manifest.values["left_out"] == {"colors": {"test": {"picture too thin": 1}}}
+    assert manifest.values["tasks"]["colors"]["n"] == 29
+
+
+def test_equal_broken_shards_are_each_told_of(tmp_path: Path, data: Path, specs: dict[str, str]) -> None:
+    for name in ("wds_a_test", "wds_b_test"):
+        root = write_classification(data, name)
+        (root / "test" / "1.tar").write_bytes(b"")
+    manifest = run(stage_of({"tiny": specs["tiny"]}, data, tmp_path / "out"), Budget(9))
+    reasons = {entry["task"]: entry["reason"] for entry in manifest.values["missing"]}
+    assert reasons == {name: f"wds_{name}_test/test/1.tar: empty file." for name in ("a", "b")}
+
+
+def test_long_names_of_checkpoints_are_shortened_for_files() -> None:
+    names = [f"/some/where/{'far/' * 80}{end}" for end in ("a.pt", "b.pt")]
+    folders = [folder_of(name) for name in names]
+    assert len(set(folders)) == 2 and all(len(folder) < 200 and "/" not in folder for folder in folders)
+
+
+def test_nothing_to_tune_does_not_apply(tmp_path: Path, data: Path) -> None:
+    stage = stage_of({"raw": "pixels:8"}, data, tmp_path / "out", protocols=("knn", "finetune_10pct"))
+    manifest = run(stage, Budget(9))
+    unfit = {(e["task"], e["protocol"]): e["reason"] for e in manifest.values["not_applicable"]}
+    assert unfit.pop(("colors", "finetune_10pct")) == "the encoder has nothing to tune"
+    assert set(unfit) == {("retrieval-colors", "knn"), ("retrieval-colors", "finetune_10pct")}
+    assert manifest.values["missing"] == []
+
+
+def test_each_checkpoint_has_results_that_datacomp_can_aggregate(tmp_path: Path, specs: dict[str, str]) -> None:
+    """One line a task of DataComp's, without the sets that are none of them."""
+    ten = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    write_classification(tmp_path / "data", "wds_cifar10_test", names=ten)
+    write_classification(tmp_path / "data", "wds_mine_test")
+    stage = stage_of(specs, tmp_path / "data", tmp_path / "out")
+    manifest = run(stage)
+    files = [name for name in manifest.files if name.startswith("datacomp/")]
+    assert files == [f"datacomp/{name}.jsonl" for name in sorted(specs)]
+    for file in files:
+        (line,) = [json.loads(line) for line in storage.read_bytes(stage.url(file)).decode().splitlines()]
+        assert line["key"] == "cifar10" and f"datacomp/{line['checkpoint']}.jsonl" == file

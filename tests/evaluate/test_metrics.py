@@ -28,6 +28,11 @@ def test_ranks_and_accuracy(levels: int) -> None:
     assert metrics.accuracy(ranks, 5) == np.mean([r < 5 for r in ranks])
 
 
+def test_what_cannot_be_compared_is_never_right() -> None:
+    scores = np.array([[math.nan, 1.0], [0.0, math.nan], [math.nan, math.nan], [2.0, 1.0]])
+    assert metrics.label_ranks(scores, np.array([0, 0, 0, 0])).tolist() == [1, 1, 1, 0]
+
+
 def test_against_scikit_learn() -> None:
     scores = RNG.normal(size=(500, 9))
     labels = RNG.choice([0, 1, 2, 4, 5, 7], size=500)  # classes 3, 6 and 8 are absent

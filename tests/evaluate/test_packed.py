@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +11,14 @@ import pytest
 from evaluate.data import EvalSet, FoundTask, TaskError, data_digest, find_tasks
 from evaluate.tasks import datacomp_tasks
 from tests.drawing import COLORS, picture
-from tests.evaluate.sets import wino_pictures, wino_rows, write_csv, write_packed_retrieval, write_packed_wino
+from tests.evaluate.sets import (
+    wino_pictures,
+    wino_rows,
+    write_csv,
+    write_packed_retrieval,
+    write_packed_wino,
+    write_zip,
+)
 
 FLICKR = datacomp_tasks()["retrieval/flickr_1k_test_image_text_retrieval"]
 WINO = datacomp_tasks()["misc/winogavil"]
@@ -46,6 +54,22 @@ def test_a_changed_table_is_unpacked_anew(tmp_path: Path) -> None:
     write_csv(root / "test_1k_flickr.csv", [{"raw": '["one"]', "split": "test", "filename": "1003.jpg"}])
     (sample,) = opened(tmp_path / "data").samples()
     assert sample.captions == ("one",) and data_digest(str(root)) != before
+
+
+def test_names_with_dots_are_different_pictures(tmp_path: Path) -> None:
+    """And an association that was not shown does not count, as in DataComp's evaluation."""
+    root = tmp_path / "data" / WINO.data_folder
+    root.mkdir(parents=True)
+    shown = ["dr. a", "dr. b", "c", "50% d", "e"]
+    row = {"cue": "x", "candidates": json.dumps(shown), "associations": json.dumps(["dr. b", "elsewhere"])}
+    write_csv(root / "winogavil_dataset.csv", [row])
+    files = {name: picture((40 * i, 9, 9), i) for i, name in enumerate(shown)}
+    write_zip(root / "winogavil_images.zip", {f"images/{name}.jpg": data for name, data in files.items()})
+    test_set = opened(tmp_path / "data")
+    pictures = {sample.key: sample.image for sample in test_set.samples()}
+    (one,) = test_set.associations()
+    assert [pictures[key] for key in one.candidates] == list(files.values())
+    assert [pictures[key] for key in one.chosen] == [files["dr. b"]]
 
 
 def test_winogavil(tmp_path: Path) -> None:

@@ -129,6 +129,17 @@ def test_probe_is_the_best_of_scikit_learns_on_validation() -> None:
     )
 
 
+def test_a_validation_split_of_one_class_chooses_nothing() -> None:
+    """Any strength is as good on it; the classes are told apart all the same."""
+    rng = np.random.default_rng(1)
+    labels = np.repeat(np.arange(4), 30)
+    images = np.float32(np.eye(4)[labels] + rng.normal(scale=0.3, size=(120, 4)))
+    train, val = (Split(images[some], labels[some], list) for some in (slice(0, None, 2), slice(1, 9, 2)))
+    assert len(np.unique(val.labels)) == 1
+    right = linear.probe(train, val, images, 4, "cpu").argmax(axis=1) == labels
+    assert right.mean() > 0.9
+
+
 def test_votes_by_brute_force() -> None:
     train, labels = clusters(60, 4, 5, seed=1)
     test, _ = clusters(20, 4, 5, seed=2)

@@ -7,6 +7,7 @@ import pytest
 
 from evaluate.aggregate import AGGREGATES, Score, SubsetScores, compare
 from evaluate.results import measured, result_line
+from evaluate.scoretable import scores_text
 from evaluate.tasks import datacomp_tasks
 
 TASKS = datacomp_tasks()
@@ -114,3 +115,31 @@ def test_aggregates_are_datacomps() -> None:
         group: pytest.approx(np.mean([values[name] for name in names])) for group, names in expected.items()
     }
     assert result["group_names"] == AGGREGATES and result["average"]["name"] == "38-task average"
+
+
+def table_of(keys: list[str]) -> str:
+    """The printed table of one checkpoint with 0.5 on DataComp's tasks and 1 on others."""
+    facts = {}
+    for key in keys:
+        task = TASKS.get(key)
+        group, metric, scored = (task.group, task.metric, task.scored) if task else ("extra", "acc1", True)
+        facts[key] = {"name": key, "group": group, "metric": metric, "scored": scored, "n": 9, "size": None}
+    scores = [
+        {"checkpoint": "one", "task": key, "protocol": "zeroshot", "metric": facts[key]["metric"]}
+        | {"value": 0.5 if key in TASKS else 1.0, "stderr": 0.0, "seed": 0}
+        for key in keys
+        if facts[key]["metric"]
+    ]
+    values = {"tasks": facts, "checkpoints": {"one": "d"}, "protocols": ["zeroshot"]}
+    return scores_text(scores, values | {"missing": [], "not_applicable": [], "left_out": {}})
+
+
+def test_an_average_says_what_it_is_over() -> None:
+    """DataComp's 38 are averaged alone, whatever else lies in the folder; fewer are named."""
+    official = [key for key, task in TASKS.items() if task.group != "extra"]
+    text = table_of([*official, "mine"])
+    (line,) = [line for line in text.splitlines() if "38-task average" in line]
+    assert line.rstrip(" |").endswith("0.500") and "average is over" not in text
+    text = table_of(["cifar10", "mnist", "mine"])
+    assert "average over 3 tasks" in text and "The average is over mnist, cifar10, mine." not in text
+    assert "The average is over cifar10, mnist, mine." in text and "0.667" in text

@@ -1,5 +1,6 @@
 """The index against what `tarfile`, webdataset and plain reading say, and against every kind of broken input."""
 
+import gzip
 import io
 import tarfile
 
@@ -13,7 +14,7 @@ from PIL import Image
 from infra.errors import UsageError, WinnowError
 from infra.execute import Budget, execute
 from infra.executors import SerialExecutor
-from infra.index import IndexStage
+from infra.index import IndexStage, tar_samples
 from infra.pool import Pool, read_members
 from tests.drawing import picture, sample, uid_of, write_parquet, write_pool, write_tar
 
@@ -152,7 +153,7 @@ def test_truncated_tar_keeps_its_whole_samples(tmp_path, cut):
     end = {"in a picture": third.offset_data + 40, "in a header": third.offset_data - 300, "to nothing": 0}[cut]
     path.write_bytes(whole[:end])
     manifest = index(tmp_path / "shards", tmp_path / "pool")
-    assert list(reasons(manifest)) == ["truncated tar"]
+    assert list(reasons(manifest)) == ["empty file" if cut == "to nothing" else "truncated tar"]
     pool = Pool.open(str(tmp_path / "pool"))
     # The last whole sample before the cut can only be told from a cut one by what follows it, so it may be lost.
     kept = pool.shards[0].table()["uid"].to_pylist()
@@ -168,6 +169,38 @@ def test_an_empty_shard_is_no_fault(tmp_path):
     manifest = index(tmp_path / "shards", tmp_path / "pool")
     assert [shard.rows for shard in Pool.open(str(tmp_path / "pool")).shards] == [2, 0]
     assert manifest.set_aside["count"] == 0
+
+
+def test_members_that_webdataset_passes_over(tmp_path):
+    """Names without a key or without an extension, wherever they stand."""
+    path = tmp_path / "shards" / "0.tar"
+    path.parent.mkdir()
+    data = sample(1)["members"]["jpg"]
+    names = ["README", "a.jpg", "sub/._a.jpg", "a.txt", ".hidden.jpg", "__meta__/x", "sub/b.txt", "sub/b.jpg"]
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            content = data if name.endswith("jpg") else b"words"
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    theirs = {item["__key__"] for item in wds.WebDataset(str(path), shardshuffle=False)}
+    manifest = index(tmp_path / "shards", tmp_path / "pool")
+    assert theirs - {"sub/"} == {"a", "sub/b"} and reasons(manifest) == {} and manifest.items == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (gzip.compress(bytes(5000)), "compressed; shards are plain tars"),
+        (b"<html>" * 200, "no tar"),
+        (b"", "empty file"),
+    ],
+)
+def test_what_is_no_tar_is_called_so(tmp_path, content, words):
+    (tmp_path / "0.tar").write_bytes(content)
+    with (tmp_path / "0.tar").open("rb") as file, pytest.raises(WinnowError) as caught:
+        list(tar_samples(file, ()))
+    assert caught.value.what == words
 
 
 def test_a_uid_met_in_an_earlier_shard_is_dropped(tmp_path):

@@ -137,6 +137,61 @@ def test_a_budget_in_samples(tmp_path):
     assert go(stage, budget=Budget(2)).set_aside["reasons"] == {"odd": 2}
 
 
+@dataclass
+class Sum(Square):
+    """Writes a file of its own when it finishes."""
+
+    def finish(self, records):
+        storage.write_bytes(
+            self.url("sum.txt"), str(sum(int(record.unit) ** self.power for record in records)).encode()
+        )
+        return Output(["sum.txt"])
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_what_the_last_step_wrote_is_written_again(tmp_path, damage):
+    before = go(Sum((1, 2), str(tmp_path)))
+    if damage == "gone":
+        (tmp_path / "sum.txt").unlink()
+    else:
+        (tmp_path / "sum.txt").write_text("")
+    again = Sum((1, 2), str(tmp_path))
+    assert go(again) == before
+    assert again.ran == [] and (tmp_path / "sum.txt").read_text() == "5"
+
+
+def test_a_run_beyond_its_budget_replaces_nothing_that_stands(tmp_path):
+    before = go(Sum((1, 2), str(tmp_path)))
+    with pytest.raises(WinnowError, match="set aside"):
+        go(Sum((1, 2, 3, 4), str(tmp_path), bad=(3, 4)))
+    assert (tmp_path / "sum.txt").read_text() == "5"
+    assert go(Sum((1, 2), str(tmp_path))) == before
+
+
+@dataclass
+class Hopeful(Square):
+    """Gives an output that the next run is to make anew."""
+
+    def run(self, unit):
+        return Output(**vars(super().run(unit)) | {"again": unit.name == "2" and len(self.ran) < 4})
+
+
+def test_an_output_that_is_to_be_made_again(tmp_path):
+    stage = Hopeful((1, 2), str(tmp_path))
+    assert go(stage).values == {"total": 2}
+    go(stage)
+    assert stage.ran == [1, 2, 2]
+    go(stage)
+    go(stage)
+    assert stage.ran == [1, 2, 2, 2]
+
+
+def test_a_budget_is_a_share_or_a_number():
+    for wrong in (-1, float("nan")):
+        with pytest.raises(UsageError, match="max_set_aside"):
+            Budget(wrong)
+
+
 def test_a_stage_that_tolerates_nothing_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(Square, "tolerates", False)
     with pytest.raises(WinnowError, match="1 of 3 units failed; the first, 1: OSError: the disk blinked"):

@@ -28,7 +28,8 @@ COMMANDS = {
         "--debug"
     ),
     "evaluate": (
-        "--data specs --out --tasks --protocols --features --check --executor --address --max-set-aside --debug"
+        "--data specs --out --tasks --protocols --features --precision --check --executor --address "
+        "--max-set-aside --debug"
     ),
     "compare": "runs --out --baseline --debug",
     "ls": "what --debug",

@@ -109,11 +109,48 @@ def test_digest_is_of_the_content(saved: tuple[Path, torch.nn.Module]) -> None:
         ("ViT-B-32:./w.pt", "no such file of weights"),
         ("runs/none", "no such checkpoint folder"),
         ("none.json:w.pt", "no such model config"),
+        ("", "named by nothing"),
+        ("pixels:0", "pixels:SIZE"),
+        ("/no/such/place:w.pt", "no such checkpoint"),
+        (__file__, "is a file, .*CONFIG.json:WEIGHTS"),
+        ("ViT-B-32:/", "is a folder"),
     ],
 )
 def test_a_wrong_spec_says_what_is_wrong(spec: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         encoder_digest(spec)
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "words"),
+    [({"mena": [0, 0, 0]}, 'Did you mean "mean"'), ({"mean": 0.5}, "three numbers"), ([], "should be an object")],
+)
+def test_what_open_clip_would_ignore_in_a_config_is_refused(saved: tuple, preprocess: object, words: str) -> None:
+    path = saved[0] / "typo.json"
+    path.write_text(json.dumps({"model_cfg": MODEL, "preprocess_cfg": preprocess}))
+    with pytest.raises(UsageError, match=words) as caught:
+        encoder_digest(f"{path}:random")
+    assert caught.value.where == str(path)
+
+
+def test_a_config_that_cannot_be_built_is_named(saved: tuple) -> None:
+    path = saved[0] / "wrong.json"
+    path.write_text(json.dumps(MODEL | {"text_cfg": {"wdith": 16}}))
+    with pytest.raises(UsageError, match=r"wrong\.json: open_clip cannot build the model"):
+        load_encoder(f"{path}:random")
+
+
+def test_texts_of_any_length_in_any_order(saved: tuple) -> None:
+    """Texts of like length are embedded together: each as it would be alone, in the order they were given."""
+    folder, model = saved
+    encoder = load_encoder(f"{folder}/tiny.json:{folder}/weights.pt", device="cpu")
+    rng = np.random.default_rng(0)
+    texts = [" ".join(["word", "dog", "a"][k] for k in rng.integers(3, size=rng.integers(0, 30))) for _ in range(50)]
+    tokens = build_tokenizer(MODEL)(texts)
+    with torch.no_grad():
+        expected = torch.cat([model.encode_text(row[None], normalize=True) for row in tokens]).numpy()
+    for batch in (1, 7, 256):
+        np.testing.assert_allclose(encoder.encode_texts(texts, batch=batch), expected, atol=1e-6)
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -170,6 +207,7 @@ def test_weights_are_never_executed(saved: tuple[Path, torch.nn.Module]) -> None
     torch.save({"state_dict": Evil()}, folder / "evil.pt")
     (folder / "garbage.safetensors").write_bytes(b"x" * 100)
     for name in ("evil.pt", "garbage.safetensors"):
-        with pytest.raises(WinnowError, match="cannot be loaded"):
+        with pytest.raises(WinnowError, match="cannot be loaded") as caught:
             load_encoder(f"{folder}/tiny.json:{folder}/{name}", device="cpu")
+        assert "weights_only" not in caught.value.what  # torch's advice is to execute it
     assert not (folder / "executed").exists()

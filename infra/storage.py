@@ -14,7 +14,7 @@ from typing import Any
 
 import fsspec
 
-from infra.errors import WinnowError
+from infra.errors import UsageError, WinnowError
 
 _LONGEST = 8 << 20  # bytes read at once for several ranges
 
@@ -163,8 +163,12 @@ def list_tokens(url: str) -> dict[str, str]:
 
 
 def make_dir(url: str) -> None:
+    """Make a directory and those above it. Raises UsageError where a file stands in the way or writing is forbidden."""
     if is_local(url):
-        local_path(url).mkdir(parents=True, exist_ok=True)
+        try:
+            local_path(url).mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise UsageError(f"cannot be made a directory ({error.strerror})", where=url) from error
     else:
         fs, path = _fs(url)
         fs.makedirs(path, exist_ok=True)

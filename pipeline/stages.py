@@ -286,7 +286,8 @@ def unscored(out: str) -> list[str]:
         scored = set(pq.read_table(file, columns=["checkpoint"])["checkpoint"].to_pylist())
     values = need_manifest(out, "scores").values
     reasons = {entry["checkpoint"]: entry["reason"] for entry in reversed(values["missing"])}
-    return [f"{name}: {reasons[name].rstrip('.')}" for name in values["checkpoints"] if name not in scored and name in reasons]
+    without = [name for name in values["checkpoints"] if name not in scored and name in reasons]
+    return [f"{name}: {reasons[name].rstrip('.')}" for name in without]
 
 
 def compare_stages(runs: list[str], baseline: str | None, out: str) -> list[Stage]:

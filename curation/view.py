@@ -13,7 +13,8 @@ from infra import storage
 from infra.ahead import ahead
 from infra.arrow import float_values, null_mask
 from infra.errors import WinnowError
-from infra.metadata import FEATURES, open_parquet, unreadable
+from infra.metadata import FEATURES
+from infra.parquet import open_parquet, unreadable
 from infra.pool import Pool, Shard
 from infra.stage import need_manifest
 from infra.storage import digest_json

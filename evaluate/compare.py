@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from evaluate.aggregate import Score, SubsetScores, compare, headline
 from evaluate.poolview import FUNNEL, REASONS, SUBSET, SubsetView, look, read_funnel
 from evaluate.report import render
@@ -17,6 +15,7 @@ from evaluate.stage import SCORES
 from evaluate.tables import comparison_csv, comparison_text
 from infra import storage
 from infra.errors import UsageError, WinnowError
+from infra.parquet import read_parquet
 from infra.pool import Pool
 from infra.registry import unknown
 from infra.stage import Output, Record, Stage, Unit, need_manifest, read_manifest
@@ -142,8 +141,7 @@ class CompareStage(Stage):
 def _main_scores(url: str, tasks: dict[str, Any], protocols: Sequence[str]) -> tuple[str, dict[str, dict[str, Score]]]:
     """The protocol compared by, which is the run's first that gave scores, and by it the main metric of each checkpoint
     on each task that has one; the mean over the protocol's own seeds."""
-    with storage.open_read(storage.join(url, SCORES)) as file:
-        rows = pq.read_table(file).to_pylist()
+    rows = read_parquet(storage.join(url, SCORES)).to_pylist()
     given = {row["protocol"] for row in rows}
     protocol = next((name for name in protocols if name in given), protocols[0])
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}

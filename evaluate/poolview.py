@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from infra import storage
 from infra.errors import WinnowError
+from infra.parquet import open_parquet
 from infra.pictures import PictureError, decode_picture
 from infra.pool import Pool
 from infra.uids import decode_uids, hash_unit, is_member
@@ -172,12 +172,15 @@ def _reasons(url: str, uids: list[str]) -> dict[str, str]:
     path = storage.join(url, REASONS)
     if not uids or not storage.exists(path):
         return {}
-    with storage.open_read(path) as file:
-        try:
-            table = pq.read_table(file, columns=["uid", "reason"], filters=[("uid", "in", uids)])
-        except (pa.ArrowInvalid, KeyError) as error:
-            raise WinnowError(f"is no table of reasons ({error})", where=path) from error
-    return {row["uid"]: row["reason"] or "" for row in table.to_pylist()}
+    wanted = pa.array(uids)
+    found: dict[str, str] = {}
+    with open_parquet(path) as parquet:
+        if missing := {"uid", "reason"} - set(parquet.schema_arrow.names):
+            raise WinnowError(f"is no table of reasons: {', '.join(sorted(missing))} missing", where=path)
+        for batch in parquet.iter_batches(columns=["uid", "reason"]):
+            some = batch.filter(pc.is_in(batch["uid"], wanted))
+            found |= {row["uid"]: row["reason"] or "" for row in some.to_pylist()}
+    return found
 
 
 def read_funnel(url: str) -> dict[str, Any]:

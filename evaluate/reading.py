@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from evaluate.data import EvalSet, FoundTask, Sample, TaskError
 from evaluate.features import EmbedStage, captions_in
 from evaluate.parts import Part, read_pictures
 from infra import storage
 from infra.errors import WinnowError
+from infra.parquet import read_parquet
 from infra.stage import Record, Unit, read_record
 
 
@@ -120,8 +120,7 @@ def _record(stage: EmbedStage, unit: Unit, tar: str | None = None) -> Record:
 
 def _table(stage: EmbedStage, unit: Unit, record: Record) -> list[dict]:
     (file,) = record.files
-    with storage.open_read(stage.url(file)) as handle:
-        rows: list[dict] = pq.read_table(handle).to_pylist()
+    rows: list[dict] = read_parquet(stage.url(file)).to_pylist()
     return rows
 
 

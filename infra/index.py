@@ -8,7 +8,6 @@ cannot be used is set aside with its reason.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import tarfile
@@ -18,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from infra import storage
 from infra.errors import UsageError, WinnowError
+from infra.parquet import read_parquet
 from infra.pictures import EXTENSIONS, PictureError, picture_size
 from infra.pool import IDENTITY, LOCATION, shard_entry, write_view
 from infra.stage import Output, Record, SetAside, Stage, Unit
@@ -411,8 +410,7 @@ class IndexStage(Stage):
         """Row numbers, by shard, of uids that an earlier shard has."""
         uids, owner, row = [], [], []
         for number, name in enumerate(names):
-            with storage.open_read(self.url(f"{name}.parquet")) as file:
-                part = decode_uids(pq.read_table(file, columns=["uid"])["uid"])
+            part = decode_uids(read_parquet(self.url(f"{name}.parquet"), ["uid"])["uid"])
             uids.append(part)
             owner.append(np.full(len(part), number))
             row.append(np.arange(len(part)))
@@ -431,9 +429,9 @@ class IndexStage(Stage):
 def _read_parquet(url: str, aside: list[SetAside], shard: str) -> pa.Table | None:
     """The parquet beside a tar without the rows whose download failed; None, and a note, when it cannot be read."""
     try:
-        table = pq.read_table(io.BytesIO(storage.read_bytes(url)))
-    except (pa.ArrowInvalid, OSError) as error:
-        aside.append(SetAside(shard, "unreadable parquet", str(error)))
+        table = read_parquet(url)
+    except WinnowError as error:
+        aside.append(SetAside(shard, "unreadable parquet", error.what))
         return None
     if "status" in table.column_names:
         table = table.filter(pa.compute.equal(table["status"], "success"))

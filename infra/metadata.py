@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from infra import storage
 from infra.errors import WinnowError
@@ -40,23 +39,6 @@ def metadata_files(url: str) -> list[tuple[str, str, str | None, str]]:
             token = tokens[name] + (f"+{tokens[features]}" if features else "")
             found.append((stem, storage.join(url, name), storage.join(url, features) if features else None, token))
     return found
-
-
-def open_parquet(url: str) -> pq.ParquetFile:
-    """Open a parquet file, a local one without the detour through Python. Raises WinnowError when it is none."""
-    try:
-        if storage.is_local(url):
-            return pq.ParquetFile(str(storage.local_path(url)), pre_buffer=False)
-        return pq.ParquetFile(storage.open_read(url))
-    except FileNotFoundError:
-        raise WinnowError("no such file", where=url) from None
-    except (pa.ArrowException, OSError) as error:
-        raise unreadable(url, error) from error
-
-
-def unreadable(url: str, error: Exception) -> WinnowError:
-    """The error for a parquet file that is cut or garbled."""
-    return WinnowError(f"is not a readable parquet file ({error})", where=url, do="Fetch or make it again.")
 
 
 def feature_dims(url: str) -> dict[str, int]:

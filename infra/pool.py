@@ -15,7 +15,8 @@ from infra import storage
 from infra.ahead import ahead
 from infra.arrow import mask_array
 from infra.errors import WinnowError
-from infra.metadata import FEATURES, feature_dims, is_metadata, metadata_files, open_parquet, read_feature, unreadable
+from infra.metadata import FEATURES, feature_dims, is_metadata, metadata_files, read_feature
+from infra.parquet import open_parquet, unreadable
 from infra.stage import PLACES, need_manifest
 from infra.storage import digest_json
 from infra.uids import decode_uids

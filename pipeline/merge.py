@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from evaluate.stage import SCORES
 from infra import storage
 from infra.errors import UsageError
+from infra.parquet import read_parquet
 from infra.stage import Output, Stage, Unit, need_manifest
 
 
@@ -45,8 +46,7 @@ class MergeScoresStage(Stage):
         protocols: dict[str, None] = {}
         for name, url in self.runs:
             values = need_manifest(url, "scores").values
-            with storage.open_read(storage.join(url, SCORES)) as file:
-                table = pq.read_table(file)
+            table = read_parquet(storage.join(url, SCORES))
             renamed = [f"{name}/{checkpoint}" for checkpoint in table["checkpoint"].to_pylist()]
             tables.append(table.set_column(0, "checkpoint", pa.array(renamed, pa.string())))
             for key, facts in values["tasks"].items():

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
 import yaml
 
 from infra import storage
 from infra.errors import UsageError
 from infra.execute import Budget
 from infra.metadata import is_metadata
+from infra.parquet import read_parquet
 from infra.pool import Pool
 from infra.registry import unknown
 from infra.stage import Stage, need_manifest
@@ -275,15 +275,13 @@ def score_table(out: str) -> str:
     """The main metrics of a finished evaluation as text."""
     from evaluate.scoretable import scores_text
 
-    with storage.open_read(join(out, "scores.parquet")) as file:
-        rows = pq.read_table(file).to_pylist()
+    rows = read_parquet(join(out, "scores.parquet")).to_pylist()
     return scores_text(rows, need_manifest(out, "scores").values)
 
 
 def unscored(out: str) -> list[str]:
     """Checkpoints of a finished evaluation without any figure, with the reason."""
-    with storage.open_read(join(out, "scores.parquet")) as file:
-        scored = set(pq.read_table(file, columns=["checkpoint"])["checkpoint"].to_pylist())
+    scored = set(read_parquet(join(out, "scores.parquet"), ["checkpoint"])["checkpoint"].to_pylist())
     values = need_manifest(out, "scores").values
     reasons = {entry["checkpoint"]: entry["reason"] for entry in reversed(values["missing"])}
     without = [name for name in values["checkpoints"] if name not in scored and name in reasons]

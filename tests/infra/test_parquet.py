@@ -1,0 +1,34 @@
+"""Reading parquet files: what is read, and what is said of what cannot be."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from infra.errors import WinnowError
+from infra.parquet import read_parquet
+from tests.test_imports import ROOT
+
+
+def test_the_whole_file_and_some_columns(tmp_path):
+    table = pa.table({"a": [1, 2, 3], "b": ["x", None, "z"]})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=2)
+    assert read_parquet(str(tmp_path / "t.parquet")) == table
+    assert read_parquet(str(tmp_path / "t.parquet"), ["b"]) == table.select(["b"])
+
+
+@pytest.mark.parametrize("cut", [3, 60, None])
+def test_what_is_none(tmp_path, cut):
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"a": list(range(1000))}), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut] if cut else b"")
+    with pytest.raises(WinnowError, match=r"t\.parquet: is not a readable parquet file"):
+        read_parquet(str(path))
+    with pytest.raises(WinnowError, match="no such file"):
+        read_parquet(str(tmp_path / "none.parquet"))
+
+
+def test_no_room_reads_by_pyarrows_scanner():
+    """Its threads outlive the call, and abort an interpreter that ends meanwhile."""
+    rooms = ("infra", "pretrain", "curation", "evaluate", "pipeline")
+    assert not [path for room in rooms for path in (ROOT / room).rglob("*.py") if "pq.read_table(" in path.read_text()]

@@ -58,12 +58,14 @@ def scores_text(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) ->
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Names without the folders that all of them share."""
+    """Names without the folders that all that lie in one share; distinct ones stay distinct."""
     parts = [name.rstrip("/").split("/") for name in names]
+    deep = [part for part in parts if len(part) > 1]
     shared = 0
-    while all(len(part) > shared + 1 for part in parts) and len({part[shared] for part in parts}) == 1:
+    while deep and all(len(part) > shared + 1 for part in deep) and len({part[shared] for part in deep}) == 1:
         shared += 1
-    return ["/".join(part[shared:]) for part in parts]
+    short = ["/".join(part[shared:] if len(part) > 1 else part) for part in parts]
+    return short if len(set(short)) == len(set(names)) else list(names)
 
 
 def _main_scores(

@@ -7,7 +7,7 @@ import pytest
 
 from evaluate.aggregate import AGGREGATES, Score, SubsetScores, compare
 from evaluate.results import measured, result_line
-from evaluate.scoretable import scores_text
+from evaluate.scoretable import scores_text, short_names
 from evaluate.tasks import datacomp_tasks
 
 TASKS = datacomp_tasks()
@@ -132,6 +132,13 @@ def table_of(keys: list[str]) -> str:
     ]
     values = {"tasks": facts, "checkpoints": {"one": "d"}, "protocols": ["zeroshot"]}
     return scores_text(scores, values | {"missing": [], "not_applicable": [], "left_out": {}})
+
+
+def test_names_of_columns() -> None:
+    assert short_names(["runs/a/m", "runs/b/m", "pixels:8"]) == ["a/m", "b/m", "pixels:8"]
+    assert short_names(["runs/a", "runs/a/b"]) == ["a", "a/b"]
+    assert short_names(["x/a", "a"]) == ["x/a", "a"]
+    assert short_names(["one"]) == ["one"] and short_names(["/deep/one"]) == ["one"]
 
 
 def test_an_average_says_what_it_is_over() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +17,7 @@ from infra import storage
 from infra.errors import UsageError
 from infra.pictures import PictureError, decode_picture
 from infra.pool import Pool, Shard
-from infra.stage import Output, Record, SetAside, Stage, Unit
+from infra.stage import Output, Record, SetAside, Stage, Unit, read_manifest
 from infra.storage import digest_json
 
 BATCH = 256
@@ -37,12 +37,14 @@ class MeasureStage(Stage):
         measures: which; with a measure of another's columns, that one too, in any order.
         out: directory of the columns.
         threads: decoding threads in each worker.
+        others: by name the id and digest of columns that were measured there before; see `beside_others`.
     """
 
     pool: str
     measures: tuple[Measure, ...]
     out: str
     threads: int = 1
+    others: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     name = "measure"
     version = 1
@@ -60,10 +62,21 @@ class MeasureStage(Stage):
         return {}
 
     def parents(self) -> dict[str, str]:
-        return {"pool": Pool.open(self.pool).digest}
+        others = {f"columns/{name}": digest for name, (_, digest) in self.others.items()}
+        return {"pool": Pool.open(self.pool).digest} | others
 
     def places(self) -> dict[str, str]:
         return {"pool": storage.absolute(self.pool)}
+
+    def beside_others(self) -> MeasureStage:
+        """The same, keeping in its manifest the columns that were measured there on this pool before."""
+        before = read_manifest(self.out)
+        if before is None or before.stage != self.name or before.parents.get("pool") != Pool.open(self.pool).digest:
+            return self
+        ids, digests = before.values["columns"], before.values["digests"]
+        names = {measure.name for measure in self.measures}
+        others = {name: (ids[name], digests[ids[name]]) for name in ids if name not in names}
+        return replace(self, others=others)
 
     def ordered(self) -> list[Measure]:
         """The measures, each after those it reads. Raises UsageError when one of those is not among them."""
@@ -153,7 +166,9 @@ class MeasureStage(Stage):
             measure_id, _, shard = record.unit.partition("/")
             digests.setdefault(measure_id, {})[shard] = record.files[f"{record.unit}.parquet"]["sha256"]
         by_id = {name: digest_json(shards) for name, shards in sorted(digests.items())}
-        return Output(values={"columns": self.ids(), "digests": by_id})
+        columns = self.ids() | {name: measured for name, (measured, _) in self.others.items()}
+        by_id |= dict(self.others.values())
+        return Output(values={"columns": columns, "digests": dict(sorted(by_id.items()))})
 
 
 def read_samples(shard: Shard, measures: list[Measure], threads: int, aside: list[SetAside]) -> Iterator[Samples]:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from infra import storage
-from infra.errors import WinnowError
+from infra.errors import UsageError, WinnowError
 from infra.pool import HERE, LOCATION, Pool, Shard, read_members, shard_entry, write_view
 from infra.stage import Output, Record, Stage, Unit
 from infra.storage import digest_bytes
@@ -60,7 +60,9 @@ class ReshardStage(Stage):
 
     def plan(self) -> list[Unit]:
         pool = Pool.open(self.pool)
-        subset = None if self.subset is None else load_subset(self.subset)
+        if not pool.pictures:
+            raise UsageError("is a pool of metadata, without pictures to copy", where=self.pool)
+        subset = None if self.subset is None else np.unique(load_subset(self.subset))
         counts = [len(self._kept(shard, subset)) for shard in pool.shards]
         total = sum(counts)
         if subset is not None and total < len(subset):

@@ -12,7 +12,7 @@ from curation.measures import MEASURES
 from infra import storage
 from infra.ahead import ahead
 from infra.arrow import float_values, null_mask
-from infra.errors import WinnowError
+from infra.errors import UsageError, WinnowError
 from infra.metadata import FEATURES
 from infra.parquet import open_parquet, unreadable
 from infra.pool import Pool, Shard
@@ -56,7 +56,16 @@ class View:
     def _ids(self) -> dict[str, str]:
         if self.columns_url is None:
             return {}
-        return dict(need_manifest(self.columns_url, "columns").values["columns"])
+        manifest = need_manifest(self.columns_url, "columns")
+        if "columns" not in manifest.values:
+            raise UsageError("holds no columns", where=self.columns_url)
+        if manifest.parents["pool"] != self.pool.digest:
+            raise UsageError(
+                f"the columns were measured on another pool than {self.pool.url}, or on what it was then",
+                where=self.columns_url,
+                do="Measure this one.",
+            )
+        return dict(manifest.values["columns"])
 
     def check(self, columns: Sequence[str]) -> None:
         """Raises WinnowError when a column is not there, naming the measure that would provide it."""

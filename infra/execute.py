@@ -90,6 +90,7 @@ def execute(
     key = stage.manifest_key(units)
     todo = [unit for unit in units if unit.name not in done]
     previous = read_manifest(stage.out)
+    _refuse_inputs(stage, previous)
     places_url = stage.url(PLACES)
     if not storage.exists(places_url) or storage.read_json(places_url) != stage.places():
         storage.write_json(places_url, stage.places())
@@ -103,6 +104,8 @@ def execute(
     progress = StageProgress(log, label, len(todo), sum(unit.items for unit in todo))
     failures: dict[str, Exception] = {}
     if todo:
+        # What is made anew takes the place of what the manifest speaks of.
+        storage.remove(stage.url(MANIFEST))
         _run_groups(stage, executor, _groups(todo), retries, progress, done, failures)
     storage.remove(stage.url(NOTES))
     lost = _failed_units(stage, units, failures, log)
@@ -114,7 +117,6 @@ def execute(
     for unit in lost:
         reasons[_reason(failures[unit.name])] += max(unit.items, 1)
     budget.check(reasons, items, label)
-    # What `finish` writes takes the place of what an earlier manifest speaks of.
     storage.remove(stage.url(MANIFEST))
     finished = stage.finish(records)
     files = {path: facts for record in records for path, facts in record.files.items()}
@@ -152,6 +154,22 @@ def execute(
     log.say(progress.line() if not n_left else f"{progress.line()}  {manifest.state}")
     log.event(event="done", stage=label, state=manifest.state, **progress.facts() | {"seconds": round(seconds, 3)})
     return manifest
+
+
+def _refuse_inputs(stage: Stage, previous: Manifest | None) -> None:
+    """Raises UsageError where a stage would write over what it reads, or over what another kind of stage made."""
+    if previous is not None and previous.stage != stage.name:
+        raise UsageError(
+            f"holds what {previous.stage} made, and {stage.name} would write over it",
+            where=stage.out,
+            do="Give another directory.",
+        )
+    read = list(stage.places().values())
+    for url in stage.places().values():
+        if storage.exists(storage.join(url, PLACES)):
+            read += storage.read_json(storage.join(url, PLACES)).values()
+    if storage.absolute(stage.out).rstrip("/") in (storage.absolute(url).rstrip("/") for url in read):
+        raise UsageError(f"{stage.name} would write over what it reads", where=stage.out, do="Give another directory.")
 
 
 def _whole(stage: Stage, manifest: Manifest, done: dict[str, Record]) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from infra import storage
 from infra.errors import UsageError, WinnowError
@@ -221,7 +222,10 @@ class IndexStage(Stage):
         for name, i, stem in self.shards():
             tar = storage.join(self.sources[i], f"{stem}.tar")
             parquet = storage.join(self.sources[i], f"{stem}.parquet")
-            inputs = {"tar": storage.version_token(tar)}
+            try:
+                inputs = {"tar": storage.version_token(tar)}
+            except OSError:
+                inputs = {"tar": "unreadable"}  # as running the unit will say
             args: dict[str, Any] = {"tar": tar, "place": f"pool{i}/{stem}.tar"}
             if storage.exists(parquet):
                 inputs["parquet"] = storage.version_token(parquet)
@@ -254,7 +258,7 @@ class IndexStage(Stage):
         seen: set[str] = set()
         try:
             for key, members in tar_samples(file, (*EXTENSIONS, "txt", "json", "cls")):
-                place = f"{shard}/{key}"
+                place = f"{shard}/{key.encode('utf-8', 'backslashreplace').decode()}"
                 if key in seen:
                     aside.append(SetAside(place, "key met twice in the tar"))
                     continue
@@ -281,7 +285,7 @@ class IndexStage(Stage):
             try:
                 facts = json.loads(members["json"].data)
                 assert isinstance(facts, dict)
-            except (ValueError, AssertionError):
+            except (ValueError, AssertionError, RecursionError):
                 raise WinnowError("json is not valid") from None
         text = None
         if "txt" in members:
@@ -311,8 +315,9 @@ class IndexStage(Stage):
             row[f"{name}_offset"] = member.offset if member else None
             row[f"{name}_size"] = member.size if member else None
         for name, kind in _JSON_FIELDS.items():
-            if isinstance(facts.get(name), kind):
-                row[name] = facts[name]
+            value = facts.get(name)
+            if type(value) is kind and (not isinstance(value, int) or 0 <= value < 1 << 31):
+                row[name] = value
         label = facts.get("label")
         if "cls" in members and re.fullmatch(rb"\s*\d{1,18}\s*", members["cls"].data):
             label = int(members["cls"].data)
@@ -320,6 +325,9 @@ class IndexStage(Stage):
             row["label"] = label
         if text is None and isinstance(facts.get("text"), str):
             row["text"] = facts["text"]
+        # A lone surrogate, which JSON can say, or a name that is not UTF-8.
+        if any(isinstance(value, str) and not _is_utf8(value) for value in row.values()):
+            raise WinnowError("a name or text is not UTF-8")
         row["from_json"] = frozenset(facts)
         if self.captions and row["text"] is None:
             raise WinnowError("missing caption")
@@ -373,9 +381,11 @@ class IndexStage(Stage):
         table = _view(kept)
         chosen = parquet.take(pa.array(take, pa.int64()))
         for name in ("original_width", "original_height"):
-            if name in names and chosen[name].null_count == 0:
+            if name in names:
                 index = table.column_names.index(name)
-                table = table.set_column(index, name, chosen[name].cast(pa.int32()))
+                # Where the parquet says nothing, the picture's own.
+                sizes = pc.coalesce(chosen[name].cast(pa.int32()), table[name].cast(pa.int32()))
+                table = table.set_column(index, name, sizes)
         for name in names:
             dull = name in _DOWNLOAD or name in IDENTITY.names or name in LOCATION.names
             if dull or pa.types.is_null(chosen[name].type):
@@ -424,6 +434,14 @@ class IndexStage(Stage):
         for at in sorted(again):
             result.setdefault(names[all_owner[at]], []).append(int(all_row[at]))
         return result
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_parquet(url: str, aside: list[SetAside], shard: str) -> pa.Table | None:

@@ -155,6 +155,8 @@ def read_members(tars: Sequence[str], table: pa.Table, member: str) -> list[byte
         rows = np.nonzero(tar == index)[0]
         rows = rows[np.argsort(offset[rows], kind="stable")]
         for row, data in zip(rows, storage.read_ranges(tars[index], offset[rows], size[rows]), strict=True):
+            if len(data) != size[row]:
+                raise WinnowError("is shorter than when it was indexed", where=tars[index], do="Index the pool again.")
             out[row] = data
     return out
 

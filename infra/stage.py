@@ -243,7 +243,11 @@ def read_manifest(url: str) -> Manifest | None:
     try:
         return Manifest(**storage.read_json(path), url=url)
     except TypeError:
-        raise WinnowError("is not a winnow manifest", where=path, do="Remove the directory and run again.") from None
+        raise WinnowError(
+            "is not a winnow manifest",
+            where=path,
+            do="Give another directory; or, if it is winnow's and damaged, remove that file and run again.",
+        ) from None
 
 
 def need_manifest(url: str, what: str) -> Manifest:

@@ -140,8 +140,10 @@ def load_subset(url: str) -> np.ndarray:
     """Read a subset file. Raises WinnowError when it is not one."""
     try:
         uids = np.load(io.BytesIO(read_bytes(url)), allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise WinnowError(f"is not a NumPy file ({error})", where=url) from error
+    if not isinstance(uids, np.ndarray):
+        raise WinnowError("is not a NumPy array", where=url)
     if uids.dtype != UID_DTYPE or uids.ndim != 1:
         raise WinnowError(f"holds {uids.dtype} of shape {uids.shape}, a subset is a one-dimensional u8,u8", where=url)
     return sort_uids(uids)

@@ -17,7 +17,7 @@ from infra.execute import Budget, execute
 from infra.executors import Executor, make_executor
 from infra.metadata import is_metadata
 from infra.progress import RunLog
-from infra.stage import Manifest, Stage, read_manifest
+from infra.stage import PLACES, Manifest, Stage, read_manifest
 
 app = typer.Typer(
     name="winnow",
@@ -61,15 +61,22 @@ def _run(
         runner.close()
 
 
-def _pool(url: str, work: str, executor: str, address: str | None, captions: bool = True) -> str:
+def _pool(
+    url: str, work: str, executor: str, address: str | None, captions: bool = True, max_set_aside: float = 0.05
+) -> str:
     """The pool directory of a URL: itself if it is indexed or a folder of metadata, else an index made below `work`."""
-    manifest = read_manifest(url)
+    try:
+        manifest = read_manifest(url)
+    except WinnowError:  # a file of that name that is not ours
+        manifest = None
     if (manifest is not None and "shards" in manifest.values) or is_metadata(url):
         return storage.absolute(url)
+    if manifest is None and storage.exists(storage.join(url, PLACES)):
+        raise WinnowError("is not finished", where=url, do="Run again what makes it.")
     from infra.index import IndexStage
 
     out = storage.join(storage.absolute(work), "pool")
-    _run(IndexStage((url,), out, captions=captions), executor, address)
+    _run(IndexStage((url,), out, captions=captions), executor, address, max_set_aside)
     return out
 
 
@@ -163,8 +170,9 @@ def measure(
     names = [name.strip() for name in measures.split(",")]
     need_pictures(pool, names)
     made = make_measures(names, scorer)
-    url = _pool(pool, out, executor, address, captions)
-    manifest = _run(MeasureStage(url, made, storage.join(out, "columns")), executor, address, max_set_aside)
+    url = _pool(pool, out, executor, address, captions, max_set_aside)
+    stage = MeasureStage(url, made, storage.join(out, "columns"))
+    manifest = _run(stage.beside_others(), executor, address, max_set_aside)
     typer.echo(f"{', '.join(manifest.values['columns'])}: {storage.join(out, 'columns')}")
 
 
@@ -201,7 +209,7 @@ def curate(
         check_uid(why)
     runner = _executor(executor, address, filters)
     try:
-        url = _pool(pool, storage.join(out, "work"), executor, address)
+        url = _pool(pool, storage.join(out, "work"), executor, address, max_set_aside=max_set_aside)
         for stage in curate_stages(tree, url, out, scorer, columns, reasons):
             manifest = execute(stage, runner, budget=Budget(max_set_aside), log=RunLog(out))
     finally:

@@ -254,7 +254,7 @@ def read_model(model: type[Model], text: str, name: str, overrides: list[str]) -
     if not isinstance(raw, dict) or root is None:
         raise UsageError("is no mapping of keys to values", where=name)
     lines: dict[tuple[str | int, ...], int] = {}
-    _find_lines(root, (), lines, name)
+    find_lines(root, (), lines, name)
     keys = [_override(raw, item) for item in overrides]
     source = Source(name, lines, frozenset(keys))
     raw = _interpolate(raw, raw, source)
@@ -264,7 +264,8 @@ def read_model(model: type[Model], text: str, name: str, overrides: list[str]) -
         raise _explain(error, source, model) from None
 
 
-def _find_lines(node: yaml.Node, path: tuple, lines: dict, name: str) -> None:
+def find_lines(node: yaml.Node, path: tuple, lines: dict, name: str) -> None:
+    """Note the line of each key. Raises UsageError for one that is given twice, of which YAML takes the last."""
     lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         seen: dict[Any, int] = {}
@@ -276,10 +277,10 @@ def _find_lines(node: yaml.Node, path: tuple, lines: dict, name: str) -> None:
                 )
             seen[key.value] = line
             lines[(*path, key.value)] = line
-            _find_lines(value, (*path, key.value), lines, name)
+            find_lines(value, (*path, key.value), lines, name)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
-            _find_lines(value, (*path, i), lines, name)
+            find_lines(value, (*path, i), lines, name)
 
 
 def _override(raw: dict[str, Any], item: str) -> str:
@@ -357,7 +358,7 @@ def _explain(error: ValidationError, source: Source, model: type[BaseModel]) -> 
 def _check(recipe: Recipe, source: Source) -> None:
     """What pydantic cannot know: filters, folders, names that refer to each other."""
     for name, tree in recipe.subsets.items():
-        if not re.fullmatch(r"[\w.+-]+", name):
+        if not re.fullmatch(r"[\w.+-]+", name) or not name.strip("."):
             raise UsageError(
                 f'subset "{name}": a name has letters, digits and . _ + - alone', where=source.where(("subsets", name))
             )

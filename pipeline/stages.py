@@ -54,9 +54,15 @@ def make_measures(names: list[str], scorer: str | None) -> tuple[Any, ...]:
 def load_filters(path: str) -> dict[str, Any]:
     """The tree in a YAML file, checked. Raises UsageError."""
     from curation.tree import parse
+    from pipeline.recipe import find_lines
 
+    if not storage.exists(path):
+        raise UsageError("no such file", where=path)
     try:
-        tree = yaml.safe_load(storage.read_bytes(path))
+        text = storage.read_bytes(path)
+        tree = yaml.safe_load(text)
+        if (root := yaml.compose(text, yaml.SafeLoader)) is not None:
+            find_lines(root, (), {}, path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"is not valid YAML ({' '.join(str(error).split())})", where=path) from None
     try:

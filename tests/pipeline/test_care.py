@@ -1,0 +1,182 @@
+"""The single-stage commands take care of what is there: nothing is written over, and what is stale is not used."""
+
+import io
+import json
+import sys
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from infra.pool import Pool
+from pipeline.cli import main
+from tests.benchmarks.metadata import write_metadata
+from tests.drawing import write_pool
+
+
+@pytest.fixture
+def winnow(monkeypatch, capsys, tmp_path):
+    """Run a command in `tmp_path`; (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["winnow", *map(str, words), "--executor", "serial"])
+        with pytest.raises(SystemExit) as status:
+            main()
+        captured = capsys.readouterr()
+        return status.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def shards(tmp_path):
+    return write_pool(tmp_path / "S", shards=2, per_shard=6)
+
+
+def bytes_of(folder):
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "log.jsonl")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_no_command_writes_over_what_it_reads(winnow, shards, tmp_path):
+    (tmp_path / "f.yaml").write_text("basic: {language: null, min_side: 8}\n")
+    assert winnow("index", "S", "--out", "P")[0] == 0
+    assert winnow("measure", "P", "--out", "W", "--measures", "caption")[0] == 0
+    assert winnow("reshard", "P", "--out", "R")[0] == 0
+    write_metadata(tmp_path / "M", 20, per_file=10)
+    before = {name: bytes_of(tmp_path / name) for name in ("S", "P", "W", "R", "M")}
+    for words in (
+        ("index", "S", "--out", "S"),
+        ("reshard", "P", "--out", "S"),
+        ("reshard", "R", "--out", "R"),
+        ("reshard", "P", "--out", "P"),
+        ("curate", "P", "--filters", "f.yaml", "--out", "P"),
+        ("curate", "P", "--columns", "W/columns", "--filters", "f.yaml", "--out", "W/columns"),
+        ("curate", "M", "--filters", "f.yaml", "--out", "M"),
+    ):
+        status, _, error = winnow(*words)
+        assert status == 2 and "would write over" in error, words
+    for name, files in before.items():
+        assert bytes_of(tmp_path / name) | files == bytes_of(tmp_path / name), name
+
+
+def test_columns_of_another_pool_are_refused(winnow, shards, tmp_path):
+    (tmp_path / "f.yaml").write_text("basic: {language: null, min_side: 8}\n")
+    assert winnow("index", "S", "--out", "P")[0] == 0
+    assert winnow("measure", "P", "--out", "W", "--measures", "caption")[0] == 0
+    assert winnow("curate", "P", "--columns", "W/columns", "--filters", "f.yaml", "--out", "A")[0] == 0
+    write_pool(shards, shards=1, per_shard=6, first=100)  # as many samples, others
+    assert winnow("index", "S", "--out", "P")[0] == 0
+    status, _, error = winnow("curate", "P", "--columns", "W/columns", "--filters", "f.yaml", "--out", "A")
+    assert status == 2 and "were measured on another pool" in error
+
+
+def test_measured_one_after_the_other(winnow, shards, tmp_path):
+    """And both are there for a filter that reads them."""
+    assert winnow("index", "S", "--out", "P")[0] == 0
+    for name in ("caption", "language", "caption"):
+        assert winnow("measure", "P", "--out", "W", "--measures", name)[0] == 0
+    (tmp_path / "f.yaml").write_text("basic: {language: en, min_words: 1, min_side: 8}\n")
+    status, out, _ = winnow("curate", "P", "--columns", "W/columns", "--filters", "f.yaml", "--out", "A")
+    assert status == 0 and " of 12 samples" in out
+    assert winnow("measure", "P", "--out", "V", "--measures", "caption,language")[0] == 0
+    one, both = (json.loads((tmp_path / name / "columns" / "manifest.json").read_text()) for name in ("W", "V"))
+    assert one["values"] == both["values"]
+
+
+def test_a_tar_that_became_shorter(winnow, shards, tmp_path):
+    assert winnow("index", "S", "--out", "P")[0] == 0
+    tar = sorted(shards.glob("*.tar"))[0]
+    tar.write_bytes(tar.read_bytes()[:3000])
+    for words in (("reshard", "P", "--out", "R"), ("measure", "P", "--out", "W", "--measures", "content")):
+        status, _, error = winnow(*words)
+        assert status == 1 and "is shorter than when it was indexed" in error and tar.name in error
+
+
+def test_equal_keys_in_a_tree_are_refused(winnow, shards, tmp_path):
+    (tmp_path / "f.yaml").write_text("all:\n  - random: {fraction: 0.3, fraction: 0.9}\n")
+    status, _, error = winnow("curate", "S", "--filters", "f.yaml", "--out", "A")
+    assert status == 2 and "f.yaml, line 2" in error and '"fraction" is given twice' in error
+    status, _, error = winnow("curate", "S", "--filters", "none.yaml", "--out", "A")
+    assert status == 2 and "none.yaml: no such file" in error
+
+
+def test_a_foreign_manifest_beside_the_shards(winnow, shards, tmp_path):
+    (shards / "manifest.json").write_text('{"by": "another program"}')
+    assert winnow("measure", "S", "--out", "W", "--measures", "caption")[0] == 0
+    assert (shards / "manifest.json").read_text() == '{"by": "another program"}'
+
+
+def test_what_cannot_be_resharded(winnow, shards, tmp_path):
+    write_metadata(tmp_path / "M", 20, per_file=10)
+    status, _, error = winnow("reshard", "M", "--out", "R")
+    assert status == 2 and "without pictures" in error
+    (tmp_path / "empty.npy").write_bytes(b"")
+    np.savez(tmp_path / "some.npz", a=np.zeros(3))
+    for name in ("empty.npy", "some.npz"):
+        status, _, error = winnow("reshard", "S", "--subset", name, "--out", "R")
+        assert status == 1 and name in error and "NumPy" in error
+
+
+def test_a_uid_twice_in_a_subset_is_there(winnow, shards, tmp_path):
+    assert winnow("index", "S", "--out", "P")[0] == 0
+    uids = Pool.open(str(tmp_path / "P")).shards[0].uids()
+    np.save(tmp_path / "twice.npy", np.sort(np.concatenate([uids[:3], uids[:1]]), order=("f0", "f1")))
+    assert winnow("reshard", "P", "--subset", "twice.npy", "--out", "R")[0] == 0
+    made = np.concatenate([shard.uids() for shard in Pool.open(str(tmp_path / "R")).shards])
+    assert sorted(made.tolist()) == sorted(uids[:3].tolist())
+
+
+def test_a_dangling_link_leaves_the_other_shards(winnow, shards, tmp_path):
+    (shards / "00009.tar").symlink_to("nowhere.tar")
+    status, out, _ = winnow("index", "S", "--out", "P", "--max-set-aside", "0.2")
+    assert status == 0 and out.startswith("12 samples in 2 shards, complete with 1 set aside")
+
+
+def test_a_width_that_the_parquet_lacks_is_the_pictures(winnow, shards, tmp_path):
+    path = sorted(shards.glob("*.parquet"))[0]
+    table = pq.read_table(path)
+    widths = [240 + i for i in range(table.num_rows)]
+    widths[2] = None
+    index = table.column_names.index("original_width")
+    pq.write_table(table.set_column(index, "original_width", pa.array(widths, pa.int64())), path)
+    assert winnow("index", "S", "--out", "P")[0] == 0
+    widths[2] = 24  # of the drawn picture
+    assert Pool.open(str(tmp_path / "P")).shards[0].table()["original_width"].to_pylist() == widths
+
+
+def test_odd_facts_cost_a_sample_not_its_shard(winnow, tmp_path):
+    shards = write_pool(tmp_path / "S", shards=1, per_shard=8, parquet=False)
+    (tar,) = shards.glob("*.tar")
+    with tarfile.open(tar) as archive:
+        members = [(info, archive.extractfile(info).read()) for info in archive]
+    odd = iter(['{"url": "\\ud83d"}', '{"original_width": 99999999999}', '{"original_width": true}', "[" * 100_000])
+    with tarfile.open(tar, "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as archive:
+        for info, data in members:
+            if info.name.endswith(".json") and (text := next(odd, None)):
+                data = text.encode()
+            if info.name.startswith("000000007"):
+                info.name = f"caf\xe9.{info.name.partition('.')[2]}"
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    status, _, error = winnow("index", "S", "--out", "P", "--max-set-aside", "3")
+    manifest = json.loads((tmp_path / "P" / "manifest.json").read_text())
+    assert status == 0, error
+    assert manifest["set_aside"]["reasons"] == {"a name or text is not UTF-8": 2, "json is not valid": 1}
+    assert manifest["items"] == 5
+    table = Pool.open(str(tmp_path / "P")).shards[0].table()
+    assert set(table["original_width"].to_pylist()) == {24}
+
+
+def test_a_run_that_fails_half_way_is_not_taken_for_finished(winnow, shards, tmp_path):
+    assert winnow("index", "S", "--out", "P")[0] == 0
+    assert winnow("reshard", "P", "--out", "R", "--samples-per-shard", "6")[0] == 0
+    sorted(shards.glob("*.tar"))[1].unlink()
+    assert winnow("reshard", "P", "--out", "R", "--samples-per-shard", "4")[0] == 1
+    (tmp_path / "f.yaml").write_text(yaml.safe_dump({"random": {"fraction": 0.5}}))
+    status, _, error = winnow("curate", "R", "--filters", "f.yaml", "--out", "A")
+    assert status == 1 and "R: is not finished" in error

@@ -396,6 +396,10 @@ def doctor(debug: Debug = False) -> None:
         raise typer.Exit(1)
 
 
+STOPPED = "winnow: stopped; what is finished is kept."
+INTERRUPTED = 130  # exit status, as shells have it
+
+
 def main() -> None:
     """Entry point: errors become one paragraph on stderr."""
     debug = "--debug" in sys.argv or os.environ.get("WINNOW_DEBUG") == "1"
@@ -408,8 +412,12 @@ def main() -> None:
             print(f"winnow: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
-        print("winnow: stopped; what is finished is kept.", file=sys.stderr)
-        raise SystemExit(1) from None
+        print(STOPPED, file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # typer's answer to an interrupt
+            print(STOPPED, file=sys.stderr)
+        raise
     except Exception as error:
         if debug:
             raise

@@ -21,6 +21,8 @@ OPEN_CLIP = "open_clip_config.json"
 def export(engine: Engine, config: PretrainConfig, out: str, training: dict[str, Any]) -> None:
     """Write the encoder to the directory `out`; all processes call it, the first writes, `config.json` last.
 
+    What an earlier training left there goes first, so that no file of one stands beside files of the other.
+
     The weights of an encoder that reads text too have open_clip's own names, so its directory is also an open_clip
     "local-dir:". The objective's pictures lie beside them.
 
@@ -33,6 +35,9 @@ def export(engine: Engine, config: PretrainConfig, out: str, training: dict[str,
     encoder = engine.objective.encoder()
     with engine.whole(list(encoder.parameters())):
         if dist.get_rank() == 0:
+            for name in storage.list_names(out):
+                if name in (CONFIG, OPEN_CLIP, WEIGHTS) or name.endswith(".png"):
+                    storage.remove(storage.join(out, name))
             weights = {name: value.detach().cpu().contiguous() for name, value in engine.objective.weights().items()}
             with storage.writing(storage.join(out, WEIGHTS)) as path:
                 save_file(weights, path, metadata={"format": "pt"})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -117,7 +119,7 @@ def _by_spawn(jobs: list[Job], config: PretrainConfig) -> None:
         context.set_forkserver_preload([*PRELOADED, module])
     with _folder() as folder:
         errors = context.SimpleQueue()
-        args = (dict(os.environ), jobs, config, str(Path(folder) / "rendezvous"), errors)
+        args = (dict(os.environ), os.getpid(), jobs, config, str(Path(folder) / "rendezvous"), errors)
         try:
             mp.start_processes(_spawned, args, nprocs=config.workers, start_method=method)
         except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
@@ -126,10 +128,22 @@ def _by_spawn(jobs: list[Job], config: PretrainConfig) -> None:
             raise WinnowError(f"a training process died: {str(error).strip().splitlines()[-1]}") from error
 
 
-def _spawned(rank: int, environment: dict[str, str], *args: Any) -> None:
+def _spawned(rank: int, environment: dict[str, str], launcher: int, *args: Any) -> None:
     os.environ.clear()  # the server's is that of the first training
     os.environ.update(environment)
+    threading.Thread(target=_end_with, args=(launcher,), daemon=True).start()
     _local_process(rank, *args)
+
+
+def _end_with(launcher: int) -> None:
+    """End this process when the one that launched it is gone: killed, it cannot say so, and what goes on without it
+    would write over what is started in its place."""
+    while True:
+        try:
+            os.kill(launcher, 0)
+        except ProcessLookupError:
+            os._exit(1)
+        time.sleep(0.5)
 
 
 def _by_ray(jobs: list[Job], config: PretrainConfig) -> None:

@@ -122,7 +122,7 @@ def _train(job: Job, config: PretrainConfig, device: torch.device, via: str) -> 
                 if step == first and peak is not None:
                     report.flops = _flops(config, job.seed, parts[0], device)
                 # Dropout and the like draw from (seed, step, process), so there is no generator state to save.
-                torch.manual_seed((job.seed * 1_000_003 + step) * 65_537 + rank)
+                torch.manual_seed(((job.seed * 1_000_003 + step) * 65_537 + rank) % (1 << 63))
                 lr = learning_rate(
                     step, steps=config.steps, lr=config.lr, warmup=config.warmup, schedule=config.schedule
                 )

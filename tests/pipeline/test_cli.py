@@ -103,6 +103,15 @@ def test_a_failure_is_status_1(monkeypatch, capsys, tmp_path):
     assert "truncated tar: 1" in capsys.readouterr().err
 
 
+def test_an_interrupt_says_that_what_is_finished_is_kept(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.listing.listing", interrupted)
+    assert winnow("ls", "filters", monkeypatch=monkeypatch) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "winnow: stopped; what is finished is kept."
+
+
 def test_an_unexpected_error_is_one_line_and_a_traceback_only_when_asked(monkeypatch, capsys):
     def broken(*_):
         raise ZeroDivisionError("one over nothing")

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -295,3 +296,30 @@ def test_killed_while_writing_checkpoints(pool: str, tmp_path: Path) -> None:
         time.sleep(0.05)
     assert process.exitcode == 0
     assert same(weights(tmp_path / "killed"), whole)
+
+
+LAUNCHED = """
+import sys
+from pretrain.launch import launch
+from tests.pretrain.test_resume import Path, job
+launch([job(sys.argv[1], Path(sys.argv[2]), workers=2, batch_size=4, samples_seen=400_000)])
+"""
+
+
+def test_processes_end_with_the_one_that_launched_them(pool: str, tmp_path: Path) -> None:
+    """Killed, it cannot tell them; and what they wrote would stand in the place of another training's."""
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHED, pool, str(tmp_path / "out")])
+    log = tmp_path / "out" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and len(figures(tmp_path / "out")) > 2):
+        assert time.monotonic() < deadline and launcher.poll() is None
+        time.sleep(0.2)
+    launcher.kill()
+    launcher.wait()
+    size, still = -1, 0
+    while still < 3:  # a second and a half without a step, of which there are dozens a second
+        still = still + 1 if log.stat().st_size == size else 0
+        size = log.stat().st_size
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert len(figures(tmp_path / "out")) < 100_000

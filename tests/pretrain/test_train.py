@@ -23,7 +23,7 @@ from pretrain.encoder import load_encoder
 from pretrain.launch import launch
 from pretrain.loop import Job
 from pretrain.stage import PretrainStage, TrainRun
-from tests.pretrain.tiny import DIE_AT, config, make_pool
+from tests.pretrain.tiny import CASES, DIE_AT, config, make_pool
 
 THIS = "tests.pretrain.tiny"
 
@@ -251,3 +251,18 @@ def test_it_resumes_and_loads_from_an_object_store(
     x = np.ones((1, 3, 32, 32), np.float32)
     ours, expected = (load_encoder(spec, device="cpu").encode_images(x) for spec in (out, str(whole)))
     np.testing.assert_array_equal(ours, expected)
+
+
+def test_another_training_leaves_nothing_of_the_one_before(pool: str, tmp_path: Path) -> None:
+    """Their files would stand beside each other, and a folder with open_clip's config is taken for its own."""
+    for name in ("clip", "simclr"):
+        run(pool, tmp_path / "out", config(**CASES[name]), key=name)
+        assert (tmp_path / "out" / "open_clip_config.json").exists() == (name == "clip")
+    assert load_encoder(str(tmp_path / "out"), device="cpu").has_text is False
+
+
+@pytest.mark.parametrize("seed", [2**31 - 1, 2**40])
+def test_any_seed_will_do(seed: int, pool: str, tmp_path: Path) -> None:
+    job = Job(config(**CASES["simclr"]).model_dump(mode="json"), pool, None, str(tmp_path), seed=seed, key="key")
+    launch([job])
+    assert (tmp_path / "model.safetensors").exists()

@@ -254,7 +254,7 @@ def pretrain(
     ] = None,
     overrides: Overrides = None,
     subset: Annotated[str | None, typer.Option("--subset", help="Subset file (.npy) to train on.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the weights and the order.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the weights and the order.")] = 0,
     executor: ExecutorName = "ray",
     address: Address = None,
     debug: Debug = False,

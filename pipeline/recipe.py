@@ -11,7 +11,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -91,7 +91,7 @@ class Scorer(Strict):
 class PretrainSection(PretrainConfig):
     """How every subset is trained on: `pretrain.config.PretrainConfig`, and the seeds."""
 
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
 
     def config(self) -> PretrainConfig:
         return PretrainConfig(**self.model_dump(exclude={"seeds"}, exclude_unset=True))

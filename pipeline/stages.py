@@ -14,7 +14,7 @@ from infra.metadata import is_metadata
 from infra.parquet import read_parquet
 from infra.pool import Pool
 from infra.registry import unknown
-from infra.stage import Stage, need_manifest
+from infra.stage import Stage, need_manifest, read_manifest
 from infra.storage import digest_json, join
 from pipeline.listing import aligned
 
@@ -185,6 +185,13 @@ def pretrain_stage(config: Any, pool: str, subset: str | None, seed: int, out: s
     """The stage that trains one model."""
     from pretrain.stage import PretrainStage, TrainRun
 
+    manifest = read_manifest(pool)
+    if config.reads_text and manifest is not None and manifest.params.get("captions") is False:
+        raise UsageError(
+            f"was indexed without asking for captions, from which {config.objective_name} learns",
+            where=pool,
+            do="Index it again, without --no-captions.",
+        )
     mark = storage.digest_file(subset) if subset is not None else None
     digest = digest_json([Pool.open(pool).digest, mark])
     run = TrainRun(name="model", seed=seed, pool=pool, subset=subset, digest=digest)
@@ -301,6 +308,8 @@ def compare_stages(runs: list[str], baseline: str | None, out: str) -> list[Stag
     from pipeline.merge import MergeScoresStage
     from pipeline.recipe import parse_recipe
 
+    if storage.absolute(out) in map(storage.absolute, runs):
+        raise UsageError("compare would write into a run", where=out, do="Give another directory.")
     graphs = {}
     for url in runs:
         name = storage.name_of(url)

@@ -15,6 +15,7 @@ from infra.pool import Pool
 from pipeline.cli import main
 from tests.benchmarks.metadata import write_metadata
 from tests.drawing import write_pool
+from tests.pretrain.tiny import MODEL
 
 
 @pytest.fixture
@@ -23,7 +24,8 @@ def winnow(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def call(*words):
-        monkeypatch.setattr(sys, "argv", ["winnow", *map(str, words), "--executor", "serial"])
+        serial = () if words[0] == "compare" else ("--executor", "serial")
+        monkeypatch.setattr(sys, "argv", ["winnow", *map(str, words), *serial])
         with pytest.raises(SystemExit) as status:
             main()
         captured = capsys.readouterr()
@@ -180,3 +182,18 @@ def test_a_run_that_fails_half_way_is_not_taken_for_finished(winnow, shards, tmp
     (tmp_path / "f.yaml").write_text(yaml.safe_dump({"random": {"fraction": 0.5}}))
     status, _, error = winnow("curate", "R", "--filters", "f.yaml", "--out", "A")
     assert status == 1 and "R: is not finished" in error
+
+
+def test_what_learns_from_captions_wants_a_pool_with_them(winnow, tmp_path):
+    write_pool(tmp_path / "S", shards=1, per_shard=8)
+    assert winnow("index", "S", "--no-captions", "--out", "P")[0] == 0
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump({"model": MODEL, "samples_seen": 8, "batch_size": 4, "warmup": 1}))
+    status, _, error = winnow("pretrain", "P", "--config", "t.yaml", "--out", "T")
+    assert status == 2 and "without asking for captions, from which clip learns" in error
+    assert winnow("pretrain", "P", "--config", "t.yaml", "--out", "T", "--seed", "-1")[0] == 2
+
+
+def test_a_comparison_has_a_place_of_its_own(winnow, tmp_path):
+    (tmp_path / "run").mkdir()
+    status, _, error = winnow("compare", "run", "--out", tmp_path / "run")
+    assert status == 2 and "compare would write into a run" in error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import time
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,7 +156,11 @@ class CurateStage(Stage):
             inputs[f"target{number}"] = view.target(target).digest(item.target_columns())
         url = self.url("fits", f"{digest_json(inputs)[:32]}.npz")
         if storage.exists(url):
-            with np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as arrays:
+            # One that is damaged is fitted anew.
+            with (
+                contextlib.suppress(ValueError, EOFError, zipfile.BadZipFile),
+                np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as arrays,
+            ):
                 return dict(arrays)
         state = item.fit(view)
         if state:

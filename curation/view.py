@@ -133,7 +133,8 @@ class View:
         return zip((shard.name for shard in self.pool.shards), self.batches(columns), strict=True)
 
     def table(self, shard: Shard, columns: Sequence[str], ids: Mapping[str, str] | None = None) -> pa.Table:
-        """The named columns of a shard, rows in its order."""
+        """The named columns of a shard, each once, rows in its order."""
+        columns = list(dict.fromkeys(columns))
         ids = self._ids() if ids is None else ids
         own = [column for column in columns if measure_of(column) is None]
         if len(own) == len(columns):

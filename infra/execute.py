@@ -95,6 +95,7 @@ def execute(
     if not storage.exists(places_url) or storage.read_json(places_url) != stage.places():
         storage.write_json(places_url, stage.places())
     if not todo and previous is not None and previous.key == key and _whole(stage, previous, done):
+        budget.check(Counter(previous.set_aside["reasons"]), previous.items, label)
         log.event(event="unchanged", stage=label, units=len(units))
         log.say(f"{label:<24} unchanged ({len(units)} units)")
         return previous

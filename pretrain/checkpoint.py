@@ -9,6 +9,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from infra import storage
+from infra.errors import WinnowError
 from infra.pictures import write_picture
 from pretrain.config import PretrainConfig
 from pretrain.engine import Engine
@@ -35,10 +36,16 @@ def export(engine: Engine, config: PretrainConfig, out: str, training: dict[str,
     encoder = engine.objective.encoder()
     with engine.whole(list(encoder.parameters())):
         if dist.get_rank() == 0:
+            weights = {name: value.detach().cpu().contiguous() for name, value in engine.objective.weights().items()}
+            if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
+                raise WinnowError(
+                    f"the training ended in weights that are not finite ({broken[0]} and {len(broken) - 1} more)",
+                    where=out,
+                    do="Take a smaller lr, or a longer warmup.",
+                )
             for name in storage.list_names(out):
                 if name in (CONFIG, OPEN_CLIP, WEIGHTS) or name.endswith(".png"):
                     storage.remove(storage.join(out, name))
-            weights = {name: value.detach().cpu().contiguous() for name, value in engine.objective.weights().items()}
             with storage.writing(storage.join(out, WEIGHTS)) as path:
                 save_file(weights, path, metadata={"format": "pt"})
             model, preprocess = engine.objective.model, engine.objective.preprocess()

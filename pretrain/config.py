@@ -43,7 +43,7 @@ TRAITS = ("couples_batch", "cacheable", "network", "needs_text", "teacher", "div
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelConfig(_Strict):
@@ -306,6 +306,10 @@ def check_traits(config: PretrainConfig, traits: Mapping[str, Any], params: Mapp
         raise ValueError(
             f"{name} keeps a momentum encoder, the mean of the weights after each step, and zero_stage 3 leaves each "
             "process only a part of the weights; take zero_stage 2 or lower"
+        )
+    if config.batch_size < 2 and traits.get("couples_batch"):
+        raise ValueError(
+            f"the loss of {name} sets the samples of a batch against each other; batch_size 1 has no others"
         )
     if config.accumulate > 1 and traits.get("couples_batch"):
         raise ValueError(

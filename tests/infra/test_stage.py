@@ -186,6 +186,14 @@ def test_an_output_that_is_to_be_made_again(tmp_path):
     assert stage.ran == [1, 2, 2, 2]
 
 
+def test_a_smaller_budget_is_heeded_where_nothing_is_left_to_do(tmp_path):
+    stage = Square(tuple(range(10)), str(tmp_path), bad=(3,))
+    go(stage, budget=Budget(0.5))
+    with pytest.raises(WinnowError, match="1 of 11 set aside, the budget is 0"):
+        go(stage, budget=Budget(0))
+    assert len(stage.ran) == 10
+
+
 def test_a_budget_is_a_share_or_a_number():
     for wrong in (-1, float("nan")):
         with pytest.raises(UsageError, match="max_set_aside"):

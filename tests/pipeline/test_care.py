@@ -197,3 +197,24 @@ def test_a_comparison_has_a_place_of_its_own(winnow, tmp_path):
     (tmp_path / "run").mkdir()
     status, _, error = winnow("compare", "run", "--out", tmp_path / "run")
     assert status == 2 and "compare would write into a run" in error
+
+
+def test_a_damaged_fit_is_made_anew(winnow, shards, tmp_path):
+    assert winnow("index", "S", "--out", "P")[0] == 0
+    (tmp_path / "f.yaml").write_text("near_duplicates: {radius: 4}\n")
+    assert winnow("curate", "P", "--filters", "f.yaml", "--out", "A")[0] == 0
+    subset = (tmp_path / "A" / "subset.npy").read_bytes()
+    fits = list((tmp_path / "A").rglob("fits/*.npz"))
+    assert fits
+    for fit in fits:
+        fit.write_bytes(fit.read_bytes()[:40])
+    (tmp_path / "A" / "subset.npy").unlink()
+    assert winnow("curate", "P", "--filters", "f.yaml", "--out", "A")[0] == 0
+    assert (tmp_path / "A" / "subset.npy").read_bytes() == subset
+
+
+def test_a_column_that_a_filter_names_twice(winnow, shards, tmp_path):
+    """The uid is what is compared and what every table has."""
+    (tmp_path / "f.yaml").write_text("exact_duplicates: {by: uid, score: original_width}\n")
+    status, out, error = winnow("curate", "S", "--filters", "f.yaml", "--out", "A")
+    assert status == 0 and "12 of 12 samples" in out, error

@@ -266,3 +266,18 @@ def test_any_seed_will_do(seed: int, pool: str, tmp_path: Path) -> None:
     job = Job(config(**CASES["simclr"]).model_dump(mode="json"), pool, None, str(tmp_path), seed=seed, key="key")
     launch([job])
     assert (tmp_path / "model.safetensors").exists()
+
+
+def test_weights_that_are_not_finite_are_no_checkpoint(pool: str, tmp_path: Path) -> None:
+    """The last update is followed by no loss that would show it."""
+    with pytest.raises(WinnowError, match="weights that are not finite"):
+        run(pool, tmp_path, config(lr=1e38, warmup=0, samples_seen=8, batch_size=8, log_every=100, grad_clip=None))
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"), [({"batch_size": 1}, "batch_size 1 has no others"), ({"lr": float("inf")}, "finite number")]
+)
+def test_settings_that_teach_nothing(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        config(**settings)

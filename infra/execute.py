@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -166,9 +167,9 @@ def _refuse_inputs(stage: Stage, previous: Manifest | None) -> None:
             do="Give another directory.",
         )
     read = list(stage.places().values())
-    for url in stage.places().values():
-        if storage.exists(storage.join(url, PLACES)):
-            read += storage.read_json(storage.join(url, PLACES)).values()
+    for url in tuple(read):
+        with contextlib.suppress(WinnowError, AttributeError):  # no such file, or one of that name that is not ours
+            read += map(str, storage.read_json(storage.join(url, PLACES)).values())
     if storage.absolute(stage.out).rstrip("/") in (storage.absolute(url).rstrip("/") for url in read):
         raise UsageError(f"{stage.name} would write over what it reads", where=stage.out, do="Give another directory.")
 

@@ -187,7 +187,7 @@ class IndexStage(Stage):
     captions: bool = True
 
     name = "index"
-    version = 2
+    version = 3
     tolerates = True
     _shards: list[tuple[str, int, str]] = field(default_factory=list, repr=False)
 

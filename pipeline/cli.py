@@ -17,7 +17,7 @@ from infra.execute import Budget, execute
 from infra.executors import Executor, make_executor
 from infra.metadata import is_metadata
 from infra.progress import RunLog
-from infra.stage import PLACES, Manifest, Stage, read_manifest
+from infra.stage import PLACES, RECORDS, Manifest, Stage, read_manifest
 
 app = typer.Typer(
     name="winnow",
@@ -71,7 +71,7 @@ def _pool(
         manifest = None
     if (manifest is not None and "shards" in manifest.values) or is_metadata(url):
         return storage.absolute(url)
-    if manifest is None and storage.exists(storage.join(url, PLACES)):
+    if manifest is None and storage.exists(storage.join(url, PLACES)) and storage.is_dir(storage.join(url, RECORDS)):
         raise WinnowError("is not finished", where=url, do="Run again what makes it.")
     from infra.index import IndexStage
 

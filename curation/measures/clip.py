@@ -32,7 +32,7 @@ class Clip(Measure):
     device: str = "auto"
 
     name: ClassVar[str] = "clip"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     pixels: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = ("text",)
     summary: ClassVar[str] = "image and text embeddings and their cosine, by the recipe's scorer"

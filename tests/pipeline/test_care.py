@@ -109,6 +109,7 @@ def test_equal_keys_in_a_tree_are_refused(winnow, shards, tmp_path):
 
 def test_a_foreign_manifest_beside_the_shards(winnow, shards, tmp_path):
     (shards / "manifest.json").write_text('{"by": "another program"}')
+    (shards / "places.json").write_text("[1, 2]")
     assert winnow("measure", "S", "--out", "W", "--measures", "caption")[0] == 0
     assert (shards / "manifest.json").read_text() == '{"by": "another program"}'
 

@@ -9,13 +9,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from infra import storage
-from infra.errors import UsageError, WinnowError
-from infra.pool import HERE, LOCATION, Pool, Shard, read_members, shard_entry, write_view
-from infra.stage import Output, Record, Stage, Unit
-from infra.storage import digest_bytes
-from infra.tarfiles import TarWriter
-from infra.uids import is_member, load_subset
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.io import storage
+from winnow.infra.io.storage import digest_bytes
+from winnow.infra.io.tar import TarWriter
+from winnow.infra.pool.pool import (
+    HERE,
+    LOCATION,
+    Pool,
+    Shard,
+    read_members,
+    shard_entry,
+    write_view,
+)
+from winnow.infra.pool.uids import is_member, load_subset
+from winnow.infra.stages.stage import Output, Record, Stage, Unit
 
 
 @dataclass

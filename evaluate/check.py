@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evaluate import hub, packed
-from evaluate.data import TYPE, EvalSet, FoundTask, find_tasks, split_tars
-from evaluate.kinds import PROTOCOLS, applies
-from evaluate.parts import has_split, shard_index
-from evaluate.tables import text_table
-from evaluate.tasks import Task, TaskError, datacomp_tasks, find_task
-from infra import storage
-from infra.errors import WinnowError
+from winnow.evaluate.protocols.base import PROTOCOLS, applies
+from winnow.evaluate.report.tables import text_table
+from winnow.evaluate.sets import hub, packed
+from winnow.evaluate.sets.layout import TYPE, EvalSet, FoundTask, find_tasks, split_tars
+from winnow.evaluate.sets.shards import has_split, shard_index
+from winnow.evaluate.tasks.task import Task, TaskError, datacomp_tasks, find_task
+from winnow.infra.errors import WinnowError
+from winnow.infra.io import storage
 
 # States of a set, best first.
 COMPLETE, PARTIAL, INCOMPLETE, MISSING = "complete", "partial", "incomplete", "missing"

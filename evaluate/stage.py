@@ -14,20 +14,30 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evaluate.data import EvalSet, FoundTask, TaskError, data_digest
-from evaluate.features import EmbedStage, SetsStage, encoders_of
-from evaluate.kinds import NEED_TEXT, NEED_TRAIN, PROTOCOLS, SEED, SEEDS, Features, Split, applies, kind_of
-from evaluate.parts import has_split
-from evaluate.reading import LoadedSplit, NotEmbedded, load_class_weights, load_split
-from evaluate.results import measured, result_line
-from evaluate.tasks import NotApplicable, Task
-from infra import storage
-from infra.errors import UsageError, WinnowError
-from infra.execute import Budget
-from infra.stage import Output, Record, SetAside, Unit, read_manifest
+from winnow.evaluate.features.reading import LoadedSplit, NotEmbedded, load_class_weights, load_split
+from winnow.evaluate.features.stage import EmbedStage, SetsStage, encoders_of
+from winnow.evaluate.protocols.base import (
+    NEED_TEXT,
+    NEED_TRAIN,
+    PROTOCOLS,
+    SEED,
+    SEEDS,
+    Features,
+    Split,
+    applies,
+    kind_of,
+)
+from winnow.evaluate.scores import measured, result_line
+from winnow.evaluate.sets.layout import EvalSet, FoundTask, TaskError, data_digest
+from winnow.evaluate.sets.shards import has_split
+from winnow.evaluate.tasks.task import NotApplicable, Task
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.io import storage
+from winnow.infra.stages.runner import Budget
+from winnow.infra.stages.stage import Output, Record, SetAside, Unit, read_manifest
 
 if TYPE_CHECKING:
-    from pretrain.encoder import Encoder
+    from winnow.pretrain.encoder import Encoder
 
 SCORES = "scores.parquet"
 RESULTS = "eval_results.jsonl"

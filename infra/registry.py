@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from infra.errors import UsageError
+from winnow.infra.errors import UsageError
 
 SHOWN = 20  # words of a table in a message
 

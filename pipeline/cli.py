@@ -11,13 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
-from infra import storage
-from infra.errors import UsageError, WinnowError
-from infra.execute import Budget, execute
-from infra.executors import Executor, make_executor
-from infra.metadata import is_metadata
-from infra.progress import RunLog
-from infra.stage import PLACES, RECORDS, Manifest, Stage, read_manifest
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.io import storage
+from winnow.infra.pool.metadata import is_metadata
+from winnow.infra.stages.executors import Executor, make_executor
+from winnow.infra.stages.progress import RunLog
+from winnow.infra.stages.runner import Budget, execute
+from winnow.infra.stages.stage import PLACES, RECORDS, Manifest, Stage, read_manifest
 
 app = typer.Typer(
     name="winnow",
@@ -73,7 +73,7 @@ def _pool(
         return storage.absolute(url)
     if manifest is None and storage.exists(storage.join(url, PLACES)) and storage.is_dir(storage.join(url, RECORDS)):
         raise WinnowError("is not finished", where=url, do="Run again what makes it.")
-    from infra.index import IndexStage
+    from winnow.infra.pool.index import IndexStage
 
     out = storage.join(storage.absolute(work), "pool")
     _run(IndexStage((url,), out, captions=captions), executor, address, max_set_aside)
@@ -91,13 +91,13 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run a recipe from the pool to the report. What is finished is not done again."""
-    from pipeline.recipe import load_recipe
-    from pipeline.stages import check_stage
+    from winnow.pipeline.recipe.load import load_recipe
+    from winnow.pipeline.stages import check_stage
 
     _importable(recipe)
     read = load_recipe(recipe, overrides)
     check_stage(until)
-    from pipeline.graph import Graph
+    from winnow.pipeline.graph import Graph
 
     graph = Graph(read, out or f"runs/{Path(recipe).stem}")
     runner = _executor(executor, address, recipe)
@@ -119,11 +119,11 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Check a recipe and say what running it would do, without doing it."""
-    from pipeline.recipe import load_recipe
+    from winnow.pipeline.recipe.load import load_recipe
 
     _importable(recipe)
     read = load_recipe(recipe, overrides)
-    from pipeline.graph import Graph
+    from winnow.pipeline.graph import Graph
 
     graph = Graph(read, out or f"runs/{Path(recipe).stem}")
     for step in graph.plan():
@@ -141,7 +141,7 @@ def index(
     debug: Debug = False,
 ) -> None:
     """Index shards: uids, captions, sizes, and the byte offsets of every member."""
-    from infra.index import IndexStage
+    from winnow.infra.pool.index import IndexStage
 
     manifest = _run(IndexStage(tuple(pool), out, captions=captions), executor, address, max_set_aside)
     typer.echo(f"{manifest.items:,} samples in {manifest.units} shards, {manifest.state}: {out}")
@@ -164,8 +164,8 @@ def measure(
     debug: Debug = False,
 ) -> None:
     """Compute columns: embeddings and scores, language, caption statistics."""
-    from curation.measure import MeasureStage
-    from pipeline.stages import make_measures, need_pictures
+    from winnow.curation.measures.stage import MeasureStage
+    from winnow.pipeline.stages import make_measures, need_pictures
 
     names = [name.strip() for name in measures.split(",")]
     need_pictures(pool, names)
@@ -200,8 +200,8 @@ def curate(
     debug: Debug = False,
 ) -> None:
     """Apply a tree of filters; write subset.npy, funnel.json and the manifest."""
-    from curation.stage import CurateStage, check_uid
-    from pipeline.stages import curate_stages, load_filters, print_funnel, print_why
+    from winnow.curation.curate import CurateStage, check_uid
+    from winnow.pipeline.stages import curate_stages, load_filters, print_funnel, print_why
 
     _importable(filters)
     tree = load_filters(filters)
@@ -237,7 +237,7 @@ def reshard(
     debug: Debug = False,
 ) -> None:
     """Copy a subset's samples into webdataset shards of its own."""
-    from curation.reshard import ReshardStage, subset_digest
+    from winnow.curation.reshard import ReshardStage, subset_digest
 
     digest = subset_digest(subset) if subset is not None else ""
     url = _pool(pool, storage.join(out, "work"), executor, address)
@@ -260,7 +260,7 @@ def pretrain(
     debug: Debug = False,
 ) -> None:
     """Train a model; stopped and started again it goes on where it was."""
-    from pipeline.stages import load_pretrain_config, pretrain_stage
+    from winnow.pipeline.stages import load_pretrain_config, pretrain_stage
 
     _importable(config)
     read = load_pretrain_config(config, overrides or [])
@@ -290,7 +290,7 @@ def sample(
     debug: Debug = False,
 ) -> None:
     """Draw pictures from a diffusion checkpoint."""
-    from pipeline.stages import draw_samples
+    from winnow.pipeline.stages import draw_samples
 
     chosen = [name.strip() for name in classes.split(",")] if classes else None
     settings: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": seed, "sampler": sampler, "eta": eta}
@@ -337,7 +337,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Score checkpoints on the evaluation sets; write scores.parquet and eval_results.jsonl."""
-    from pipeline.stages import check_text, evaluate_stage, score_table, unscored
+    from winnow.pipeline.stages import check_text, evaluate_stage, score_table, unscored
 
     if check:
         typer.echo(check_text(data, tasks))
@@ -365,7 +365,7 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Compare the subsets of one or more runs: table, CSV and HTML report."""
-    from pipeline.stages import compare_stages
+    from winnow.pipeline.stages import compare_stages
 
     for stage in compare_stages(runs, baseline, out):
         _run(stage, "serial", None)
@@ -379,7 +379,7 @@ def ls(
     debug: Debug = False,
 ) -> None:
     """List what is registered."""
-    from pipeline.listing import listing
+    from winnow.pipeline.listing import listing
 
     typer.echo(listing(what))
 
@@ -387,7 +387,7 @@ def ls(
 @app.command()
 def doctor(debug: Debug = False) -> None:
     """Check this machine: versions, shadowed packages, devices, space. Exit status 1 if something is broken."""
-    from pipeline.doctor import examine
+    from winnow.pipeline.doctor import examine
 
     findings = examine()
     for finding in findings:

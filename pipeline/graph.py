@@ -10,26 +10,26 @@ from typing import Any
 
 import yaml
 
-from curation.inject import InjectStage
-from curation.measure import MeasureStage
-from curation.measures.base import Measure, make
-from curation.reshard import ReshardStage
-from curation.stage import CurateStage, Source, check_trees
-from evaluate.compare import CompareStage, SubsetEntry
-from evaluate.stage import EvaluateStage
-from infra import storage
-from infra.errors import WinnowError
-from infra.execute import Budget, execute
-from infra.executors import Executor
-from infra.index import IndexStage
-from infra.pool import Pool
-from infra.progress import RunLog
-from infra.stage import Manifest, Stage, need_manifest, pending_units, read_manifest
-from infra.storage import digest_json, join
-from pipeline.demo import DemoStage
-from pipeline.recipe import DEMO, Recipe
-from pretrain.encoder import encoder_digest
-from pretrain.stage import PretrainStage, TrainRun
+from winnow.curation.curate import CurateStage, Source, check_trees
+from winnow.curation.measures.base import Measure, make
+from winnow.curation.measures.stage import MeasureStage
+from winnow.curation.noise.inject import InjectStage
+from winnow.curation.reshard import ReshardStage
+from winnow.evaluate.report.compare import CompareStage, SubsetEntry
+from winnow.evaluate.stage import EvaluateStage
+from winnow.infra.errors import WinnowError
+from winnow.infra.io import storage
+from winnow.infra.io.storage import digest_json, join
+from winnow.infra.pool.index import IndexStage
+from winnow.infra.pool.pool import Pool
+from winnow.infra.stages.executors import Executor
+from winnow.infra.stages.progress import RunLog
+from winnow.infra.stages.runner import Budget, execute
+from winnow.infra.stages.stage import Manifest, Stage, need_manifest, pending_units, read_manifest
+from winnow.pipeline.demo.stage import DemoStage
+from winnow.pipeline.recipe.load import DEMO, Recipe
+from winnow.pretrain.encoder import encoder_digest
+from winnow.pretrain.stage import PretrainStage, TrainRun
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from curation.filters.base import parameter_name
-from curation.measures.base import Measure
-from infra.registry import Registry, config_fields, unknown
+from winnow.curation.filters.base import parameter_name
+from winnow.curation.measures.base import Measure
+from winnow.infra.registry import Registry, config_fields, unknown
 
 _BY_SCORER = ("encoder", "digest")
 
@@ -73,7 +73,7 @@ def _needs(kind: Any) -> str:
 
 
 def _filters() -> Sequence[tuple[str, ...]]:
-    from curation.filters import FILTERS
+    from winnow.curation.filters import FILTERS
 
     rows = [("name", "paper", "needs", "parameters")]
     for name in FILTERS.names():
@@ -83,7 +83,7 @@ def _filters() -> Sequence[tuple[str, ...]]:
 
 
 def _measures() -> Sequence[tuple[str, ...]]:
-    from curation.measures import MEASURES
+    from winnow.curation.measures import MEASURES
 
     rows = [("name", "what", "reads", "parameters")]
     for name in MEASURES.names():
@@ -95,7 +95,7 @@ def _measures() -> Sequence[tuple[str, ...]]:
 
 
 def _objectives() -> Sequence[tuple[str, ...]]:
-    from pretrain.objectives import OBJECTIVES
+    from winnow.pretrain.objectives import OBJECTIVES
 
     return [("name", "parameters", "file"), *[_objective(OBJECTIVES, name) for name in OBJECTIVES.names()]]
 
@@ -106,7 +106,7 @@ def _objective(registry: Registry, name: str) -> tuple[str, ...]:
 
 
 def _tasks() -> Sequence[tuple[str, ...]]:
-    from evaluate.tasks import datacomp_tasks
+    from winnow.evaluate.tasks.task import datacomp_tasks
 
     rows = [("name", "kind", "group", "metric", "classes", "scored")]
     for task in datacomp_tasks().values():
@@ -116,7 +116,7 @@ def _tasks() -> Sequence[tuple[str, ...]]:
 
 
 def _protocols() -> Sequence[tuple[str, ...]]:
-    from evaluate.kinds import NEED_TEXT, NEED_TRAIN, PROTOCOLS, SEEDS
+    from winnow.evaluate.protocols.base import NEED_TEXT, NEED_TRAIN, PROTOCOLS, SEEDS
 
     rows = [("name", "needs", "seeds", "kinds of task")]
     for name, registry in PROTOCOLS.items():

@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from infra import storage
-from infra.errors import UsageError
-from infra.execute import Budget
-from infra.metadata import is_metadata
-from infra.parquet import read_parquet
-from infra.pool import Pool
-from infra.registry import unknown
-from infra.stage import Stage, need_manifest, read_manifest
-from infra.storage import digest_json, join
-from pipeline.listing import aligned
+from winnow.infra.errors import UsageError
+from winnow.infra.io import storage
+from winnow.infra.io.parquet import read_parquet
+from winnow.infra.io.storage import digest_json, join
+from winnow.infra.pool.metadata import is_metadata
+from winnow.infra.pool.pool import Pool
+from winnow.infra.registry import unknown
+from winnow.infra.stages.runner import Budget
+from winnow.infra.stages.stage import Stage, need_manifest, read_manifest
+from winnow.pipeline.listing import aligned
 
 if TYPE_CHECKING:
-    from curation.filters.base import Node
-    from curation.tree import Verdict
-    from evaluate.stage import EvaluateStage
+    from winnow.curation.algebra.tree import Verdict
+    from winnow.curation.filters.base import Node
+    from winnow.evaluate.stage import EvaluateStage
 
 STAGES = ("demo", "index", "inject", "pretrain", "measure", "curate", "reshard", "embed", "evaluate", "compare")
 
@@ -38,13 +38,13 @@ def make_measures(names: list[str], scorer: str | None) -> tuple[Any, ...]:
     Raises:
         UsageError: one wants an encoder and there is none, or parameters that only a recipe can give.
     """
-    from curation.measures import MEASURES
-    from curation.measures.base import make, with_upstream
+    from winnow.curation.measures import MEASURES
+    from winnow.curation.measures.base import make, with_upstream
 
     def encoder() -> tuple[str, str]:
         if scorer is None:
             raise UsageError("the clip measure needs an encoder", do="Give --scorer: a checkpoint folder, or NAME:TAG.")
-        from pretrain.encoder import encoder_digest
+        from winnow.pretrain.encoder import encoder_digest
 
         return scorer, encoder_digest(scorer)
 
@@ -53,8 +53,8 @@ def make_measures(names: list[str], scorer: str | None) -> tuple[Any, ...]:
 
 def load_filters(path: str) -> dict[str, Any]:
     """The tree in a YAML file, checked. Raises UsageError."""
-    from curation.tree import parse
-    from pipeline.recipe import find_lines
+    from winnow.curation.algebra.tree import parse
+    from winnow.pipeline.recipe.load import find_lines
 
     if not storage.exists(path):
         raise UsageError("no such file", where=path)
@@ -74,7 +74,7 @@ def load_filters(path: str) -> dict[str, Any]:
 
 def need_pictures(pool: str, names: list[str], where: str | None = None) -> None:
     """Raises UsageError when a measure wants pictures and the pool is a folder of metadata."""
-    from curation.measures import MEASURES
+    from winnow.curation.measures import MEASURES
 
     for name in names:
         kind = MEASURES.load(name)
@@ -93,11 +93,11 @@ def curate_stages(
     tree: dict[str, Any], pool: str, out: str, scorer: str | None, columns: str | None, reasons: bool = True
 ) -> list[Stage]:
     """The measure stages that a tree needs, and the curate stage."""
-    from curation.measure import MeasureStage
-    from curation.stage import CurateStage, Source, check_trees, columns_of
-    from curation.tree import parse
-    from curation.view import measure_of
-    from infra.index import IndexStage
+    from winnow.curation.algebra.tree import parse
+    from winnow.curation.columns.table import measure_of
+    from winnow.curation.curate import CurateStage, Source, check_trees, columns_of
+    from winnow.curation.measures.stage import MeasureStage
+    from winnow.infra.pool.index import IndexStage
 
     node = parse(tree)
     stages: list[Stage] = []
@@ -127,7 +127,7 @@ def curate_stages(
 
 def target_measures(node: Node, target: str) -> list[str]:
     """Names of the measures whose columns a tree's filters read of a target set."""
-    from curation.view import measure_of
+    from winnow.curation.columns.table import measure_of
 
     columns = [name for item in node.filters() if target in item.targets() for name in item.target_columns()]
     return sorted({name for column in columns if (name := measure_of(column))})
@@ -174,8 +174,8 @@ def print_funnel(funnel: dict[str, Any], timings: dict[str, float]) -> str:
 
 def load_pretrain_config(path: str | None, overrides: list[str]) -> Any:
     """A PretrainConfig out of a YAML file and `--set key=value`. Raises UsageError."""
-    from pipeline.recipe import read_model
-    from pretrain.config import PretrainConfig
+    from winnow.pipeline.recipe.load import read_model
+    from winnow.pretrain.config import PretrainConfig
 
     text = "{}" if path is None else storage.read_bytes(path).decode(errors="replace")
     return read_model(PretrainConfig, text, path or "--set", overrides)[0]
@@ -183,7 +183,7 @@ def load_pretrain_config(path: str | None, overrides: list[str]) -> Any:
 
 def pretrain_stage(config: Any, pool: str, subset: str | None, seed: int, out: str) -> Stage:
     """The stage that trains one model."""
-    from pretrain.stage import PretrainStage, TrainRun
+    from winnow.pretrain.stage import PretrainStage, TrainRun
 
     manifest = read_manifest(pool)
     if config.reads_text and manifest is not None and manifest.params.get("captions") is False:
@@ -204,25 +204,25 @@ def draw_samples(
     """Write a grid of samples; with a pool and an encoder also say how far from its pictures they are.
 
     Args:
-        settings: keyword arguments of `pretrain.diffusion.sample.sample`.
+        settings: keyword arguments of `winnow.pretrain.diffusion.sampling.sample`.
     """
     if (pool is None) != (encoder is None):
         raise UsageError("a Fréchet distance takes both a pool and an encoder", do="Give --against and --features.")
     if not out.lower().endswith(".png"):
         raise UsageError("is no .png file", where=out)
     if pool is not None and encoder is not None:
-        from pretrain.encoder import encoder_digest
+        from winnow.pretrain.encoder import encoder_digest
 
         Pool.open(pool)
         encoder_digest(encoder)
-    from infra.pictures import write_picture
-    from pretrain.diffusion.sample import grid, sample
+    from winnow.infra.io.images import write_picture
+    from winnow.pretrain.diffusion.sampling import grid, sample
 
     images = sample(checkpoint, n, **settings)
     write_picture(out, grid(images))
     lines = [f"{n:,} samples: {out}"]
     if pool is not None and encoder is not None:
-        from pretrain.diffusion.frechet import samples_and_pool
+        from winnow.pretrain.diffusion.frechet import samples_and_pool
 
         distance, real = samples_and_pool(images, pool, encoder)
         lines.append(f"Fréchet distance of {n:,} samples from {real:,} pictures, over {encoder}: {distance:.5g}")
@@ -240,10 +240,10 @@ def evaluate_stage(
     max_set_aside: float = 0.05,
 ) -> EvaluateStage:
     """The stage that scores checkpoints; its `embedding()` comes first. Raises UsageError for a wrong argument."""
-    from evaluate.data import is_data
-    from evaluate.kinds import applies
-    from evaluate.stage import EvaluateStage
-    from pretrain.encoder import encoder_digest
+    from winnow.evaluate.protocols.base import applies
+    from winnow.evaluate.sets.layout import is_data
+    from winnow.evaluate.stage import EvaluateStage
+    from winnow.pretrain.encoder import encoder_digest
 
     specs = [spec.rstrip("/") or spec for spec in specs]
     if not specs:
@@ -279,14 +279,14 @@ def _names(text: str) -> tuple[str, ...]:
 
 def check_text(data: str, tasks: str) -> str:
     """Which evaluation sets are there. Raises UsageError."""
-    from evaluate.check import check_table, check_tasks
+    from winnow.evaluate.check import check_table, check_tasks
 
     return check_table(check_tasks(storage.absolute(data), tasks if tasks == "all" else _names(tasks)))
 
 
 def score_table(out: str) -> str:
     """The main metrics of a finished evaluation as text."""
-    from evaluate.scoretable import scores_text
+    from winnow.evaluate.report.score_table import scores_text
 
     rows = read_parquet(join(out, "scores.parquet")).to_pylist()
     return scores_text(rows, need_manifest(out, "scores").values)
@@ -303,10 +303,10 @@ def unscored(out: str) -> list[str]:
 
 def compare_stages(runs: list[str], baseline: str | None, out: str) -> list[Stage]:
     """What compares the subsets of finished runs; with several runs, names get the run's in front."""
-    from evaluate.compare import CompareStage
-    from pipeline.graph import Graph
-    from pipeline.merge import MergeScoresStage
-    from pipeline.recipe import parse_recipe
+    from winnow.evaluate.report.compare import CompareStage
+    from winnow.evaluate.report.merge import MergeScoresStage
+    from winnow.pipeline.graph import Graph
+    from winnow.pipeline.recipe.load import parse_recipe
 
     if storage.absolute(out) in map(storage.absolute, runs):
         raise UsageError("compare would write into a run", where=out, do="Give another directory.")

@@ -1,1 +1,1 @@
-"""Pretraining: a subset of a pool in, a checkpoint out. The rooms above come in through `pretrain.encoder`."""
+"""Pretraining: a subset of a pool in, a checkpoint out. The rooms above come in through `winnow.pretrain.encoder`."""

@@ -6,7 +6,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pretrain.config import PretrainConfig
+    from winnow.pretrain.config import PretrainConfig
 
 # What DeepSpeed's config has of its own for settings that have a name here.
 _OURS = {

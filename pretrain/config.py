@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from infra import storage
-from infra.errors import UsageError
-from infra.registry import class_constants, config_fields, unknown
-from pretrain.combinations import check_engine
-from pretrain.diffusion.config import check_networks
-from pretrain.models import check_config, check_timm, model_config
-from pretrain.objectives import OBJECTIVES
-from pretrain.spec import encoder_digest, is_winnow
+from winnow.infra.errors import UsageError
+from winnow.infra.io import storage
+from winnow.infra.registry import class_constants, config_fields, unknown
+from winnow.pretrain.combinations import check_engine
+from winnow.pretrain.models.catalog import check_config, check_timm, model_config
+from winnow.pretrain.models.diffusers import check_networks
+from winnow.pretrain.models.spec import encoder_digest, is_winnow
+from winnow.pretrain.objectives import OBJECTIVES
 
 # DataComp's scale_configs.py (Gadre et al. 2023); beta2 where it is not open_clip's own.
 SCALES: dict[str, dict[str, Any]] = {

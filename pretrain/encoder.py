@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from infra import storage
-from infra.errors import UsageError, WinnowError
-from infra.registry import unknown
-from pretrain.models import check_config, check_preprocess, model_config, pretrained_tags
-from pretrain.spec import RANDOM, Spec, encoder_digest, is_winnow, parse_spec
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.io import storage
+from winnow.infra.registry import unknown
+from winnow.pretrain.models.catalog import check_config, check_preprocess, model_config, pretrained_tags
+from winnow.pretrain.models.spec import RANDOM, Spec, encoder_digest, is_winnow, parse_spec
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +84,7 @@ def _load(spec: Spec) -> tuple[Any, Any]:
     import open_clip
     import torch
 
-    from pretrain.nets import Pixels, build_model, build_tokenizer, quiet
+    from winnow.pretrain.models.nets import Pixels, build_model, build_tokenizer, quiet
 
     try:
         if spec.kind == "pixels":
@@ -143,8 +143,8 @@ def _load_folder(folder: Path, random: bool) -> tuple[Any, Any]:
     import open_clip
     from safetensors.torch import load_file
 
-    from pretrain.nets import build_tokenizer, quiet
-    from pretrain.objectives import OBJECTIVES
+    from winnow.pretrain.models.nets import build_tokenizer, quiet
+    from winnow.pretrain.objectives import OBJECTIVES
 
     if is_winnow(str(folder)):
         content = json.loads((folder / "config.json").read_text())
@@ -216,7 +216,7 @@ class Encoder:
     ) -> None:
         import torch
 
-        from pretrain.nets import image_size, preprocess_config, val_steps
+        from winnow.pretrain.models.nets import image_size, preprocess_config, val_steps
 
         self.spec, self.digest = spec, digest
         self._device = torch.device(device)
@@ -300,7 +300,7 @@ class Encoder:
         Its parameters ask for gradients; the encoder itself stays as it is. On the encoder's device, in evaluation
         mode.
         """
-        from pretrain.nets import ImageEncoder
+        from winnow.pretrain.models.nets import ImageEncoder
 
         return ImageEncoder(copy.deepcopy(self._model)).requires_grad_(True).eval()
 

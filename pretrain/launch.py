@@ -12,20 +12,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from infra import storage
-from infra.errors import UsageError, WinnowError
-from infra.executors import on_ray
-from pretrain.config import PretrainConfig
-from pretrain.objectives import OBJECTIVES
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.io import storage
+from winnow.infra.stages.executors import on_ray
+from winnow.pretrain.config import PretrainConfig
+from winnow.pretrain.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
     import torch
 
-    from pretrain.loop import Job
+    from winnow.pretrain.loop import Job
 
 
 # What every training process imports.
-PRELOADED = ("pretrain.loop", "deepspeed", "open_clip", "torch.utils.tensorboard")
+PRELOADED = ("winnow.pretrain.loop", "deepspeed", "open_clip", "torch.utils.tensorboard")
 
 
 def launch(jobs: list[Job], via: Literal["auto", "local", "ray"] = "auto") -> None:
@@ -51,8 +51,8 @@ def launch(jobs: list[Job], via: Literal["auto", "local", "ray"] = "auto") -> No
 def _local_process(rank: int, jobs: list[Job], config: PretrainConfig, rendezvous: str | None, errors: Any) -> None:
     import torch.distributed as dist
 
-    from pretrain.engine import load_deepspeed
-    from pretrain.loop import train
+    from winnow.pretrain.engine.engine import load_deepspeed
+    from winnow.pretrain.loop import train
 
     device = _local_device(rank, config)
     with _environment(RANK=str(rank), WORLD_SIZE=str(config.workers), LOCAL_RANK=str(rank)), _folder() as folder:
@@ -182,7 +182,7 @@ def _by_ray(jobs: list[Job], config: PretrainConfig) -> None:
 def _ray_process(values: dict[str, Any]) -> None:
     import ray.train.torch
 
-    from pretrain.loop import Job, train
+    from winnow.pretrain.loop import Job, train
 
     for job in values["jobs"]:
         train(Job(**job), ray.train.torch.get_device(), "ray")

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from infra import storage
-from infra.errors import UsageError, WinnowError
-from pretrain.checkpoint import export
-from pretrain.config import TRAITS, PretrainConfig, build_params, check_traits
-from pretrain.data import Batches, Samples
-from pretrain.engine import Engine, learning_rate
-from pretrain.flops import model_flops, peak_flops
-from pretrain.objectives import OBJECTIVES
-from pretrain.objectives.base import Objective
-from pretrain.report import LOG, Boards, Report, StepLog
-from pretrain.resume import Resume, Saved, no_space
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.io import storage
+from winnow.pretrain.checkpoint.export import export
+from winnow.pretrain.checkpoint.resume import Resume, Saved, no_space
+from winnow.pretrain.config import TRAITS, PretrainConfig, build_params, check_traits
+from winnow.pretrain.data.loader import Batches, Samples
+from winnow.pretrain.engine.engine import Engine, learning_rate
+from winnow.pretrain.monitor.flops import model_flops, peak_flops
+from winnow.pretrain.monitor.report import LOG, Boards, Report, StepLog
+from winnow.pretrain.objectives import OBJECTIVES
+from winnow.pretrain.objectives.base import Objective
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from infra import storage
-from infra.execute import note_url
-from infra.pool import Pool
-from infra.stage import Output, Stage, Unit
-from infra.storage import digest_json
-from pretrain.config import PretrainConfig
+from winnow.infra.io import storage
+from winnow.infra.io.storage import digest_json
+from winnow.infra.pool.pool import Pool
+from winnow.infra.stages.runner import note_url
+from winnow.infra.stages.stage import Output, Stage, Unit
+from winnow.pretrain.config import PretrainConfig
 
 if TYPE_CHECKING:
-    from pretrain.loop import Job
+    from winnow.pretrain.loop import Job
 
 FILES = ("model.safetensors", "config.json", "open_clip_config.json")  # the last of open_clip's models only
 
@@ -97,7 +97,7 @@ class PretrainStage(Stage):
         return {"weights": [source.weight for source in self.config.sources]} if self.config.sources else {}
 
     def run_group(self, units: list[Unit]) -> Iterator[tuple[Unit, Output]]:
-        from pretrain.launch import launch
+        from winnow.pretrain.launch import launch
 
         launch([self._job(unit) for unit in units])
         for unit in units:
@@ -108,7 +108,7 @@ class PretrainStage(Stage):
             yield unit, Output(files=files, items=training["samples_seen"], values=training)
 
     def _job(self, unit: Unit) -> Job:
-        from pretrain.loop import Job
+        from winnow.pretrain.loop import Job
 
         subset = unit.args["subset"]
         config = self.config.model_dump(mode="json")

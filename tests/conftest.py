@@ -11,10 +11,10 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
-from infra.execute import execute
-from infra.executors import SerialExecutor
-from infra.index import IndexStage
 from tests.drawing import write_pool
+from winnow.infra.pool.index import IndexStage
+from winnow.infra.stages.executors import SerialExecutor
+from winnow.infra.stages.runner import execute
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,7 +31,7 @@ def ray_session():
 
 @pytest.fixture
 def ray_executor(ray_session):
-    from infra.executors import RayExecutor
+    from winnow.infra.stages.executors import RayExecutor
 
     return RayExecutor()
 

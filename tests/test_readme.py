@@ -10,11 +10,11 @@ import open_clip
 import pytest
 import yaml
 
-from pipeline.cli import main
-from pipeline.recipe import parse_recipe
 from tests.drawing import write_pool
 from tests.evaluate.sets import write_classification
 from tests.pretrain.tiny import MODEL
+from winnow.pipeline.cli import main
+from winnow.pipeline.recipe.load import parse_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -15,29 +15,29 @@ from pathlib import Path
 
 import pytest
 
-from curation.inject import InjectConfig, InjectStage
-from curation.measure import MeasureStage
-from curation.measures.caption import Caption
-from curation.measures.clip import Clip
-from curation.reshard import ReshardStage, subset_digest
-from curation.stage import CurateStage, Source
-from evaluate.compare import CompareStage, SubsetEntry
-from evaluate.features import EmbedStage
-from evaluate.stage import EvaluateStage
-from infra.execute import execute
-from infra.executors import SerialExecutor
-from infra.index import IndexStage
-from infra.pool import Pool
-from infra.stage import Stage, pending_units, read_manifest
-from infra.storage import digest_json
-from pipeline.demo import DemoConfig, DemoStage
-from pipeline.merge import MergeScoresStage
-from pretrain.encoder import encoder_digest
-from pretrain.stage import PretrainStage, TrainRun
 from tests.drawing import write_pool
 from tests.evaluate.sets import write_classification, write_config, write_train
 from tests.examples.brightness import Brightness
 from tests.pretrain.tiny import config as train_config
+from winnow.curation.curate import CurateStage, Source
+from winnow.curation.measures.caption import Caption
+from winnow.curation.measures.clip import Clip
+from winnow.curation.measures.stage import MeasureStage
+from winnow.curation.noise.inject import InjectConfig, InjectStage
+from winnow.curation.reshard import ReshardStage, subset_digest
+from winnow.evaluate.features.stage import EmbedStage
+from winnow.evaluate.report.compare import CompareStage, SubsetEntry
+from winnow.evaluate.report.merge import MergeScoresStage
+from winnow.evaluate.stage import EvaluateStage
+from winnow.infra.io.storage import digest_json
+from winnow.infra.pool.index import IndexStage
+from winnow.infra.pool.pool import Pool
+from winnow.infra.stages.executors import SerialExecutor
+from winnow.infra.stages.runner import execute
+from winnow.infra.stages.stage import Stage, pending_units, read_manifest
+from winnow.pipeline.demo.stage import DemoConfig, DemoStage
+from winnow.pretrain.encoder import encoder_digest
+from winnow.pretrain.stage import PretrainStage, TrainRun
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -199,10 +199,10 @@ def test_a_second_run_does_nothing(name, world, tmp_path, monkeypatch):
 
 KILL = """
 import os, pickle, signal, sys
-import infra.stage, infra.execute
-from infra.executors import SerialExecutor
+import winnow.infra.stages.stage, winnow.infra.stages.runner
+from winnow.infra.stages.executors import SerialExecutor
 stage, after = pickle.loads(open(sys.argv[1], "rb").read())
-write = infra.stage.write_record
+write = winnow.infra.stages.stage.write_record
 count = 0
 def dying(*args):
     global count
@@ -210,8 +210,8 @@ def dying(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     count += 1
     return write(*args)
-infra.stage.write_record = dying
-infra.execute.execute(stage, SerialExecutor())
+winnow.infra.stages.stage.write_record = dying
+winnow.infra.stages.runner.execute(stage, SerialExecutor())
 """
 
 

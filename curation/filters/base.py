@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 if TYPE_CHECKING:
-    from curation.view import View
+    from winnow.curation.columns.table import View
 
 # What `fit` learns of the pool: arrays by name, so that it can be kept in a file.
 State = dict[str, np.ndarray]
@@ -21,7 +21,7 @@ State = dict[str, np.ndarray]
 class Node:
     """A tree of filters: a filter, or `All`, `Any`, `Not` over trees. Joined in Python by `&`, `|`, `~`.
 
-    `str` gives Python that makes an equal tree again (`curation.tree.from_python`): the operators where they would,
+    `str` gives Python that makes an equal tree again (`winnow.curation.algebra.tree.from_python`): the operators where they would,
     else the classes by name, as in `All((a,))` or `Not(~a)`.
     """
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 import numpy as np
 import pyarrow as pa
 
-from curation.filters.base import Filter, State, numbers
-from infra.errors import UsageError
+from winnow.curation.filters.base import Filter, State, numbers
+from winnow.infra.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from curation.cut import Cut, scores_of
-from curation.filters.base import Filter, State
-from infra.registry import unknown
+from winnow.curation.columns.threshold import Cut, scores_of
+from winnow.curation.filters.base import Filter, State
+from winnow.infra.registry import unknown
 
 if TYPE_CHECKING:
-    from curation.view import View
+    from winnow.curation.columns.table import View
 
 MODELS = {
     "scorer": "clip.score",
@@ -27,7 +27,7 @@ MODELS = {
 class ClipScore(Filter):
     """Keep samples whose score reaches a threshold, given or set by how many to keep.
 
-    Gadre et al. 2023 (DataComp), "CLIP score filtering" (threshold: Schuhmann et al. 2022, LAION); `curation.cut`
+    Gadre et al. 2023 (DataComp), "CLIP score filtering" (threshold: Schuhmann et al. 2022, LAION); `winnow.curation.columns.threshold`
     says what fractions and budgets do on ties. With a scorer trained on trusted pairs this is Data Filtering Networks
     (Fang et al. 2023).
 

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from curation.clusters import assign, enough, train_centroids
-from curation.cut import Cut
-from curation.filters.base import State
-from curation.gather import Chosen, chosen, gather
-from infra.errors import UsageError
-from infra.uids import hash_unit
+from winnow.curation.columns.pool_columns import Chosen, chosen, gather
+from winnow.curation.columns.threshold import Cut
+from winnow.curation.filters.base import State
+from winnow.curation.search.kmeans import assign, enough, train_centroids
+from winnow.infra.errors import UsageError
+from winnow.infra.pool.uids import hash_unit
 
 if TYPE_CHECKING:
-    from curation.view import View
+    from winnow.curation.columns.table import View
 
 
 @dataclass(frozen=True)

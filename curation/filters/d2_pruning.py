@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from curation.cut import Cut
-from curation.filters.base import State
-from curation.gather import MODELS, Chosen, assign_fields, chosen, gather
-from curation.neighbours import nearest
-from infra.errors import UsageError, WinnowError
-from infra.registry import unknown
+from winnow.curation.columns.pool_columns import MODELS, Chosen, assign_fields, chosen, gather
+from winnow.curation.columns.threshold import Cut
+from winnow.curation.filters.base import State
+from winnow.curation.search.neighbours import nearest
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.registry import unknown
 
 if TYPE_CHECKING:
-    from curation.view import View
+    from winnow.curation.columns.table import View
 
 _FEATURES = {"image": slice(0, 1), "text": slice(1, 2), "both": slice(0, 2)}
 

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from curation.filters.base import Filter, State
-from curation.filters.near_duplicates import HASH, VECTOR, check_near
-from curation.gather import gather
-from curation.hamming import hamming_pairs
-from curation.measures.clip import as_matrix
-from curation.neighbours import cosine_pairs
-from infra.errors import UsageError, WinnowError
-from infra.uids import decode_uids, is_member, sort_uids
+from winnow.curation.columns.pool_columns import gather
+from winnow.curation.filters.base import Filter, State
+from winnow.curation.filters.near_duplicates import HASH, VECTOR, check_near
+from winnow.curation.measures.clip import as_matrix
+from winnow.curation.search.hamming import hamming_pairs
+from winnow.curation.search.neighbours import cosine_pairs
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.pool.uids import decode_uids, is_member, sort_uids
 
 if TYPE_CHECKING:
-    from curation.view import View
+    from winnow.curation.columns.table import View
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from curation.filters.clip_score import ClipScore
+from winnow.curation.filters.clip_score import ClipScore
 
 
 @dataclass(frozen=True, init=False)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from curation.filters.base import State, numbers
-from curation.gather import Chosen, check_scope, chosen
-from infra.errors import UsageError
-from infra.uids import UID_DTYPE, decode_uids
+from winnow.curation.columns.pool_columns import Chosen, check_scope, chosen
+from winnow.curation.filters.base import State, numbers
+from winnow.infra.errors import UsageError
+from winnow.infra.pool.uids import UID_DTYPE, decode_uids
 
 if TYPE_CHECKING:
-    from curation.view import View
+    from winnow.curation.columns.table import View
 
 
 @dataclass(frozen=True)

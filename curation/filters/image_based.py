@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curation.arrays import is_array, load_matrix, matrix_shape
-from curation.clusters import (
+from winnow.curation.columns.pool_columns import dimensions
+from winnow.curation.filters.base import Filter, State
+from winnow.curation.measures.clip import as_matrix
+from winnow.curation.search.kmeans import (
     Nearest,
     check_clusters,
     enough,
@@ -20,13 +22,11 @@ from curation.clusters import (
     sample_vectors,
     train_centroids,
 )
-from curation.filters.base import Filter, State
-from curation.gather import dimensions
-from curation.measures.clip import as_matrix
-from infra.errors import UsageError, WinnowError
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.io.arrays import is_array, load_matrix, matrix_shape
 
 if TYPE_CHECKING:
-    from curation.view import View
+    from winnow.curation.columns.table import View
 
 _MEASURED, _DATACOMP = "clip.image", "l14_img"
 # What fastText splits at; a newline is a token of its own besides (Dictionary::readWord).

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from curation.clusters import (
+from winnow.curation.filters.base import Filter, State
+from winnow.curation.measures.clip import as_matrix
+from winnow.curation.search.kmeans import (
     Nearest,
     check_clusters,
     enough,
@@ -17,12 +19,10 @@ from curation.clusters import (
     sample_vectors,
     train_centroids,
 )
-from curation.filters.base import Filter, State
-from curation.measures.clip import as_matrix
-from infra.errors import UsageError, WinnowError
+from winnow.infra.errors import UsageError, WinnowError
 
 if TYPE_CHECKING:
-    from curation.view import View
+    from winnow.curation.columns.table import View
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curation.cut import scores_of
-from curation.filters.base import Filter, State
-from infra.errors import UsageError
+from winnow.curation.columns.threshold import scores_of
+from winnow.curation.filters.base import Filter, State
+from winnow.infra.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from curation.filters.base import Filter, State
-from curation.gather import check_scope
-from infra import storage
-from infra.errors import UsageError, WinnowError
-from infra.uids import decode_uids, hash_unit
+from winnow.curation.columns.pool_columns import check_scope
+from winnow.curation.filters.base import Filter, State
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.io import storage
+from winnow.infra.pool.uids import decode_uids, hash_unit
 
 if TYPE_CHECKING:
-    from curation.view import View
+    from winnow.curation.columns.table import View
 
 # The authors' `spacing`: marks stand alone, white space is a space.
 _SPACING = str.maketrans({mark: f" {mark} " for mark in ",.;:?!`"} | dict.fromkeys("\t\n\r", " "))

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from curation.filters.base import State
-from curation.gather import Chosen, check_scope, chosen, gather
-from curation.hamming import hamming_pairs
-from curation.neighbours import cosine_pairs, first_of_groups
-from infra.errors import UsageError
-from infra.registry import unknown
+from winnow.curation.columns.pool_columns import Chosen, check_scope, chosen, gather
+from winnow.curation.filters.base import State
+from winnow.curation.search.hamming import hamming_pairs
+from winnow.curation.search.neighbours import cosine_pairs, first_of_groups
+from winnow.infra.errors import UsageError
+from winnow.infra.registry import unknown
 
 if TYPE_CHECKING:
-    from curation.view import View
+    from winnow.curation.columns.table import View
 
 HASH, VECTOR = "image_hash.phash", "clip.image"
 _JOIN = ("greedy", "components")

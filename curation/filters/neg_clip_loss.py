@@ -7,14 +7,21 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from curation.cut import Cut
-from curation.filters.base import State
-from curation.gather import MODELS, Chosen, assign_fields, chosen, gather, passing
-from infra.errors import UsageError
-from infra.registry import unknown
+from winnow.curation.columns.pool_columns import (
+    MODELS,
+    Chosen,
+    assign_fields,
+    chosen,
+    gather,
+    passing,
+)
+from winnow.curation.columns.threshold import Cut
+from winnow.curation.filters.base import State
+from winnow.infra.errors import UsageError
+from winnow.infra.registry import unknown
 
 if TYPE_CHECKING:
-    from curation.view import View
+    from winnow.curation.columns.table import View
 
 _ROWS = 2048
 

@@ -7,16 +7,24 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from curation.arrays import matrix_shape
-from curation.cut import Cut
-from curation.filters.base import State
-from curation.gather import Chosen, assign_fields, chosen, dimensions, passing, split_targets, target_vectors
-from curation.measures.clip import as_matrix
-from infra.errors import UsageError, WinnowError
-from infra.uids import UID_DTYPE, decode_uids
+from winnow.curation.columns.pool_columns import (
+    Chosen,
+    assign_fields,
+    chosen,
+    dimensions,
+    passing,
+    split_targets,
+    target_vectors,
+)
+from winnow.curation.columns.threshold import Cut
+from winnow.curation.filters.base import State
+from winnow.curation.measures.clip import as_matrix
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.io.arrays import matrix_shape
+from winnow.infra.pool.uids import UID_DTYPE, decode_uids
 
 if TYPE_CHECKING:
-    from curation.view import View
+    from winnow.curation.columns.table import View
 
 _ROWS = 1024
 

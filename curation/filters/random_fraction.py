@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from curation.filters.base import Filter, State
-from infra.errors import UsageError
-from infra.uids import decode_uids, hash_unit
+from winnow.curation.filters.base import Filter, State
+from winnow.infra.errors import UsageError
+from winnow.infra.pool.uids import decode_uids, hash_unit
 
 
 @dataclass(frozen=True)

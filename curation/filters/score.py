@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from curation.cut import Cut, scores_of
-from curation.filters.base import Filter, State
-from curation.filters.clip_score import MODELS
-from curation.measures import MEASURES
-from infra.arrow import mask_array
-from infra.errors import UsageError
-from infra.registry import unknown
-from infra.uids import decode_uids, hash_unit
+from winnow.curation.columns.threshold import Cut, scores_of
+from winnow.curation.filters.base import Filter, State
+from winnow.curation.filters.clip_score import MODELS
+from winnow.curation.measures import MEASURES
+from winnow.infra.errors import UsageError
+from winnow.infra.io.arrow import mask_array
+from winnow.infra.pool.uids import decode_uids, hash_unit
+from winnow.infra.registry import unknown
 
 if TYPE_CHECKING:
-    from curation.view import View
+    from winnow.curation.columns.table import View
 
 # Ranks are among all samples of pools up to this size, and among as many drawn by uid of larger ones.
 RANKED = 1 << 22

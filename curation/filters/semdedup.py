@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from curation.clusters import assign, enough, train_centroids
-from curation.cut import Cut
-from curation.filters.base import State
-from curation.gather import Chosen, chosen, gather, passing
-from curation.neighbours import runs
-from infra.errors import UsageError
-from infra.registry import unknown
-from infra.uids import hash_unit
+from winnow.curation.columns.pool_columns import Chosen, chosen, gather, passing
+from winnow.curation.columns.threshold import Cut
+from winnow.curation.filters.base import State
+from winnow.curation.search.kmeans import assign, enough, train_centroids
+from winnow.curation.search.neighbours import runs
+from winnow.infra.errors import UsageError
+from winnow.infra.pool.uids import hash_unit
+from winnow.infra.registry import unknown
 
 if TYPE_CHECKING:
-    from curation.view import View
+    from winnow.curation.columns.table import View
 
 _KEEP = ("hard", "easy", "random")
 _BLOCK = 4096

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curation.filters.base import Filter, State
+from winnow.curation.filters.base import Filter, State
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,20 @@
 """Measures: columns computed once per sample and kept, so that thresholds change without computing anything again."""
 
-from infra.registry import Registry
+from winnow.infra.registry import Registry
 
 MEASURES = Registry(
     "measure",
     {
-        "aesthetic": "curation.measures.aesthetic:Aesthetic",
-        "caption": "curation.measures.caption:Caption",
-        "caption_stats": "curation.measures.caption_stats:CaptionStats",
-        "clip": "curation.measures.clip:Clip",
-        "content": "curation.measures.content:Content",
-        "entity": "curation.measures.entity:Entity",
-        "image_hash": "curation.measures.image_hash:ImageHash",
-        "language": "curation.measures.language:Language",
-        "nsfw": "curation.measures.nsfw:Nsfw",
-        "quality": "curation.measures.quality:Quality",
-        "watermark": "curation.measures.watermark:Watermark",
+        "aesthetic": "winnow.curation.measures.aesthetic:Aesthetic",
+        "caption": "winnow.curation.measures.caption:Caption",
+        "caption_stats": "winnow.curation.measures.caption_stats:CaptionStats",
+        "clip": "winnow.curation.measures.clip:Clip",
+        "content": "winnow.curation.measures.content:Content",
+        "entity": "winnow.curation.measures.entity:Entity",
+        "image_hash": "winnow.curation.measures.image_hash:ImageHash",
+        "language": "winnow.curation.measures.language:Language",
+        "nsfw": "winnow.curation.measures.nsfw:Nsfw",
+        "quality": "winnow.curation.measures.quality:Quality",
+        "watermark": "winnow.curation.measures.watermark:Watermark",
     },
 )

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from curation.heads import apply_head
-from curation.measures.base import Measure, Samples
-from curation.measures.clip import as_matrix
-from infra.storage import digest_file
+from winnow.curation.measures.base import Measure, Samples
+from winnow.curation.measures.clip import as_matrix
+from winnow.curation.measures.heads import apply_head
+from winnow.infra.io.storage import digest_file
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Aesthetic(Measure):
     published .pth to .safetensors with the same names. The recipe's scorer must be the model of the head.
 
     Args:
-        head: .safetensors, .npz or .npy file; see `curation.heads.read_head`.
+        head: .safetensors, .npz or .npy file; see `winnow.curation.measures.heads.read_head`.
         relu: whether the head has ReLUs between its layers.
     """
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow as pa
 
-from infra.errors import UsageError
-from infra.storage import digest_json
+from winnow.infra.errors import UsageError
+from winnow.infra.io.storage import digest_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image

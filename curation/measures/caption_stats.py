@@ -8,7 +8,7 @@ from typing import ClassVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curation.measures.base import Measure, Samples
+from winnow.curation.measures.base import Measure, Samples
 
 _FILE = r"(?i)^\S+\.(jpe?g|png|gif|webp|bmp|tiff?|svg|heic)$"
 _CAMERA = r"(?i)^(img|dsc|dscn|dscf|dcim|pict|p|image|photo|screenshot|wp)[ _-]?\d{2,}[\d _-]*$"

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from curation.measures.base import Measure, Samples
+from winnow.curation.measures.base import Measure, Samples
 
 if TYPE_CHECKING:
-    from pretrain.encoder import Encoder
+    from winnow.pretrain.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Clip(Measure):
     without a caption (a target set's) has an image embedding alone.
 
     Args:
-        encoder: what `pretrain.encoder.load_encoder` takes.
+        encoder: what `winnow.pretrain.encoder.load_encoder` takes.
         digest: of the encoder's content; it stands for the encoder in the key, so that the path does not.
         device: "auto", "cpu" or "cuda".
     """
@@ -45,7 +45,7 @@ class Clip(Measure):
         return {"cuda": 1, "auto": -1}.get(self.device, 0)
 
     def _encoder(self) -> Encoder:
-        from pretrain.encoder import load_encoder
+        from winnow.pretrain.encoder import load_encoder
 
         return load_encoder(self.encoder, device=self.device)
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pyarrow as pa
 
-from curation.measures.base import Measure, Samples
+from winnow.curation.measures.base import Measure, Samples
 
 
 @dataclass(frozen=True)

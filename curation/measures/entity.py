@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from curation import wordnet
-from curation.digest import content_digest
-from curation.measures.base import Measure, Samples
-from infra import storage
-from infra.errors import WinnowError
+from winnow.curation.measures import wordnet
+from winnow.curation.measures.base import Measure, Samples
+from winnow.infra.errors import WinnowError
+from winnow.infra.io import storage
+from winnow.infra.io.content import content_digest
 
 MAX_WORDS = 500_000  # remembered, some 50 MB; then they are looked up anew
 MAX_BYTES = 64 << 20
@@ -31,7 +31,7 @@ class Entity(Measure):
     or adverb shares with a listed noun matches too, as it does in DataComp.
 
     Args:
-        dictionary: folder of WordNet 3.0's dictionary files; None to look for it (`curation.wordnet.places`).
+        dictionary: folder of WordNet 3.0's dictionary files; None to look for it (`winnow.curation.measures.wordnet.places`).
         synsets: text file with one synset a line, as n01440764; None for ImageNet-21k's 21,843, which timm brings.
     """
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from curation.measures.base import Measure, Samples
+from winnow.curation.measures.base import Measure, Samples
 
 _SIDE, _LOW = 32, 8
 

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from curation.digest import content_digest
-from curation.measures.base import Measure, Samples
-from infra.errors import UsageError, WinnowError
-from infra.registry import unknown
-from infra.storage import exists
+from winnow.curation.measures.base import Measure, Samples
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.io.content import content_digest
+from winnow.infra.io.storage import exists
+from winnow.infra.registry import unknown
 
 IDENTIFIERS = ("fasttext", "gcld3")
 

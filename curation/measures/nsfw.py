@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from curation.measures.prompted import Prompted
+from winnow.curation.measures.prompted import Prompted
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from curation.heads import apply_head, prompt_probability
-from curation.measures.base import Measure, Samples
-from curation.measures.clip import as_matrix
-from infra.errors import UsageError
-from infra.storage import digest_file
+from winnow.curation.measures.base import Measure, Samples
+from winnow.curation.measures.clip import as_matrix
+from winnow.curation.measures.heads import apply_head, prompt_probability
+from winnow.infra.errors import UsageError
+from winnow.infra.io.storage import digest_file
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Prompted(Measure):
     opposite on the recipe's scorer (Wang, Chan & Loy 2023, CLIP-IQA, equations 1 and 2), averaged over pairs.
 
     Args:
-        head: .safetensors, .npz or .npy file; see `curation.heads.read_head`. None for the prompts.
+        head: .safetensors, .npz or .npy file; see `winnow.curation.measures.heads.read_head`. None for the prompts.
         relu, sigmoid: whether the head has ReLUs between its layers and a sigmoid behind them.
         yes, no: prompts, pair by pair; none for the measure's own.
         encoder, digest: the scorer and its identity, as in `clip`; the recipe fills them in.
@@ -72,7 +72,7 @@ class Prompted(Measure):
 
 @functools.lru_cache(maxsize=4)
 def _embedded(encoder: str, device: str, pairs: tuple[tuple[str, str], ...]) -> tuple[np.ndarray, np.ndarray, float]:
-    from pretrain.encoder import load_encoder
+    from winnow.pretrain.encoder import load_encoder
 
     model = load_encoder(encoder, device=device)
     yes, no = zip(*pairs, strict=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from curation.measures.base import Measure, Samples
+from winnow.curation.measures.base import Measure, Samples
 
 
 @dataclass(frozen=True)

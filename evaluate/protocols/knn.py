@@ -10,10 +10,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from evaluate.data import EvalSet
-from evaluate.kinds import Features, Row
-from evaluate.kinds.zeroshot import classification_rows
-from evaluate.protocols.linear import torch_device, train_split
+from winnow.evaluate.protocols.base import Features, Row
+from winnow.evaluate.protocols.linear import torch_device, train_split
+from winnow.evaluate.protocols.zeroshot import classification_rows
+from winnow.evaluate.sets.layout import EvalSet
 
 K = 200
 TEMPERATURE = 0.07

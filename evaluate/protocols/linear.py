@@ -18,10 +18,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from evaluate.data import EvalSet, TaskError
-from evaluate.kinds import Features, Row, Split
-from evaluate.kinds.zeroshot import classification_rows
-from infra import storage
+from winnow.evaluate.protocols.base import Features, Row, Split
+from winnow.evaluate.protocols.zeroshot import classification_rows
+from winnow.evaluate.sets.layout import EvalSet, TaskError
+from winnow.infra.io import storage
 
 START = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # exponents of 10
 FINEST = 1 / 8  # decades

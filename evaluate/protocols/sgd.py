@@ -11,10 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from evaluate.data import EvalSet
-from evaluate.kinds import Features, Row
-from evaluate.kinds.zeroshot import classification_rows
-from evaluate.protocols.linear import Weights, logits_of, threads_for, to_torch, train_split
+from winnow.evaluate.protocols.base import Features, Row
+from winnow.evaluate.protocols.linear import Weights, logits_of, threads_for, to_torch, train_split
+from winnow.evaluate.protocols.zeroshot import classification_rows
+from winnow.evaluate.sets.layout import EvalSet
 
 EPOCHS = 100
 BATCH = 256

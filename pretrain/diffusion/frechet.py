@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from infra.pictures import PictureError, decode_picture
-from infra.pool import Pool, read_members
-from pretrain.encoder import load_encoder
+from winnow.infra.io.images import PictureError, decode_picture
+from winnow.infra.pool.pool import Pool, read_members
+from winnow.pretrain.encoder import load_encoder
 
 _BATCH = 256
 

@@ -1,15 +1,15 @@
 """What a training minimises. One file an objective, beside its paper."""
 
-from infra.registry import Registry
+from winnow.infra.registry import Registry
 
 OBJECTIVES = Registry(
     "objective",
     {
-        "autoencoder": "pretrain.objectives.autoencoder:Autoencoder",
-        "clip": "pretrain.objectives.clip:CLIP",
-        "diffusion": "pretrain.objectives.diffusion:Diffusion",
-        "moco": "pretrain.objectives.moco:MoCo",
-        "siglip": "pretrain.objectives.siglip:SigLIP",
-        "simclr": "pretrain.objectives.simclr:SimCLR",
+        "autoencoder": "winnow.pretrain.objectives.generative.autoencoder:Autoencoder",
+        "clip": "winnow.pretrain.objectives.contrastive.clip:CLIP",
+        "diffusion": "winnow.pretrain.objectives.generative.diffusion:Diffusion",
+        "moco": "winnow.pretrain.objectives.contrastive.moco:MoCo",
+        "siglip": "winnow.pretrain.objectives.contrastive.siglip:SigLIP",
+        "simclr": "winnow.pretrain.objectives.contrastive.simclr:SimCLR",
     },
 )

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from infra.errors import UsageError
-from pretrain.nets import preprocess_config
+from winnow.infra.errors import UsageError
+from winnow.pretrain.models.nets import preprocess_config
 
 
 @dataclass(frozen=True)

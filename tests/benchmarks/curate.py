@@ -120,8 +120,8 @@ def clip_score(folder: Path, rows: int, repeat: int) -> None:
 
 def _bound(part: Path) -> None:
     """What of the work cannot be left out, each alone on all cores: read, decode, sort, write."""
-    from infra.ahead import ahead
-    from infra.uids import UID_DTYPE, sort_uids
+    from winnow.infra.io.prefetch import ahead
+    from winnow.infra.pool.uids import UID_DTYPE, sort_uids
 
     paths = sorted(part.glob("*.parquet"))
     size = 0
@@ -165,11 +165,11 @@ def basic(folder: Path, rows: int, repeat: int) -> None:
     """The basic filter's columns and its decision, on one core, by the row."""
     import os
 
-    from curation.filters.basic import Basic
-    from curation.measures.base import Samples
-    from curation.measures.caption import Caption
-    from curation.measures.language import Language
-    from infra.pool import Pool
+    from winnow.curation.filters.basic import Basic
+    from winnow.curation.measures.base import Samples
+    from winnow.curation.measures.caption import Caption
+    from winnow.curation.measures.language import Language
+    from winnow.infra.pool.pool import Pool
 
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     pa.set_cpu_count(1)
@@ -177,7 +177,7 @@ def basic(folder: Path, rows: int, repeat: int) -> None:
     Language().compute(Samples(shards[0].table(["text"]).slice(0, 10), []))  # loads the model
     times: dict[str, float] = {"read": 0.0, "caption": 0.0, "decide": 0.0, "language": 0.0, "identifier alone": 0.0}
     seen = 0
-    from curation.measures.language import _load
+    from winnow.curation.measures.language import _load
 
     predict = _load(None).predict
     for shard in shards:
@@ -217,7 +217,7 @@ def assign(rows: int, clusters: int, dim: int, repeat: int) -> None:
     """Nearest of many centroids against the machine's matrix products."""
     import torch
 
-    from curation.clusters import Nearest
+    from winnow.curation.search.kmeans import Nearest
 
     rng = np.random.default_rng(0)
     vectors = np.empty((rows, dim), np.float16)
@@ -253,7 +253,7 @@ def assign(rows: int, clusters: int, dim: int, repeat: int) -> None:
 
 def coarse(rows: int, clusters: int, dim: int) -> None:
     """The inverted file's recall and speed against the exhaustive search, embeddings in groups as pictures lie."""
-    from curation.clusters import Nearest
+    from winnow.curation.search.kmeans import Nearest
 
     rng = np.random.default_rng(0)
     kinds = rng.standard_normal((max(clusters // 20, 1), dim), np.float32)

@@ -103,10 +103,10 @@ def one_pass(
 ) -> list[str]:
     """The command that evaluates them all: in this process alone, or on a Ray of that many workers."""
     code = (
-        "import sys, ray, pipeline.cli\n"
+        "import sys, ray, winnow.pipeline.cli\n"
         f"workers = {workers}\n"
         "if workers: ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level='ERROR')\n"
-        "pipeline.cli.app(sys.argv[1:])\n"
+        "winnow.pipeline.cli.app(sys.argv[1:])\n"
     )
     words = ["evaluate", *(f"{config}:{file}" for file in files), "--data", data, "--tasks", tasks, "--out", str(out)]
     return [sys.executable, "-c", code, *words, "--protocols", protocols, "--executor", "ray" if workers else "serial"]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.ahead import cores
+from winnow.infra.io.prefetch import cores
 
 
 def machine() -> str:

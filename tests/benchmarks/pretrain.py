@@ -32,15 +32,15 @@ import webdataset as wds
 from open_clip_train.data import get_wds_dataset
 from open_clip_train.train import train_one_epoch
 
-from infra.execute import execute
-from infra.executors import SerialExecutor
-from infra.index import IndexStage
-from infra.pictures import decode_picture
-from pretrain.config import PretrainConfig
-from pretrain.data import Batches, Samples
-from pretrain.launch import launch
-from pretrain.loop import Job, make_objective
-from pretrain.objectives.base import Sample
+from winnow.infra.io.images import decode_picture
+from winnow.infra.pool.index import IndexStage
+from winnow.infra.stages.executors import SerialExecutor
+from winnow.infra.stages.runner import execute
+from winnow.pretrain.config import PretrainConfig
+from winnow.pretrain.data.loader import Batches, Samples
+from winnow.pretrain.launch import launch
+from winnow.pretrain.loop import Job, make_objective
+from winnow.pretrain.objectives.base import Sample
 
 SKIPPED = 10  # batches before the clock starts
 MODEL = {

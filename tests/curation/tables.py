@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from infra.uids import derived_uid
+from winnow.infra.pool.uids import derived_uid
 
 
 class Columns:

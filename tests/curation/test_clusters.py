@@ -4,11 +4,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curation.clusters import Nearest, assign, fitted_state, nearest_of, sample_size, sample_vectors, train_centroids
-from curation.filters.image_cluster import ImageCluster
-from infra.errors import UsageError, WinnowError
 from tests.curation.tables import Columns, embeddings
 from tests.curation.tables import sphere as unit_vectors
+from winnow.curation.filters.image_cluster import ImageCluster
+from winnow.curation.search.kmeans import (
+    Nearest,
+    assign,
+    fitted_state,
+    nearest_of,
+    sample_size,
+    sample_vectors,
+    train_centroids,
+)
+from winnow.infra.errors import UsageError, WinnowError
 
 
 def sphere(rng, n, d):
@@ -69,8 +77,8 @@ def test_a_coarse_search_states_its_recall_against_brute_force():
 
 
 def test_auto_is_exact_up_to_the_stated_size(monkeypatch):
-    monkeypatch.setattr("curation.clusters.EXACT", 50)
-    monkeypatch.setattr("curation.clusters.has_gpu", lambda: False)
+    monkeypatch.setattr("winnow.curation.search.kmeans.EXACT", 50)
+    monkeypatch.setattr("winnow.curation.search.kmeans.has_gpu", lambda: False)
     rng = np.random.default_rng(1)
     assert Nearest(sphere(rng, 50, 4)).exact and not Nearest(sphere(rng, 51, 4)).exact
 

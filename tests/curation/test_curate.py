@@ -8,16 +8,16 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 
-from curation.measure import MeasureStage
-from curation.measures.caption import Caption
-from curation.reshard import ReshardStage, subset_digest
-from curation.stage import CurateStage, Source
-from infra.errors import WinnowError
-from infra.execute import execute
-from infra.executors import SerialExecutor
-from infra.index import IndexStage
-from infra.pool import Pool
-from infra.uids import encode_uids, load_subset, save_subset
+from winnow.curation.curate import CurateStage, Source
+from winnow.curation.measures.caption import Caption
+from winnow.curation.measures.stage import MeasureStage
+from winnow.curation.reshard import ReshardStage, subset_digest
+from winnow.infra.errors import WinnowError
+from winnow.infra.pool.index import IndexStage
+from winnow.infra.pool.pool import Pool
+from winnow.infra.pool.uids import encode_uids, load_subset, save_subset
+from winnow.infra.stages.executors import SerialExecutor
+from winnow.infra.stages.runner import execute
 
 OWN = {"tests.examples.caption_length:CaptionLength": {"most": 6}}
 WIDE = {"basic": {"language": None, "min_words": 1, "min_side": 8, "max_aspect": 1.03}}

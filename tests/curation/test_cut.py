@@ -6,14 +6,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curation.filters.clip_score import ClipScore
-from curation.filters.random_fraction import RandomFraction
-from curation.filters.score import Score, percentile
-from curation.fitting import fit_tree
-from curation.select import nth_largest
-from curation.tree import Judge, parse
-from infra.errors import UsageError
 from tests.curation.tables import Columns, kept, uids
+from winnow.curation.algebra.fit import fit_tree
+from winnow.curation.algebra.tree import Judge, parse
+from winnow.curation.columns.quantile import nth_largest
+from winnow.curation.filters.clip_score import ClipScore
+from winnow.curation.filters.random_fraction import RandomFraction
+from winnow.curation.filters.score import Score, percentile
+from winnow.infra.errors import UsageError
 
 
 def plain_nth(values, place):
@@ -95,7 +95,7 @@ def test_fractions_of_the_pool_and_of_what_came_before(monkeypatch):
     words, scores = data["caption.words"].to_numpy(), data["clip.score"].to_numpy()
 
     class Survivors(Columns):
-        """As curation.fitting.Survivors, over tables in memory."""
+        """As winnow.curation.algebra.fit.Survivors, over tables in memory."""
 
         def __init__(self, pool, columns_url, targets, node, states):
             judge = Judge(node, list(states))
@@ -103,7 +103,7 @@ def test_fractions_of_the_pool_and_of_what_came_before(monkeypatch):
                 *(part.filter(pa.array(judge.keep(part))) for part in (data.slice(0, 200), data.slice(200)))
             )
 
-    monkeypatch.setattr("curation.fitting.Survivors", Survivors)
+    monkeypatch.setattr("winnow.curation.algebra.fit.Survivors", Survivors)
     long = {"score": {"caption.words": 1.0, "fraction": 0.5}}
     before = judged(long, data)
     assert 0 < before.sum() < len(words)
@@ -152,7 +152,7 @@ def test_percentiles_of_scores_not_in_the_pool():
 def test_ranks_of_a_large_pool_come_from_a_draw(monkeypatch):
     data = table(2000, digits=9)
     whole = Score({"clip": 1.0}, fraction=0.5).fit(Columns(data))
-    monkeypatch.setattr("curation.filters.score.RANKED", 500)
+    monkeypatch.setattr("winnow.curation.filters.score.RANKED", 500)
     node = Score({"clip": 1.0}, fraction=0.5)
     state = node.fit(Columns(data))
     drawn = state["sorted clip.score"]

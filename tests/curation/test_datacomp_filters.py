@@ -6,15 +6,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curation.filters.clip_score import ClipScore
-from curation.filters.image_based import ImageBased, tokens
-from curation.filters.laion2b import Laion2b
-from curation.filters.text_based import TextBased
-from curation.measures.base import Samples
-from curation.measures.language import Language, _load
-from curation.tree import Judge, fingerprint, parse
-from infra.errors import UsageError, WinnowError
 from tests.curation.tables import Columns, embeddings, sphere
+from winnow.curation.algebra.tree import Judge, fingerprint, parse
+from winnow.curation.filters.clip_score import ClipScore
+from winnow.curation.filters.image_based import ImageBased, tokens
+from winnow.curation.filters.laion2b import Laion2b
+from winnow.curation.filters.text_based import TextBased
+from winnow.curation.measures.base import Samples
+from winnow.curation.measures.language import Language, _load
+from winnow.infra.errors import UsageError, WinnowError
 
 CAPTIONS = [
     "a dog on the beach",

@@ -7,14 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curation.measure import MeasureStage
-from curation.measures.caption import Caption
-from curation.measures.entity import Entity
-from curation.measures.language import Language, _load
-from curation.stage import CurateStage, Source
-from curation.wordnet import WordNet
-from infra.execute import execute
-from infra.executors import SerialExecutor
+from winnow.curation.curate import CurateStage, Source
+from winnow.curation.measures.caption import Caption
+from winnow.curation.measures.entity import Entity
+from winnow.curation.measures.language import Language, _load
+from winnow.curation.measures.stage import MeasureStage
+from winnow.curation.measures.wordnet import WordNet
+from winnow.infra.stages.executors import SerialExecutor
+from winnow.infra.stages.runner import execute
 
 SENTENCES = [
     "the children are playing with a dog in the garden",

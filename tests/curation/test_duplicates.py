@@ -9,24 +9,24 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from curation.filters.decontaminate import Decontaminate, task_name
-from curation.filters.exact_duplicates import ExactDuplicates
-from curation.filters.near_duplicates import NearDuplicates
-from curation.hamming import _masks, hamming_pairs
-from curation.measure import MeasureStage
-from curation.measures.base import Samples
-from curation.measures.content import Content
-from curation.measures.image_hash import ImageHash, phash
-from curation.neighbours import components, first_of_groups
-from curation.stage import CurateStage, Source
-from infra.errors import UsageError, WinnowError
-from infra.execute import execute
-from infra.executors import SerialExecutor
-from infra.index import IndexStage, find_shards
-from infra.pool import Pool
-from infra.uids import encode_uids, load_subset
 from tests.curation.tables import Columns, embeddings, kept, sphere, uids
 from tests.drawing import sample, write_tar
+from winnow.curation.curate import CurateStage, Source
+from winnow.curation.filters.decontaminate import Decontaminate, task_name
+from winnow.curation.filters.exact_duplicates import ExactDuplicates
+from winnow.curation.filters.near_duplicates import NearDuplicates
+from winnow.curation.measures.base import Samples
+from winnow.curation.measures.content import Content
+from winnow.curation.measures.image_hash import ImageHash, phash
+from winnow.curation.measures.stage import MeasureStage
+from winnow.curation.search.hamming import _masks, hamming_pairs
+from winnow.curation.search.neighbours import components, first_of_groups
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.pool.index import IndexStage, find_shards
+from winnow.infra.pool.pool import Pool
+from winnow.infra.pool.uids import encode_uids, load_subset
+from winnow.infra.stages.executors import SerialExecutor
+from winnow.infra.stages.runner import execute
 
 
 def near_hashes(rng, n, families=30, flips=6):
@@ -53,8 +53,8 @@ def test_hamming_pairs_against_brute_force(radius, monkeypatch):
     assert list(zip(*(x.tolist() for x in hamming_pairs(a, b, radius)), strict=True)) == cross
     # As it would be cut up for a large pool, where tables are small; and in parts.
     masks = _masks(10**6, 10**6, radius)
-    monkeypatch.setattr("curation.hamming._masks", lambda *args: masks)
-    monkeypatch.setattr("curation.hamming._PART", 50)
+    monkeypatch.setattr("winnow.curation.search.hamming._masks", lambda *args: masks)
+    monkeypatch.setattr("winnow.curation.search.hamming._PART", 50)
     assert list(zip(*(x.tolist() for x in hamming_pairs(a, None, radius)), strict=True)) == own
     assert list(zip(*(x.tolist() for x in hamming_pairs(a, b, radius)), strict=True)) == cross
 

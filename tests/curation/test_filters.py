@@ -6,16 +6,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curation.clusters import assign, train_centroids
-from curation.filters import FILTERS
-from curation.filters.basic import Basic
-from curation.filters.clip_score import ClipScore
-from curation.filters.image_cluster import ImageCluster
-from curation.measures.base import Samples
-from curation.measures.caption import Caption
-from curation.measures.language import Language
-from infra.errors import UsageError, WinnowError
 from tests.curation.tables import Columns, embeddings, sphere
+from winnow.curation.filters import FILTERS
+from winnow.curation.filters.basic import Basic
+from winnow.curation.filters.clip_score import ClipScore
+from winnow.curation.filters.image_cluster import ImageCluster
+from winnow.curation.measures.base import Samples
+from winnow.curation.measures.caption import Caption
+from winnow.curation.measures.language import Language
+from winnow.curation.search.kmeans import assign, train_centroids
+from winnow.infra.errors import UsageError, WinnowError
 
 
 def datacomp_threshold(scores, fraction):

@@ -13,14 +13,14 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from curation import corrupt
-from curation.inject import KINDS, InjectConfig, InjectStage
-from infra.execute import execute
-from infra.executors import SerialExecutor
-from infra.index import IndexStage
-from infra.pool import Pool, read_members
-from infra.uids import decode_uids, hash_unit
 from tests.drawing import picture, sample, write_tar
+from winnow.curation.noise import corrupt
+from winnow.curation.noise.inject import KINDS, InjectConfig, InjectStage
+from winnow.infra.pool.index import IndexStage
+from winnow.infra.pool.pool import Pool, read_members
+from winnow.infra.pool.uids import decode_uids, hash_unit
+from winnow.infra.stages.executors import SerialExecutor
+from winnow.infra.stages.runner import execute
 
 ALL = InjectConfig(
     mismatched=0.3,

@@ -7,23 +7,23 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import curation.measure
-from curation.measure import MeasureStage
-from curation.measures import MEASURES
-from curation.measures.base import make
-from curation.measures.caption import Caption
-from curation.measures.clip import Clip, as_matrix
-from curation.measures.language import Language
-from curation.view import View
-from infra.errors import WinnowError
-from infra.execute import Budget, execute
-from infra.executors import SerialExecutor
-from infra.index import IndexStage
-from infra.pool import Pool
-from pretrain.encoder import encoder_digest, load_encoder
+import winnow.curation.measures.stage
 from tests.drawing import sample, write_tar
 from tests.evaluate.sets import write_config
 from tests.examples.brightness import Brightness
+from winnow.curation.columns.table import View
+from winnow.curation.measures import MEASURES
+from winnow.curation.measures.base import make
+from winnow.curation.measures.caption import Caption
+from winnow.curation.measures.clip import Clip, as_matrix
+from winnow.curation.measures.language import Language
+from winnow.curation.measures.stage import MeasureStage
+from winnow.infra.errors import WinnowError
+from winnow.infra.pool.index import IndexStage
+from winnow.infra.pool.pool import Pool
+from winnow.infra.stages.executors import SerialExecutor
+from winnow.infra.stages.runner import Budget, execute
+from winnow.pretrain.encoder import encoder_digest, load_encoder
 
 
 def measure(pool, measures, out, **options):
@@ -55,8 +55,8 @@ def test_clip_columns_are_the_encoders(small_pool, clip, tmp_path):
 
 def test_each_picture_is_decoded_once(small_pool, clip, tmp_path, monkeypatch):
     count = []
-    decode = curation.measure.decode_picture
-    monkeypatch.setattr(curation.measure, "decode_picture", lambda data: count.append(1) or decode(data))
+    decode = winnow.curation.measures.stage.decode_picture
+    monkeypatch.setattr(winnow.curation.measures.stage, "decode_picture", lambda data: count.append(1) or decode(data))
     measure(small_pool, (clip, Brightness(), Caption()), tmp_path)
     assert len(count) == len(Pool.open(small_pool))
     measure(small_pool, (clip, Brightness(), Caption(), Language()), tmp_path)

@@ -4,11 +4,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curation.filters.metaclip import Matcher, MetaClip
-from curation.tree import fingerprint
-from infra.errors import UsageError, WinnowError
-from infra.uids import decode_uids, encode_uids
 from tests.curation.tables import Columns, kept, uids
+from winnow.curation.algebra.tree import fingerprint
+from winnow.curation.filters.metaclip import Matcher, MetaClip
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.pool.uids import decode_uids, encode_uids
 
 ENTRIES = [
     "dog", "golden dog", "dog park", "a", "new york", "york", "U.S", "rock 'n' roll", "e . g", "end", "Cat",

@@ -6,16 +6,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curation.clusters import assign, train_centroids
-from curation.filters.cluster_balanced import ClusterBalanced, quotas
-from curation.filters.d2_pruning import D2Pruning, select
-from curation.filters.neg_clip_loss import NegClipLoss, neg_clip_loss
-from curation.filters.norm_sim import NormSim
-from curation.filters.random_fraction import RandomFraction
-from curation.filters.semdedup import SemDeDup, likeness_before
-from curation.neighbours import cosine_pairs, nearest
-from infra.errors import UsageError, WinnowError
 from tests.curation.tables import Columns, embeddings, halves, kept, sphere, uids
+from winnow.curation.filters.cluster_balanced import ClusterBalanced, quotas
+from winnow.curation.filters.d2_pruning import D2Pruning, select
+from winnow.curation.filters.neg_clip_loss import NegClipLoss, neg_clip_loss
+from winnow.curation.filters.norm_sim import NormSim
+from winnow.curation.filters.random_fraction import RandomFraction
+from winnow.curation.filters.semdedup import SemDeDup, likeness_before
+from winnow.curation.search.kmeans import assign, train_centroids
+from winnow.curation.search.neighbours import cosine_pairs, nearest
+from winnow.infra.errors import UsageError, WinnowError
 
 
 def bunches(rng, n=300, d=12, centres=40, spread=0.15):
@@ -84,7 +84,7 @@ def test_semdedup_blocks_make_no_difference(monkeypatch):
     vectors = halves(bunches(np.random.default_rng(3)))
     label, place = np.zeros(300, int), np.random.default_rng(0).normal(size=300)
     whole = likeness_before(vectors, label, place)
-    monkeypatch.setattr("curation.filters.semdedup._BLOCK", 17)
+    monkeypatch.setattr("winnow.curation.filters.semdedup._BLOCK", 17)
     assert np.allclose(likeness_before(vectors, label, place), whole, atol=1e-6)
 
 
@@ -164,7 +164,7 @@ def negative_loss(image, text, batches, tau):
 
 
 def test_negative_clip_loss_is_the_papers(monkeypatch):
-    monkeypatch.setattr("curation.filters.neg_clip_loss._ROWS", 7)
+    monkeypatch.setattr("winnow.curation.filters.neg_clip_loss._ROWS", 7)
     rng = np.random.default_rng(7)
     image, text = halves(sphere(rng, 50, 8)), halves(sphere(rng, 50, 8))
     divisions = [rng.permutation(50) for _ in range(3)]
@@ -235,7 +235,7 @@ def test_quotas_share_out_the_budget(power, budget):
 
 def test_cluster_balanced_draws_as_much_of_the_rare(monkeypatch):
     centroids = np.eye(8, dtype=np.float32)[:3]
-    monkeypatch.setattr("curation.filters.cluster_balanced.train_centroids", lambda *args, **more: centroids)
+    monkeypatch.setattr("winnow.curation.filters.cluster_balanced.train_centroids", lambda *args, **more: centroids)
     rng = np.random.default_rng(11)
     label = np.repeat([0, 1, 2], [200, 60, 20])
     vectors = np.eye(8)[label] + 0.02 * rng.normal(size=(280, 8))

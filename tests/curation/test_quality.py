@@ -10,27 +10,27 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from curation.heads import apply_head, read_head
-from curation.measure import MeasureStage
-from curation.measures.aesthetic import Aesthetic
-from curation.measures.base import Samples, with_upstream
-from curation.measures.caption_stats import CaptionStats
-from curation.measures.clip import Clip, as_matrix
-from curation.measures.nsfw import Nsfw
-from curation.measures.quality import Quality
-from curation.measures.watermark import Watermark
-from curation.view import View
-from infra.errors import UsageError, WinnowError
-from infra.execute import execute
-from infra.executors import SerialExecutor
-from infra.pool import Pool
-from infra.stage import pending_units
-from pipeline.graph import Graph
-from pipeline.recipe import parse_recipe
-from pretrain.encoder import encoder_digest, load_encoder
 from tests.curation.tables import embeddings, sphere
 from tests.drawing import write_pool
 from tests.evaluate.sets import write_config
+from winnow.curation.columns.table import View
+from winnow.curation.measures.aesthetic import Aesthetic
+from winnow.curation.measures.base import Samples, with_upstream
+from winnow.curation.measures.caption_stats import CaptionStats
+from winnow.curation.measures.clip import Clip, as_matrix
+from winnow.curation.measures.heads import apply_head, read_head
+from winnow.curation.measures.nsfw import Nsfw
+from winnow.curation.measures.quality import Quality
+from winnow.curation.measures.stage import MeasureStage
+from winnow.curation.measures.watermark import Watermark
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.pool.pool import Pool
+from winnow.infra.stages.executors import SerialExecutor
+from winnow.infra.stages.runner import execute
+from winnow.infra.stages.stage import pending_units
+from winnow.pipeline.graph import Graph
+from winnow.pipeline.recipe.load import parse_recipe
+from winnow.pretrain.encoder import encoder_digest, load_encoder
 
 
 def samples(images):
@@ -225,7 +225,7 @@ def test_a_recipe_measures_what_its_filters_read(spec, tmp_path):
     recipe = parse_recipe(text, "r.yaml", [])
     assert list(recipe.measure_kinds()) == ["aesthetic", "clip", "image_hash", "nsfw"]
     assert list(recipe.target_kinds(f"{tmp_path}/eval")) == ["image_hash"]
-    from infra.progress import RunLog
+    from winnow.infra.stages.progress import RunLog
 
     graph = Graph(recipe, str(tmp_path / "out"))
     manifests = graph.run(SerialExecutor(), RunLog(str(tmp_path / "out"), stream=None), until="curate")
@@ -238,6 +238,6 @@ def test_a_recipe_measures_what_its_filters_read(spec, tmp_path):
 
 
 def test_upstream_measures_are_taken_along():
-    from curation.measures import MEASURES
+    from winnow.curation.measures import MEASURES
 
     assert list(with_upstream(["nsfw", "caption"], MEASURES.load)) == ["caption", "clip", "nsfw"]

@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curation.filters import FILTERS
-from curation.filters.base import All, Any_, Filter, Not
-from curation.filters.basic import Basic
-from curation.filters.clip_score import ClipScore
-from curation.tree import Judge, fingerprint, from_python, parse, unparse
-from infra.errors import UsageError
+from winnow.curation.algebra.tree import Judge, fingerprint, from_python, parse, unparse
+from winnow.curation.filters import FILTERS
+from winnow.curation.filters.base import All, Any_, Filter, Not
+from winnow.curation.filters.basic import Basic
+from winnow.curation.filters.clip_score import ClipScore
+from winnow.infra.errors import UsageError
 
 
 @dataclass(frozen=True)

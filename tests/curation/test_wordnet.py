@@ -8,13 +8,13 @@ import zipfile
 import pyarrow as pa
 import pytest
 
-import curation.measures.entity
-from curation import wordnet
-from curation.measures.base import Samples
-from curation.measures.entity import Entity, Lexicon, read_synsets
-from curation.wordnet import ORDER, WordNet
-from infra.errors import WinnowError
+import winnow.curation.measures.entity
 from tests.curation.dictionary import write_dictionary
+from winnow.curation.measures import wordnet
+from winnow.curation.measures.base import Samples
+from winnow.curation.measures.entity import Entity, Lexicon, read_synsets
+from winnow.curation.measures.wordnet import ORDER, WordNet
+from winnow.infra.errors import WinnowError
 
 FIRST = {
     "dog": 100,  # the first of two senses, and a noun before a verb
@@ -103,7 +103,7 @@ def test_all_of_imagenets_synsets_are_in_the_dictionary(monkeypatch):
     pytest.importorskip("timm", reason="timm is not installed")
     data = wordnet._read(real_dictionary(monkeypatch), "data.noun").decode()
     offsets = {int(line[:8]) for line in data.splitlines() if not line.startswith(" ")}
-    listed = read_synsets(curation.measures.entity._list_url(None))
+    listed = read_synsets(winnow.curation.measures.entity._list_url(None))
     assert len(listed) == 21_843 and listed <= offsets
 
 
@@ -145,7 +145,7 @@ def test_entity_is_datacomps_rule(tiny_wordnet, synsets, monkeypatch):
     samples = Samples(pa.table({"text": TEXTS}), [])
     assert measure.compute(samples)["in21k"].to_pylist() == expected
     lexicon = Lexicon(dictionary, frozenset({100, 120, 130, 320}))
-    monkeypatch.setattr(curation.measures.entity, "MAX_WORDS", 2)  # forgets between batches
+    monkeypatch.setattr(winnow.curation.measures.entity, "MAX_WORDS", 2)  # forgets between batches
     for _, (text, value) in itertools.product(range(2), zip(TEXTS, expected, strict=True)):
         assert lexicon.named([text.split() if text else []]) == [bool(value)]
 

@@ -6,9 +6,16 @@ import math
 
 import pytest
 
-from evaluate.aggregate import Score, SubsetScores, average_name, certainty, compare, headline
-from evaluate.tables import comparison_csv, comparison_text
-from evaluate.tasks import datacomp_tasks, extra_task
+from winnow.evaluate.report.tables import comparison_csv, comparison_text
+from winnow.evaluate.statistics.aggregate import (
+    Score,
+    SubsetScores,
+    average_name,
+    certainty,
+    compare,
+    headline,
+)
+from winnow.evaluate.tasks.task import datacomp_tasks, extra_task
 
 
 def facts(*tasks) -> dict:

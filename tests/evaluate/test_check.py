@@ -7,11 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from evaluate.check import COMPLETE, INCOMPLETE, MISSING, PARTIAL, check_table, check_tasks
-from evaluate.data import EvalSet, find_tasks
-from evaluate.tasks import datacomp_tasks
-from infra.errors import UsageError
 from tests.evaluate.sets import write_classification, write_packed_wino, write_retrieval
+from winnow.evaluate.check import (
+    COMPLETE,
+    INCOMPLETE,
+    MISSING,
+    PARTIAL,
+    check_table,
+    check_tasks,
+)
+from winnow.evaluate.sets.layout import EvalSet, find_tasks
+from winnow.evaluate.tasks.task import datacomp_tasks
+from winnow.infra.errors import UsageError
 
 TEN = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

@@ -13,18 +13,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from evaluate.compare import CompareStage, SubsetEntry
-from evaluate.poolview import funnel_rows, look
-from evaluate.stage import SCHEMA
-from evaluate.tasks import datacomp_tasks
-from infra import storage
-from infra.errors import UsageError, WinnowError
-from infra.execute import execute
-from infra.executors import SerialExecutor
-from infra.pool import Pool, write_view
-from infra.stage import MANIFEST, Manifest
-from infra.uids import encode_uids, save_subset
 from tests.drawing import write_pool
+from winnow.evaluate.report.compare import CompareStage, SubsetEntry
+from winnow.evaluate.report.pool_view import funnel_rows, look
+from winnow.evaluate.stage import SCHEMA
+from winnow.evaluate.tasks.task import datacomp_tasks
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.io import storage
+from winnow.infra.pool.pool import Pool, write_view
+from winnow.infra.pool.uids import encode_uids, save_subset
+from winnow.infra.stages.executors import SerialExecutor
+from winnow.infra.stages.runner import execute
+from winnow.infra.stages.stage import MANIFEST, Manifest
 
 SCRIPT = '<script>alert("pool")</script>'
 
@@ -32,7 +32,7 @@ SCRIPT = '<script>alert("pool")</script>'
 @pytest.fixture
 def pool(tmp_path: Path) -> Pool:
     """24 samples in 3 shards; samples 0-5 mismatched, 6-8 duplicate; every caption is an attack."""
-    from infra.index import IndexStage
+    from winnow.infra.pool.index import IndexStage
 
     write_pool(tmp_path / "shards", shards=3, per_shard=8)
     execute(IndexStage((str(tmp_path / "shards"),), str(tmp_path / "pool")), SerialExecutor())

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluate.data import EvalSet, TaskError, data_digest, find_tasks
-from evaluate.parts import cut, read_part
-from infra.errors import UsageError
 from tests.drawing import COLORS, picture, write_tar
 from tests.evaluate.sets import TEMPLATES, npy, write_classification, write_faces, write_retrieval
+from winnow.evaluate.sets.layout import EvalSet, TaskError, data_digest, find_tasks
+from winnow.evaluate.sets.shards import cut, read_part
+from winnow.infra.errors import UsageError
 
 TEN = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

@@ -15,19 +15,19 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluate.data import EvalSet, find_tasks
-from evaluate.kinds import PROTOCOLS, Row
-from evaluate.scoretable import scores_text
-from evaluate.stage import EvaluateStage
-from infra import storage
-from infra.errors import UsageError, WinnowError
-from infra.execute import Budget, execute
-from infra.executors import Executor, SerialExecutor
-from infra.stage import Manifest
-from pretrain.encoder import encoder_digest
-from pretrain.nets import build_model
 from tests.drawing import COLORS, picture, write_tar
 from tests.evaluate.sets import CONFIG, TEMPLATES, write_classification, write_config, write_retrieval
+from winnow.evaluate.protocols.base import PROTOCOLS, Row
+from winnow.evaluate.report.score_table import scores_text
+from winnow.evaluate.sets.layout import EvalSet, find_tasks
+from winnow.evaluate.stage import EvaluateStage
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.io import storage
+from winnow.infra.stages.executors import Executor, SerialExecutor
+from winnow.infra.stages.runner import Budget, execute
+from winnow.infra.stages.stage import Manifest
+from winnow.pretrain.encoder import encoder_digest
+from winnow.pretrain.models.nets import build_model
 
 WHOLE = Budget(0)
 
@@ -166,11 +166,13 @@ def test_new_task_or_checkpoint_runs_alone(tmp_path: Path, data: Path, spec: str
 
 
 def test_many_checkpoints_decode_once(tmp_path: Path, data: Path, spec: str, monkeypatch) -> None:
-    import evaluate.embed
+    import winnow.evaluate.features.embed
 
     decoded = []
-    original = evaluate.embed.decode_picture
-    monkeypatch.setattr(evaluate.embed, "decode_picture", lambda *a, **k: decoded.append(1) or original(*a, **k))
+    original = winnow.evaluate.features.embed.decode_picture
+    monkeypatch.setattr(
+        winnow.evaluate.features.embed, "decode_picture", lambda *a, **k: decoded.append(1) or original(*a, **k)
+    )
     digest = encoder_digest(spec)
     names = ("clip-30/seed0", "../clip 30%", ".hidden")
     stage = EvaluateStage(tuple((name, spec, digest) for name in names), str(data), str(tmp_path / "out"))
@@ -277,12 +279,12 @@ def test_nothing_to_evaluate(tmp_path: Path, spec: str) -> None:
 
 
 def test_encoder_without_text_is_not_applicable(tmp_path: Path, data: Path, spec: str, monkeypatch) -> None:
-    import pretrain.encoder
+    import winnow.pretrain.encoder
 
-    blind = pretrain.encoder.load_encoder(spec)
+    blind = winnow.pretrain.encoder.load_encoder(spec)
     monkeypatch.setattr(blind, "has_text", False)
-    monkeypatch.setattr(pretrain.encoder, "load_encoder", lambda *_, **__: blind)
-    monkeypatch.setattr("evaluate.features._ENCODERS", {})
+    monkeypatch.setattr(winnow.pretrain.encoder, "load_encoder", lambda *_, **__: blind)
+    monkeypatch.setattr("winnow.evaluate.features.stage._ENCODERS", {})
     with pytest.raises(WinnowError, match="the encoder has no text tower"):
         run(stage_of(spec, data, tmp_path / "out"))
 

@@ -14,18 +14,7 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-import evaluate.embed
-from evaluate.data import EvalSet, TaskError, find_tasks
-from evaluate.features import EmbedStage
-from evaluate.kinds import PROTOCOLS, SEEDS
-from evaluate.parts import cut, read_part, read_pictures
-from evaluate.stage import EvaluateStage, folder_of
-from infra import storage
-from infra.errors import WinnowError
-from infra.execute import Budget, execute
-from infra.executors import SerialExecutor
-from infra.stage import Manifest, pending_units, read_manifest
-from pretrain.encoder import encoder_digest, load_encoder
+import winnow.evaluate.features.embed
 from tests.drawing import COLORS, write_tar
 from tests.evaluate.sets import (
     CONFIG,
@@ -35,6 +24,17 @@ from tests.evaluate.sets import (
     write_retrieval,
     write_train,
 )
+from winnow.evaluate.features.stage import EmbedStage
+from winnow.evaluate.protocols.base import PROTOCOLS, SEEDS
+from winnow.evaluate.sets.layout import EvalSet, TaskError, find_tasks
+from winnow.evaluate.sets.shards import cut, read_part, read_pictures
+from winnow.evaluate.stage import EvaluateStage, folder_of
+from winnow.infra.errors import WinnowError
+from winnow.infra.io import storage
+from winnow.infra.stages.executors import SerialExecutor
+from winnow.infra.stages.runner import Budget, execute
+from winnow.infra.stages.stage import Manifest, pending_units, read_manifest
+from winnow.pretrain.encoder import encoder_digest, load_encoder
 
 
 def run(stage: EvaluateStage, budget: Budget | None = None) -> Manifest:
@@ -66,8 +66,10 @@ def data(tmp_path: Path) -> Path:
 def decoded(monkeypatch) -> list[int]:
     """Grows by one with each picture that is decoded."""
     seen: list[int] = []
-    original = evaluate.embed.decode_picture
-    monkeypatch.setattr(evaluate.embed, "decode_picture", lambda *a, **k: seen.append(1) or original(*a, **k))
+    original = winnow.evaluate.features.embed.decode_picture
+    monkeypatch.setattr(
+        winnow.evaluate.features.embed, "decode_picture", lambda *a, **k: seen.append(1) or original(*a, **k)
+    )
     return seen
 
 
@@ -105,7 +107,7 @@ def test_a_cut_tar_is_a_broken_task(tmp_path: Path) -> None:
 
 def test_features_are_the_encoders(tmp_path: Path, data: Path, specs: dict[str, str]) -> None:
     """What is kept, read back by hand, is what the encoder makes of each picture alone."""
-    from infra.pictures import decode_picture
+    from winnow.infra.io.images import decode_picture
 
     stage = stage_of(specs, data, tmp_path / "out").embedding()
     execute(stage, SerialExecutor())
@@ -175,8 +177,8 @@ def test_protocols_seeds_and_what_does_not_apply(
 ) -> None:
     write_classification(data, "wds_untrained_test", n=12)
     write_train(data / "wds_colors_test", n=12, split="val")
-    monkeypatch.setattr("evaluate.protocols.finetune.MIN_STEPS", 3)
-    monkeypatch.setattr("evaluate.protocols.finetune.EPOCHS", {0.01: 1, 0.1: 1})
+    monkeypatch.setattr("winnow.evaluate.protocols.fine_tune.MIN_STEPS", 3)
+    monkeypatch.setattr("winnow.evaluate.protocols.fine_tune.EPOCHS", {0.01: 1, 0.1: 1})
     stage = stage_of({"tiny": specs["tiny"]}, data, tmp_path / "out", protocols=tuple(PROTOCOLS))
     manifest = run(stage)
     rows = pq.read_table(stage.url("scores.parquet")).to_pylist()
@@ -193,7 +195,7 @@ def test_protocols_seeds_and_what_does_not_apply(
         r["value"] for r in rows if (r["protocol"], r["metric"], r["checkpoint"]) == ("linear_1pct", "acc1", "tiny")
     ]
     assert len(mine) == 3 and lines[0]["metrics"]["linear_1pct/acc1"] == pytest.approx(np.mean(mine))
-    from evaluate.scoretable import scores_text
+    from winnow.evaluate.report.score_table import scores_text
 
     text = scores_text(rows, manifest.values)
     assert any("linear_probe" in line and "n/a" in line for line in text.splitlines() if line.startswith("| untrained"))
@@ -250,12 +252,12 @@ def test_a_checkpoint_that_cannot_be_loaded_hides_nothing(tmp_path: Path, data: 
 
 
 def test_an_encoder_without_text_is_probed(tmp_path: Path, data: Path, specs: dict[str, str], monkeypatch) -> None:
-    import pretrain.encoder
+    import winnow.pretrain.encoder
 
-    blind = pretrain.encoder.load_encoder(specs["tiny"])
+    blind = winnow.pretrain.encoder.load_encoder(specs["tiny"])
     monkeypatch.setattr(blind, "has_text", False)
-    monkeypatch.setattr(pretrain.encoder, "load_encoder", lambda *_, **__: blind)
-    monkeypatch.setattr("evaluate.features._ENCODERS", {})
+    monkeypatch.setattr(winnow.pretrain.encoder, "load_encoder", lambda *_, **__: blind)
+    monkeypatch.setattr("winnow.evaluate.features.stage._ENCODERS", {})
     stage = stage_of({"blind": specs["tiny"]}, data, tmp_path / "out", protocols=("zeroshot", "knn"))
     manifest = run(stage)
     rows = pq.read_table(stage.url("scores.parquet")).to_pylist()
@@ -266,7 +268,7 @@ def test_an_encoder_without_text_is_probed(tmp_path: Path, data: Path, specs: di
 
 
 def test_reasons_name_tasks_and_checkpoints_once() -> None:
-    from evaluate.scoretable import _reasons
+    from winnow.evaluate.report.score_table import _reasons
 
     pairs = [("a", "x"), ("a", "y"), ("b", "x"), ("b", "y"), ("c", "z"), ("d", "x"), ("d", "y"), ("d", "z")]
     entries = [{"protocol": "knn", "task": task, "checkpoint": who, "reason": "no split"} for task, who in pairs]

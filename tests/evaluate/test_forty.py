@@ -10,13 +10,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from evaluate.data import find_tasks
-from evaluate.stage import EvaluateStage
-from evaluate.tables import partial_note
-from evaluate.tasks import datacomp_tasks
-from infra.execute import execute
-from infra.executors import SerialExecutor
-from pretrain.encoder import encoder_digest
 from tests.drawing import COLORS, picture
 from tests.evaluate.sets import (
     add_metadata,
@@ -27,6 +20,13 @@ from tests.evaluate.sets import (
     write_packed_wino,
 )
 from tests.evaluate.test_packed import write_arrow
+from winnow.evaluate.report.tables import partial_note
+from winnow.evaluate.sets.layout import find_tasks
+from winnow.evaluate.stage import EvaluateStage
+from winnow.evaluate.tasks.task import datacomp_tasks
+from winnow.infra.stages.executors import SerialExecutor
+from winnow.infra.stages.runner import execute
+from winnow.pretrain.encoder import encoder_digest
 
 TASKS = {key: task for key, task in datacomp_tasks().items() if task.group != "extra"}
 N = 12
@@ -115,7 +115,7 @@ def test_group_metadata_that_is_missing_is_named(evaluated, tmp_path: Path) -> N
         names = [f"class {i}" for i in range(task.classes)]
         write_classification(tmp_path / "data", task.data_folder, n=N, names=names)
         (found,) = find_tasks(str(tmp_path / "data"), key)
-        from evaluate.data import EvalSet, TaskError
+        from winnow.evaluate.sets.layout import EvalSet, TaskError
 
         if fails:
             with pytest.raises(TaskError, match=r"0\.tar, sample s0000000: no metadata \(\.npy\)"):

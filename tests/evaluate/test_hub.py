@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from evaluate import hub
-from evaluate.check import COMPLETE, INCOMPLETE, MISSING, check_tasks
-from evaluate.data import EvalSet, TaskError, data_digest, find_tasks
-from evaluate.tasks import datacomp_tasks
-from infra import storage
-from infra.errors import UsageError, WinnowError
 from tests.evaluate.hubserver import Hub, serving
 from tests.evaluate.sets import TEMPLATES, write_classification, write_config, write_packed_retrieval
+from winnow.evaluate.check import COMPLETE, INCOMPLETE, MISSING, check_tasks
+from winnow.evaluate.sets import hub
+from winnow.evaluate.sets.layout import EvalSet, TaskError, data_digest, find_tasks
+from winnow.evaluate.tasks.task import datacomp_tasks
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.io import storage
 
 TEN = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 COMMIT = "c" * 40
@@ -138,10 +138,10 @@ def test_a_hub_that_cannot_be_reached_is_no_missing_file(server: Hub, monkeypatc
 
 
 def test_scores_are_those_of_the_folder(server: Hub, tmp_path: Path) -> None:
-    from evaluate.stage import EvaluateStage
-    from infra.execute import execute
-    from infra.executors import SerialExecutor
-    from pretrain.encoder import encoder_digest
+    from winnow.evaluate.stage import EvaluateStage
+    from winnow.infra.stages.executors import SerialExecutor
+    from winnow.infra.stages.runner import execute
+    from winnow.pretrain.encoder import encoder_digest
 
     spec = write_config(tmp_path)
     for name, data in (("hub", "hf://datasets/djghosh@main"), ("folder", str(server.root / "djghosh"))):

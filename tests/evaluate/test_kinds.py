@@ -8,9 +8,6 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from evaluate.data import EvalSet, FoundTask
-from evaluate.kinds import Features, Row, kind_of
-from evaluate.tasks import Task, datacomp_tasks, extra_task
 from tests.evaluate.sets import (
     FACE_NAMES,
     FACE_TEMPLATES,
@@ -19,6 +16,9 @@ from tests.evaluate.sets import (
     write_faces,
     write_packed_wino,
 )
+from winnow.evaluate.protocols.base import Features, Row, kind_of
+from winnow.evaluate.sets.layout import EvalSet, FoundTask
+from winnow.evaluate.tasks.task import Task, datacomp_tasks, extra_task
 
 TASKS = datacomp_tasks()
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from evaluate import metrics
+from winnow.evaluate import metrics
 
 RNG = np.random.default_rng(7)
 

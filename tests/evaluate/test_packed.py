@@ -8,8 +8,6 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from evaluate.data import EvalSet, FoundTask, TaskError, data_digest, find_tasks
-from evaluate.tasks import datacomp_tasks
 from tests.drawing import COLORS, picture
 from tests.evaluate.sets import (
     wino_pictures,
@@ -19,6 +17,8 @@ from tests.evaluate.sets import (
     write_packed_wino,
     write_zip,
 )
+from winnow.evaluate.sets.layout import EvalSet, FoundTask, TaskError, data_digest, find_tasks
+from winnow.evaluate.tasks.task import datacomp_tasks
 
 FLICKR = datacomp_tasks()["retrieval/flickr_1k_test_image_text_retrieval"]
 WINO = datacomp_tasks()["misc/winogavil"]

@@ -10,16 +10,17 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
-from evaluate.data import EvalSet, TaskError, find_tasks
-from evaluate.kinds import PROTOCOLS, Features, Split, kind_of
-from evaluate.parts import cut, read_part
-from evaluate.protocols import finetune, linear, sgd
-from evaluate.protocols.fewlabels import few_labels
-from evaluate.protocols.knn import votes
-from infra.pictures import decode_picture
-from pretrain.encoder import load_encoder
 from tests.drawing import COLORS
 from tests.evaluate.sets import classification_samples, write_classification, write_config
+from winnow.evaluate.protocols import fine_tune as finetune
+from winnow.evaluate.protocols import linear, sgd
+from winnow.evaluate.protocols.base import PROTOCOLS, Features, Split, kind_of
+from winnow.evaluate.protocols.few_labels import few_labels
+from winnow.evaluate.protocols.knn import votes
+from winnow.evaluate.sets.layout import EvalSet, TaskError, find_tasks
+from winnow.evaluate.sets.shards import cut, read_part
+from winnow.infra.io.images import decode_picture
+from winnow.pretrain.encoder import load_encoder
 
 TRAINED = sorted(set(PROTOCOLS) - {"zeroshot"})
 

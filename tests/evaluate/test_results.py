@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evaluate.aggregate import AGGREGATES, Score, SubsetScores, compare
-from evaluate.results import measured, result_line
-from evaluate.scoretable import scores_text, short_names
-from evaluate.tasks import datacomp_tasks
+from winnow.evaluate.report.score_table import scores_text, short_names
+from winnow.evaluate.scores import measured, result_line
+from winnow.evaluate.statistics.aggregate import AGGREGATES, Score, SubsetScores, compare
+from winnow.evaluate.tasks.task import datacomp_tasks
 
 TASKS = datacomp_tasks()
 PLAIN = {"acc1", "acc5", "mean_per_class_recall"}

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from evaluate.kinds import PROTOCOLS, kind_of
-from evaluate.tasks import datacomp_tasks, find_task, folder_of, read_task, read_tasks
-from infra.errors import UsageError, WinnowError
+from winnow.evaluate.protocols.base import PROTOCOLS, kind_of
+from winnow.evaluate.tasks.task import datacomp_tasks, find_task, folder_of, read_task, read_tasks
+from winnow.infra.errors import UsageError, WinnowError
 
 GOOD = "name: A\nkey: a/b\nkind: retrieval\nmetric: mean_recall@1\ngroup: retrieval\nversion: 1\n"
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import pyarrow as pa
 from PIL import ImageStat
 
-from curation.measures.base import Measure
+from winnow.curation.measures.base import Measure
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from curation.filters.base import Filter, numbers
+from winnow.curation.filters.base import Filter, numbers
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from infra.errors import UsageError, WinnowError
-from infra.execute import Budget, execute
-from infra.executors import SerialExecutor
-from infra.index import IndexStage, tar_samples
-from infra.pool import Pool, read_members
 from tests.drawing import picture, sample, uid_of, write_parquet, write_pool, write_tar
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.pool.index import IndexStage, tar_samples
+from winnow.infra.pool.pool import Pool, read_members
+from winnow.infra.stages.executors import SerialExecutor
+from winnow.infra.stages.runner import Budget, execute
 
 
 def index(folder, out, budget=0.99, **options):

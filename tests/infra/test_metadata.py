@@ -5,10 +5,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from infra.errors import WinnowError
-from infra.metadata import is_metadata
-from infra.pool import Pool
-from infra.uids import decode_uids, derived_uid
+from winnow.infra.errors import WinnowError
+from winnow.infra.pool.metadata import is_metadata
+from winnow.infra.pool.pool import Pool
+from winnow.infra.pool.uids import decode_uids, derived_uid
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from infra.errors import WinnowError
-from infra.parquet import read_parquet
 from tests.test_imports import ROOT
+from winnow.infra.errors import WinnowError
+from winnow.infra.io.parquet import read_parquet
 
 
 def test_the_whole_file_and_some_columns(tmp_path):

@@ -5,11 +5,18 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from infra import storage
-from infra.errors import UsageError, WinnowError
-from infra.execute import Budget, execute
-from infra.executors import SerialExecutor
-from infra.stage import Output, SetAside, Stage, Unit, read_manifest, record_url
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.io import storage
+from winnow.infra.stages.executors import SerialExecutor
+from winnow.infra.stages.runner import Budget, execute
+from winnow.infra.stages.stage import (
+    Output,
+    SetAside,
+    Stage,
+    Unit,
+    read_manifest,
+    record_url,
+)
 
 
 @dataclass

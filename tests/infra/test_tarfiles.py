@@ -5,7 +5,7 @@ import tarfile
 
 import webdataset
 
-from infra.tarfiles import TarWriter
+from winnow.infra.io.tar import TarWriter
 
 MEMBERS = {
     "000000000.jpg": bytes(range(256)) * 5,

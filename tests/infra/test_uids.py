@@ -4,8 +4,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from infra.errors import WinnowError
-from infra.uids import decode_uids, derived_uid, encode_uids, hash_unit, is_member, load_subset, save_subset, sort_uids
+from winnow.infra.errors import WinnowError
+from winnow.infra.pool.uids import (
+    decode_uids,
+    derived_uid,
+    encode_uids,
+    hash_unit,
+    is_member,
+    load_subset,
+    save_subset,
+    sort_uids,
+)
 
 
 def some_uids(n: int, seed: int = 0) -> list[str]:

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from infra.pool import Pool
-from pipeline.cli import main
 from tests.benchmarks.metadata import write_metadata
 from tests.drawing import write_pool
 from tests.pretrain.tiny import MODEL
+from winnow.infra.pool.pool import Pool
+from winnow.pipeline.cli import main
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from pipeline.cli import app, main
+from winnow.pipeline.cli import app, main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -107,7 +107,7 @@ def test_an_interrupt_says_that_what_is_finished_is_kept(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.listing.listing", interrupted)
+    monkeypatch.setattr("winnow.pipeline.listing.listing", interrupted)
     assert winnow("ls", "filters", monkeypatch=monkeypatch) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "winnow: stopped; what is finished is kept."
 
@@ -116,7 +116,7 @@ def test_an_unexpected_error_is_one_line_and_a_traceback_only_when_asked(monkeyp
     def broken(*_):
         raise ZeroDivisionError("one over nothing")
 
-    monkeypatch.setattr("pipeline.listing.listing", broken)
+    monkeypatch.setattr("winnow.pipeline.listing.listing", broken)
     assert winnow("ls", "filters", monkeypatch=monkeypatch) == 1
     assert capsys.readouterr().err == "winnow: ZeroDivisionError: one over nothing (--debug shows where).\n"
     monkeypatch.setattr(sys, "argv", ["winnow", "ls", "filters", "--debug"])
@@ -129,7 +129,7 @@ def test_a_wrong_recipe_is_refused_before_anything_starts(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("pool: nowhere\nsubsets: {none: {}}\nscorrer: 3\n")
     code = (
-        "import sys\nfrom pipeline.cli import main\n"
+        "import sys\nfrom winnow.pipeline.cli import main\n"
         f"sys.argv = ['winnow', 'run', {str(recipe)!r}]\n"
         "try:\n    main()\nfinally:\n    print(sorted({'torch', 'ray'} & set(sys.modules)))\n"
     )
@@ -153,13 +153,13 @@ def test_doctor_finds_this_machine_well_and_a_shadowed_room(monkeypatch, capsys,
     (tmp_path / "evaluate").mkdir()
     (tmp_path / "evaluate" / "__init__.py").write_text("")
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    code = "from pipeline.doctor import _shadowed; print([f.line() for f in _shadowed()])"
+    code = "from winnow.pipeline.doctor import _shadowed; print([f.line() for f in _shadowed()])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
     assert "fail" in done.stdout and "shadowed by" in done.stdout, done.stderr
 
 
 def test_doctor_says_that_bytecode_is_never_kept(tmp_path):
-    code = "from pipeline.doctor import _bytecode; print(_bytecode().line())"
+    code = "from winnow.pipeline.doctor import _bytecode; print(_bytecode().line())"
     nowhere = {"PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": str(tmp_path)}
     for keep, words in (("", "ok    bytecode     will be kept"), ("1", "warn  bytecode     never kept")):
         env = os.environ | nowhere | {"PYTHONDONTWRITEBYTECODE": keep}

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import yaml
 
-from infra.pool import Pool
-from infra.uids import encode_uids, load_subset
-from pipeline.cli import main
 from tests.benchmarks.metadata import write_metadata
+from winnow.infra.pool.pool import Pool
+from winnow.infra.pool.uids import encode_uids, load_subset
+from winnow.pipeline.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_a_file_of_ones_own_is_named_by_module_and_class(curate, folder):
 def test_curating_scores_loads_neither_torch_nor_pandas_and_starts_no_ray_for_one_subset(folder, tmp_path):
     (tmp_path / "f.yaml").write_text("clip_score: {model: l14, fraction: 0.3}\n")
     code = (
-        "import sys\nfrom pipeline.cli import main\n"
+        "import sys\nfrom winnow.pipeline.cli import main\n"
         f"sys.argv = ['winnow', 'curate', {str(folder)!r}, '--filters', {str(tmp_path / 'f.yaml')!r}, "
         f"'--out', {str(tmp_path / 'o')!r}]\n"
         "try:\n    main()\nfinally:\n    print(sorted({'torch', 'ray', 'pandas', 'faiss'} & set(sys.modules)))\n"

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from infra.execute import execute
-from infra.executors import SerialExecutor
-from infra.index import IndexStage
-from infra.pool import Pool
-from pipeline.demo import CLASSIFICATION, DemoConfig, DemoStage
+from winnow.infra.pool.index import IndexStage
+from winnow.infra.pool.pool import Pool
+from winnow.infra.stages.executors import SerialExecutor
+from winnow.infra.stages.runner import execute
+from winnow.pipeline.demo.stage import CLASSIFICATION, DemoConfig, DemoStage
 
 TINY = DemoConfig(pool=50, trusted=30, target=20, test=24, train=12, shard_size=20, seed=5)
 

@@ -5,8 +5,8 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.cli import main
 from tests.evaluate.sets import write_classification, write_config, write_retrieval
+from winnow.pipeline.cli import main
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline.cli import main
-from pretrain.encoder import load_encoder
 from tests.drawing import write_pool
 from tests.evaluate.sets import write_classification
 from tests.pretrain.tiny import CASES, MODEL
+from winnow.pipeline.cli import main
+from winnow.pretrain.encoder import load_encoder
 
 SETTINGS = {
     "model": MODEL,

@@ -2,10 +2,10 @@
 
 import pytest
 
-from infra.errors import UsageError
-from pipeline.recipe import load_recipe, parse_recipe
-from pipeline.stages import load_pretrain_config
 from tests.drawing import write_pool
+from winnow.infra.errors import UsageError
+from winnow.pipeline.recipe.load import load_recipe, parse_recipe
+from winnow.pipeline.stages import load_pretrain_config
 
 MODEL = (
     "{embed_dim: 32, vision_cfg: {image_size: 32, patch_size: 16, width: 32, layers: 1}, "

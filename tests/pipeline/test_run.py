@@ -10,17 +10,17 @@ import open_clip
 import pyarrow.parquet as pq
 import pytest
 
-from infra.errors import WinnowError
-from infra.execute import Budget, execute
-from infra.executors import SerialExecutor
-from infra.index import IndexStage
-from infra.pool import Pool
-from infra.progress import RunLog
-from infra.uids import encode_uids
-from pipeline.cli import main
-from pipeline.graph import Graph
-from pipeline.recipe import parse_recipe
 from tests.drawing import sample, write_pool, write_tar
+from winnow.infra.errors import WinnowError
+from winnow.infra.pool.index import IndexStage
+from winnow.infra.pool.pool import Pool
+from winnow.infra.pool.uids import encode_uids
+from winnow.infra.stages.executors import SerialExecutor
+from winnow.infra.stages.progress import RunLog
+from winnow.infra.stages.runner import Budget, execute
+from winnow.pipeline.cli import main
+from winnow.pipeline.graph import Graph
+from winnow.pipeline.recipe.load import parse_recipe
 
 RECIPE = """
 demo: {pool: 60, trusted: 24, target: 12, test: 16, train: 8, shard_size: 20}
@@ -120,7 +120,7 @@ def test_manifests_lead_back_to_the_pool(finished):
 def test_running_again_does_nothing(finished, monkeypatch):
     out, manifests = finished
     before = times(out, ".")
-    monkeypatch.setattr("infra.stage.write_record", None)
+    monkeypatch.setattr("winnow.infra.stages.stage.write_record", None)
     _, again = run(out)
     assert again == manifests
     after = times(out, ".")
@@ -229,10 +229,10 @@ def bucket():
 def test_a_run_on_an_object_store_gives_the_same(bucket, tmp_path):
     import fsspec
 
-    from curation.measure import MeasureStage
-    from curation.measures.caption import Caption
-    from curation.reshard import ReshardStage, subset_digest
-    from curation.stage import CurateStage, Source
+    from winnow.curation.curate import CurateStage, Source
+    from winnow.curation.measures.caption import Caption
+    from winnow.curation.measures.stage import MeasureStage
+    from winnow.curation.reshard import ReshardStage, subset_digest
 
     write_pool(tmp_path / "shards", shards=2, per_shard=6)
     fsspec.filesystem("s3").put(str(tmp_path / "shards"), f"{bucket}/shards", recursive=True)

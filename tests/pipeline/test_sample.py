@@ -8,9 +8,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipeline.cli import main
 from tests.drawing import picture, write_tar
 from tests.pretrain.tiny import UNET
+from winnow.pipeline.cli import main
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pretrain.engine import load_deepspeed
-from pretrain.launch import _environment
+from winnow.pretrain.engine.engine import load_deepspeed
+from winnow.pretrain.launch import _environment
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pretrain.objectives.clip import clip_loss
+from winnow.pretrain.objectives.contrastive.clip import clip_loss
 
 
 def features() -> tuple[torch.Tensor, torch.Tensor]:

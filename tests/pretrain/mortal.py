@@ -10,8 +10,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import PretrainConfig
-from pretrain.launch import PRELOADED
+from winnow.pretrain.config import PretrainConfig
+from winnow.pretrain.launch import PRELOADED
 
 CONTEXT = multiprocessing.get_context("forkserver")
 _NETWORKS = ["diffusers.models.autoencoders.autoencoder_kl", "diffusers.models.unets.unet_2d"]
@@ -43,8 +43,8 @@ def run(job: Any, folder: Path, die_at: int = 0) -> list[int]:
 
 
 def _train(rank: int, job: Any, rendezvous: str, die_at: int, last_words: Path | None) -> None:
-    from pretrain.engine import Engine
-    from pretrain.launch import _local_process
+    from winnow.pretrain.engine.engine import Engine
+    from winnow.pretrain.launch import _local_process
 
     if last_words is not None:
         sys.stderr = open(f"{last_words}-{rank}", "w", encoding="utf-8")  # noqa: SIM115 (the process's own)

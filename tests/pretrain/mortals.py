@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pretrain.objectives import clip
+from winnow.pretrain.objectives.contrastive import clip
 
 
 @dataclass(frozen=True)

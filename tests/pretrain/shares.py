@@ -8,11 +8,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pretrain.loop import make_objective
-from pretrain.objectives.siglip import siglip_loss
-from pretrain.objectives.simclr import nt_xent
 from tests.pretrain.tiny import CASES as CONFIGS
 from tests.pretrain.tiny import config
+from winnow.pretrain.loop import make_objective
+from winnow.pretrain.objectives.contrastive.siglip import siglip_loss
+from winnow.pretrain.objectives.contrastive.simclr import nt_xent
 
 
 def part(x: torch.Tensor, rank: int, world: int) -> torch.Tensor:

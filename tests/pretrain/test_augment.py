@@ -7,7 +7,7 @@ import torchvision.transforms.functional as F
 from PIL import Image
 from torchvision.transforms import ColorJitter
 
-from pretrain.augment import Augmentation, Jitter, gaussian_blur, simclr_jitter
+from winnow.pretrain.data.augment import Augmentation, Jitter, gaussian_blur, simclr_jitter
 
 NONE = Jitter(0, 0, 0, 0)
 QUIET = {"jitter_p": 0.0, "grey_p": 0.0, "blur_p": 0.0, "flip": 0.0}

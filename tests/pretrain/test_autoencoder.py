@@ -10,16 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from infra.errors import UsageError
-from pretrain.config import PretrainConfig
-from pretrain.diffusion.sample import sample
-from pretrain.encoder import encoder_digest, load_checkpoint, load_encoder
-from pretrain.loop import make_objective
-from pretrain.objectives.base import Sample
 from tests.pretrain import tiny
 from tests.pretrain.test_diffusion import batch_of, picture
 from tests.pretrain.test_train import lines, run
 from tests.pretrain.tiny import config, make_pool
+from winnow.infra.errors import UsageError
+from winnow.pretrain.config import PretrainConfig
+from winnow.pretrain.diffusion.sampling import sample
+from winnow.pretrain.encoder import encoder_digest, load_checkpoint, load_encoder
+from winnow.pretrain.loop import make_objective
+from winnow.pretrain.objectives.base import Sample
 
 LATENT = {"unet": tiny.UNET["unet"]}  # the latents of 16 pixels have 8
 

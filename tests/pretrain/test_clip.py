@@ -9,13 +9,13 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.functional import resized_crop
 
-from pretrain.engine import learning_rate
-from pretrain.loop import make_objective
-from pretrain.nets import build_model, preprocess_config, random_resized_crop, val_transform
-from pretrain.objectives.base import Sample
-from pretrain.objectives.clip import clip_loss
 from tests.pretrain.halves import features, gradients, one_of_two
 from tests.pretrain.tiny import MODEL, config
+from winnow.pretrain.engine.engine import learning_rate
+from winnow.pretrain.loop import make_objective
+from winnow.pretrain.models.nets import build_model, preprocess_config, random_resized_crop, val_transform
+from winnow.pretrain.objectives.base import Sample
+from winnow.pretrain.objectives.contrastive.clip import clip_loss
 
 
 def test_loss_is_figure_3_of_the_paper() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pretrain.config import SCALES, PretrainConfig
-from pretrain.models import find_tag, model_config, model_names, pretrained_tags
 from tests.pretrain.tiny import MODEL, config
+from winnow.pretrain.config import SCALES, PretrainConfig
+from winnow.pretrain.models.catalog import find_tag, model_config, model_names, pretrained_tags
 
 
 @pytest.mark.parametrize(
@@ -83,10 +83,10 @@ def test_tables_read_from_source_are_open_clips() -> None:
 
 def test_configs_and_stages_import_no_torch() -> None:
     code = (
-        "import sys, pretrain.encoder, pretrain.stage, pretrain.launch\n"
-        "from pretrain.config import PretrainConfig\n"
+        "import sys, winnow.pretrain.encoder, winnow.pretrain.stage, winnow.pretrain.launch\n"
+        "from winnow.pretrain.config import PretrainConfig\n"
         "PretrainConfig(scale='small', objective={'clip': {'logit_scale_max': 50.0}})\n"
-        "pretrain.encoder.encoder_digest('ViT-B-32:openai')\n"
+        "winnow.pretrain.encoder.encoder_digest('ViT-B-32:openai')\n"
         "print([m for m in ('torch', 'ray', 'open_clip', 'deepspeed') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

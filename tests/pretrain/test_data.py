@@ -4,17 +4,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from infra.errors import WinnowError
-from infra.execute import execute
-from infra.executors import SerialExecutor
-from infra.index import IndexStage
-from infra.pictures import decode_picture
-from infra.uids import decode_uids, save_subset
-from pretrain.config import SourceConfig
-from pretrain.data import Batches, Order, Samples, _times, epoch_order
-from pretrain.objectives.base import Sample
 from tests import drawing
 from tests.pretrain.tiny import make_pool, uid
+from winnow.infra.errors import WinnowError
+from winnow.infra.io.images import decode_picture
+from winnow.infra.pool.index import IndexStage
+from winnow.infra.pool.uids import decode_uids, save_subset
+from winnow.infra.stages.executors import SerialExecutor
+from winnow.infra.stages.runner import execute
+from winnow.pretrain.config import SourceConfig
+from winnow.pretrain.data.loader import Batches, Order, Samples, _times, epoch_order
+from winnow.pretrain.objectives.base import Sample
 
 
 def views(sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:

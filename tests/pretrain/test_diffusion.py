@@ -12,17 +12,17 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from infra.errors import UsageError, WinnowError
-from pretrain.config import PretrainConfig
-from pretrain.diffusion.config import _OURS, AUTOENCODER, CONDITIONAL, UNET, arguments
-from pretrain.diffusion.frechet import samples_and_pool
-from pretrain.diffusion.sample import grid, picture_seeds, sample
-from pretrain.encoder import load_encoder
-from pretrain.loop import make_objective
-from pretrain.objectives.base import Objective, Sample
 from tests.pretrain import tiny
 from tests.pretrain.test_train import close, lines, run
 from tests.pretrain.tiny import COLOURS, config, make_pool
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.pretrain.config import PretrainConfig
+from winnow.pretrain.diffusion.frechet import samples_and_pool
+from winnow.pretrain.diffusion.sampling import grid, picture_seeds, sample
+from winnow.pretrain.encoder import load_encoder
+from winnow.pretrain.loop import make_objective
+from winnow.pretrain.models.diffusers import _OURS, AUTOENCODER, CONDITIONAL, UNET, arguments
+from winnow.pretrain.objectives.base import Objective, Sample
 
 CAPTIONED: dict[str, Any] = {
     "unet": tiny.UNET["unet"]
@@ -105,7 +105,7 @@ def test_views_depend_on_the_generator_alone_and_drop_the_condition_at_its_rate(
 
 
 def test_the_whole_picture_is_seen_as_in_evaluation() -> None:
-    from pretrain.nets import val_transform
+    from winnow.pretrain.models.nets import val_transform
 
     o = objective(flip=False)
     image = picture(size=(40, 40))
@@ -201,7 +201,7 @@ def test_a_checkpoint_draws_and_encodes(trained: tuple[Path, str]) -> None:
 
 def test_middle_features_are_the_unets(trained: tuple[Path, str]) -> None:
     """At a timestep, of the noised picture without its class, averaged over places: by the U-Net's own parts."""
-    from pretrain.encoder import load_checkpoint
+    from winnow.pretrain.encoder import load_checkpoint
 
     net: Any = load_checkpoint(str(trained[0] / "one"))
     image = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1

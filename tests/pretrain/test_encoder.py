@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from infra.errors import UsageError, WinnowError
-from pretrain.encoder import encoder_digest, load_checkpoint, load_encoder
-from pretrain.nets import build_image_tower, build_model, build_tokenizer
 from tests.pretrain.tiny import CASES, MODEL, config
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.pretrain.encoder import encoder_digest, load_checkpoint, load_encoder
+from winnow.pretrain.models.nets import build_image_tower, build_model, build_tokenizer
 
 TEXTS = ["a diagram", "a dog", "a cat"]
 

@@ -11,13 +11,13 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from infra.errors import UsageError, WinnowError
-from pretrain.data import Batches, Samples
-from pretrain.loop import make_objective
-from pretrain.optimizers import learning_rate, make_optimizer
-from pretrain.resume import STATE
 from tests.pretrain.test_train import close, lines, norms, run
 from tests.pretrain.tiny import CASES, config, make_pool
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.pretrain.checkpoint.resume import STATE
+from winnow.pretrain.data.loader import Batches, Samples
+from winnow.pretrain.engine.optimizers import learning_rate, make_optimizer
+from winnow.pretrain.loop import make_objective
 
 THIS = "tests.pretrain.tiny"
 VIT: dict[str, Any] = {
@@ -272,8 +272,8 @@ def test_grad_cache_is_the_single_big_batch(case: Coupled, settings: dict, pool:
 
 def test_grad_cache_repeats_dropout(pool: str, tmp_path: Path) -> None:
     """Features and their gradient must see the same units dropped; then the loss in parts is that of any one pass."""
-    from pretrain.engine import Engine
     from tests.pretrain.groups import alone
+    from winnow.pretrain.engine.engine import Engine
 
     model = {**VIT, "kwargs": {**VIT["kwargs"], "proj_drop_rate": 0.5}}
     c = config(objective="simclr", model=model, grad_cache=2, optimizer="sgd", momentum=0.0, weight_decay=0.0)

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from pretrain.config import build_params
-from pretrain.loop import make_objective
-from pretrain.objectives import moco
-from pretrain.objectives.base import Sample
-from pretrain.objectives.moco import Config, augmentation, info_nce, projection_head
 from tests.pretrain.tiny import CASES, NARROW, config
+from winnow.pretrain.config import build_params
+from winnow.pretrain.loop import make_objective
+from winnow.pretrain.objectives.base import Sample
+from winnow.pretrain.objectives.contrastive import moco
+from winnow.pretrain.objectives.contrastive.moco import Config, augmentation, info_nce, projection_head
 
 
 def test_loss_is_equation_1_of_the_paper() -> None:

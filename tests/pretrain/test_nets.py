@@ -10,11 +10,11 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import nn
 
-from pretrain.config import ModelConfig
-from pretrain.encoder import Encoder
-from pretrain.models import timm_arguments, timm_names
-from pretrain.nets import build_image_tower, build_model, preprocess_config, val_transform
 from tests.pretrain.tiny import MODEL, NARROW
+from winnow.pretrain.config import ModelConfig
+from winnow.pretrain.encoder import Encoder
+from winnow.pretrain.models.catalog import timm_arguments, timm_names
+from winnow.pretrain.models.nets import build_image_tower, build_model, preprocess_config, val_transform
 
 
 def test_names_and_arguments_read_from_source_are_timms() -> None:
@@ -101,7 +101,7 @@ def test_a_wrong_model_says_what_is_wrong(model: dict, words: str) -> None:
 
 def test_checking_a_vision_model_and_its_objective_imports_no_torch() -> None:
     code = (
-        "import sys\nfrom pretrain.config import PretrainConfig\n"
+        "import sys\nfrom winnow.pretrain.config import PretrainConfig\n"
         "model = {'timm': 'resnet18', 'size': 32, 'stem': 'cifar', 'kwargs': {'layers': [1, 1, 1, 1]}}\n"
         "PretrainConfig(objective={'moco': {'queue': 512}}, model=model, batch_size=256, samples_seen=512, warmup=0)\n"
         "print([m for m in ('torch', 'timm', 'open_clip', 'deepspeed') if m in sys.modules])"

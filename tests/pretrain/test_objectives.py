@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain.encoder import load_encoder
-from pretrain.launch import launch
-from pretrain.loop import Job
-from pretrain.objectives import OBJECTIVES
 from tests.pretrain.test_train import lines, run
 from tests.pretrain.tiny import CASES, MODEL, config, make_pool
+from winnow.pretrain.encoder import load_encoder
+from winnow.pretrain.launch import launch
+from winnow.pretrain.loop import Job
+from winnow.pretrain.objectives import OBJECTIVES
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from infra.execute import execute
-from infra.executors import SerialExecutor
-from infra.pool import Pool
-from pretrain.stage import PretrainStage, TrainRun
 from tests.pretrain.test_train import close, lines
 from tests.pretrain.tiny import config, make_pool
+from winnow.infra.pool.pool import Pool
+from winnow.infra.stages.executors import SerialExecutor
+from winnow.infra.stages.runner import execute
+from winnow.pretrain.stage import PretrainStage, TrainRun
 
 
 def test_ray_train_on_one_and_two_processes_trains_as_serial(ray_executor, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -5,15 +5,15 @@ import numpy as np
 import pytest
 import torch
 
-import pretrain
-from pretrain.data import Batches, Samples
-from pretrain.loop import make_objective
+import winnow.pretrain
 from tests.pretrain.test_train import lines, run
 from tests.pretrain.tiny import NARROW, config, make_pool
+from winnow.pretrain.data.loader import Batches, Samples
+from winnow.pretrain.loop import make_objective
 
 
 def test_the_example_of_an_objective_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(pretrain.__file__).parent / "README.md").read_text()
+    text = (Path(winnow.pretrain.__file__).parent / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (tmp_path / "my_barlow.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)

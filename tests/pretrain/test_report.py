@@ -10,12 +10,12 @@ import torch
 from pydantic import ValidationError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pretrain.flops import model_flops, peak_flops
-from pretrain.launch import launch
-from pretrain.loop import Job, make_objective
-from pretrain.objectives.base import Losses
 from tests.pretrain.test_train import lines, run
 from tests.pretrain.tiny import MODEL, Brightness, config, make_pool
+from winnow.pretrain.launch import launch
+from winnow.pretrain.loop import Job, make_objective
+from winnow.pretrain.monitor.flops import model_flops, peak_flops
+from winnow.pretrain.objectives.base import Losses
 
 THIS = "tests.pretrain.tiny"
 
@@ -54,9 +54,9 @@ def test_every_step_on_the_board_and_in_the_log(pool: str, tmp_path: Path, monke
 
 
 def test_the_note_tells_what_the_log_does(pool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.report._NOTE_EVERY", 0.0)
+    monkeypatch.setattr("winnow.pretrain.monitor.report._NOTE_EVERY", 0.0)
     notes: list[str] = []
-    monkeypatch.setattr("pretrain.report.write_note", lambda url, text: notes.append(text))
+    monkeypatch.setattr("winnow.pretrain.monitor.report.write_note", lambda url, text: notes.append(text))
     job = Job(
         config(log_every=2).model_dump(mode="json"), pool, None, str(tmp_path), seed=0, note=str(tmp_path / "note")
     )

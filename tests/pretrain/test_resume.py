@@ -18,15 +18,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from infra import storage
-from infra.errors import WinnowError
-from pretrain import resume
-from pretrain.launch import launch
-from pretrain.loop import Job
-from pretrain.objectives import OBJECTIVES
 from tests.pretrain import mortal
 from tests.pretrain.test_train import close, lines, run, same
 from tests.pretrain.tiny import CASES, MODEL, config, make_pool
+from winnow.infra.errors import WinnowError
+from winnow.infra.io import storage
+from winnow.pretrain.checkpoint import resume
+from winnow.pretrain.launch import launch
+from winnow.pretrain.loop import Job
+from winnow.pretrain.objectives import OBJECTIVES
 
 THIS = "tests.pretrain.tiny"
 STEPS = 6
@@ -300,7 +300,7 @@ def test_killed_while_writing_checkpoints(pool: str, tmp_path: Path) -> None:
 
 LAUNCHED = """
 import sys
-from pretrain.launch import launch
+from winnow.pretrain.launch import launch
 from tests.pretrain.test_resume import Path, job
 launch([job(sys.argv[1], Path(sys.argv[2]), workers=2, batch_size=4, samples_seen=400_000)])
 """

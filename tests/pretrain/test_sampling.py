@@ -8,9 +8,9 @@ import scipy.linalg
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from pretrain.diffusion.frechet import frechet_distance, moments
-from pretrain.diffusion.samplers import ancestral, ddim, guided, strided
-from pretrain.diffusion.schedule import Noise, alpha_bars, noised, parts, velocity
+from winnow.pretrain.diffusion.frechet import frechet_distance, moments
+from winnow.pretrain.diffusion.samplers import ancestral, ddim, guided, strided
+from winnow.pretrain.diffusion.schedule import Noise, alpha_bars, noised, parts, velocity
 
 MU, S = 0.4, 0.3
 

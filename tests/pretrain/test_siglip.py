@@ -7,11 +7,11 @@ import open_clip
 import pytest
 import torch
 
-from pretrain.encoder import load_encoder
-from pretrain.loop import make_objective
-from pretrain.objectives.siglip import siglip_loss
 from tests.pretrain.test_train import run
 from tests.pretrain.tiny import MODEL, config, make_pool
+from winnow.pretrain.encoder import load_encoder
+from winnow.pretrain.loop import make_objective
+from winnow.pretrain.objectives.contrastive.siglip import siglip_loss
 
 
 def test_loss_is_equation_1_of_the_paper() -> None:

@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pretrain.loop import make_objective
-from pretrain.objectives.base import Sample
-from pretrain.objectives.simclr import Config, nt_xent, projection_head
 from tests.pretrain.tiny import CASES, MODEL, NARROW, config
+from winnow.pretrain.loop import make_objective
+from winnow.pretrain.objectives.base import Sample
+from winnow.pretrain.objectives.contrastive.simclr import Config, nt_xent, projection_head
 
 
 def test_loss_is_algorithm_1_of_the_paper() -> None:

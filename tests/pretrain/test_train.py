@@ -13,17 +13,17 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from infra import storage
-from infra.errors import WinnowError
-from infra.execute import execute
-from infra.executors import SerialExecutor
-from infra.pool import Pool
-from pretrain.config import PretrainConfig
-from pretrain.encoder import load_encoder
-from pretrain.launch import launch
-from pretrain.loop import Job
-from pretrain.stage import PretrainStage, TrainRun
 from tests.pretrain.tiny import CASES, DIE_AT, config, make_pool
+from winnow.infra.errors import WinnowError
+from winnow.infra.io import storage
+from winnow.infra.pool.pool import Pool
+from winnow.infra.stages.executors import SerialExecutor
+from winnow.infra.stages.runner import execute
+from winnow.pretrain.config import PretrainConfig
+from winnow.pretrain.encoder import load_encoder
+from winnow.pretrain.launch import launch
+from winnow.pretrain.loop import Job
+from winnow.pretrain.stage import PretrainStage, TrainRun
 
 THIS = "tests.pretrain.tiny"
 
@@ -98,8 +98,8 @@ def test_one_weights_file_serves_open_clip_and_winnow(whole: Path) -> None:
 
 def test_weights_are_those_of_a_plain_training_loop(pool: str, whole: Path) -> None:
     """The same batches through open_clip's own loss and AdamW, without DeepSpeed."""
-    from pretrain.data import Batches, Samples
-    from pretrain.loop import make_objective
+    from winnow.pretrain.data.loader import Batches, Samples
+    from winnow.pretrain.loop import make_objective
 
     c = config()
     objective = make_objective(c, seed=0)

@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from infra.execute import execute
-from infra.executors import SerialExecutor
-from infra.index import IndexStage
-from infra.uids import derived_uid
-from pretrain.config import PretrainConfig
-from pretrain.objectives.base import Losses, Objective, Sample
-from pretrain.objectives.clip import CLIP
+from winnow.infra.pool.index import IndexStage
+from winnow.infra.pool.uids import derived_uid
+from winnow.infra.stages.executors import SerialExecutor
+from winnow.infra.stages.runner import execute
+from winnow.pretrain.config import PretrainConfig
+from winnow.pretrain.objectives.base import Losses, Objective, Sample
+from winnow.pretrain.objectives.contrastive.clip import CLIP
 
 MODEL: dict[str, Any] = {
     "embed_dim": 16,

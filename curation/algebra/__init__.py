@@ -1,0 +1,1 @@
+"""Trees of filters: parsing, fitting, applying, counting."""

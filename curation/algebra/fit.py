@@ -1,0 +1,80 @@
+"""Fitting a tree's filters, one after the other, each to the pool or to what those before it have kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from winnow.curation.algebra.tree import Judge, fingerprint
+from winnow.curation.columns.table import View
+from winnow.curation.filters.base import All, Filter, Node, State
+from winnow.infra.io.arrow import mask_array
+from winnow.infra.io.storage import digest_json
+
+
+def columns_of(node: Node) -> tuple[str, ...]:
+    """The columns a tree reads, each once, in order."""
+    return tuple(dict.fromkeys(column for item in node.filters() for column in item.columns()))
+
+
+@dataclass(frozen=True)
+class Survivors(View):
+    """What a fitted tree keeps of a pool, as a view of its own.
+
+    Attributes:
+        node: the tree.
+        states: of its filters.
+    """
+
+    node: Node = field(default_factory=All)
+    states: tuple[State, ...] = ()
+
+    def __len__(self) -> int:
+        return sum(batch.num_rows for batch in self.batches(("uid",)))
+
+    @property
+    def whole(self) -> View:
+        return View(self.pool, self.columns_url, self.targets)
+
+    def digest(self, columns: Sequence[str]) -> str:
+        return digest_json([super().digest((*columns, *columns_of(self.node))), fingerprint(self.node)])
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        judge = Judge(self.node, list(self.states))
+        for batch in super().batches(tuple(dict.fromkeys((*columns, *columns_of(self.node))))):
+            yield batch.filter(mask_array(judge.keep(batch))).select(list(columns))
+
+
+Fit = Callable[[Filter, View], State]
+
+
+def fit_tree(node: Node, view: View, fit: Fit) -> list[State]:
+    """The states of a tree's filters, in the order of `node.filters()`.
+
+    A filter of the scope "survivors" is fitted to what the earlier members of every `all` around it have kept; members
+    of an `any` do not stand before each other.
+
+    Args:
+        node: the tree.
+        view: of the pool.
+        fit: fits one filter to a view.
+    """
+
+    def walk(part: Node, before: tuple[tuple[Node, tuple[State, ...]], ...]) -> tuple[State, ...]:
+        if isinstance(part, Filter):
+            if part.scope == "pool" or not before:
+                return (fit(part, view),)
+            nodes = tuple(earlier for earlier, _ in before)
+            states = tuple(state for _, found in before for state in found)
+            return (fit(part, Survivors(view.pool, view.columns_url, view.targets, All(nodes), states)),)
+        found: tuple[State, ...] = ()
+        for child in part.children:
+            states = walk(child, before)
+            found += states
+            if isinstance(part, All):
+                before = (*before, (child, states))
+        return found
+
+    return list(walk(node, ()))

@@ -1,0 +1,209 @@
+"""Columns of a whole pool in memory or in a scratch file, for filters whose decision takes all samples together."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from winnow.curation.columns.table import missing
+from winnow.curation.columns.threshold import SCOPES, Cut
+from winnow.curation.filters.base import Filter, State, numbers, parameter_name
+from winnow.curation.measures.clip import as_matrix
+from winnow.infra.errors import WinnowError
+from winnow.infra.io.arrays import is_array, load_matrix
+from winnow.infra.pool.uids import UID_DTYPE, decode_uids, encode_uids, is_member, sort_uids
+from winnow.infra.registry import unknown
+
+if TYPE_CHECKING:
+    from winnow.curation.columns.table import View
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Rows of a pool that have a value in every column asked for, in pool order; n of them.
+
+    Attributes:
+        uids: dtype u8,u8, shape [n].
+        vectors: embeddings by column, float16, shape [n, d], mapped from a scratch file that vanishes with them.
+        numbers: scalars by column, shape [n]; whole numbers as they are stored, others float64.
+        total: rows of the pool, with those left out.
+    """
+
+    uids: np.ndarray
+    vectors: dict[str, np.ndarray]
+    numbers: dict[str, np.ndarray]
+    total: int
+
+    def __len__(self) -> int:
+        return len(self.uids)
+
+
+def gather(
+    view: View, vectors: Sequence[str] = (), scalars: Sequence[str] = (), optional: Sequence[str] = ()
+) -> Gathered:
+    """Read columns of a pool; rows in which one is null or NaN are left out.
+
+    Args:
+        view: of the pool.
+        vectors: columns of embeddings; all of a column have one dimension.
+        scalars: columns of numbers.
+        optional: columns of numbers that may be missing, and then are NaN.
+
+    Raises:
+        WinnowError: embeddings of a column differ in dimension.
+    """
+    uids: list[np.ndarray] = []
+    values: dict[str, list[np.ndarray]] = {name: [] for name in (*scalars, *optional)}
+    stores = {name: _Store(name) for name in vectors}
+    total = 0
+    for batch in view.batches(tuple(dict.fromkeys(("uid", *vectors, *scalars, *optional)))):
+        present = ~np.asarray(missing(batch, scalars))
+        found = {name: as_matrix(batch[name]) for name in vectors}
+        for matrix, there in found.values():
+            present &= there & np.isfinite(matrix).all(axis=1)
+        columns = {name: _scalars(batch[name]) for name in scalars} | {name: numbers(batch[name]) for name in optional}
+        for name, (matrix, _) in found.items():
+            stores[name].append(matrix[present])
+        for name, column in columns.items():
+            values[name].append(column[present])
+        uids.append(decode_uids(batch["uid"])[present])
+        total += batch.num_rows
+    return Gathered(
+        np.concatenate(uids) if uids else np.empty(0, UID_DTYPE),
+        {name: store.matrix() for name, store in stores.items()},
+        {name: np.concatenate(parts) if parts else np.empty(0) for name, parts in values.items()},
+        total,
+    )
+
+
+def _scalars(column: pa.ChunkedArray) -> np.ndarray:
+    # Not by way of float64, which would round 64-bit hashes.
+    return column.fill_null(0).to_numpy() if pa.types.is_integer(column.type) else numbers(column)
+
+
+class _Store:
+    """A matrix that grows in a scratch file, so that memory holds only the pages in use."""
+
+    def __init__(self, column: str) -> None:
+        self.column, self.rows, self.dim = column, 0, 0
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the map of it
+
+    def append(self, block: np.ndarray) -> None:
+        if self.dim and block.shape[1] != self.dim:
+            raise WinnowError(
+                f'embeddings of "{self.column}" have {block.shape[1]} dimensions in one shard, {self.dim} in another',
+                do="Measure the pool again with one scorer.",
+            )
+        self.dim = block.shape[1]
+        self.rows += len(block)
+        self.file.write(np.ascontiguousarray(block, dtype=np.float16).tobytes())
+
+    def matrix(self) -> np.ndarray:
+        self.file.flush()
+        if self.rows == 0:
+            return np.empty((0, self.dim), np.float16)
+        return np.memmap(self.file, np.float16, "r", shape=(self.rows, self.dim))
+
+
+# The embeddings and the score of one model: the recipe's scorer, or a column family of DataComp's metadata.
+MODELS = {
+    "scorer": ("clip.image", "clip.text", "clip.score"),
+    "b32": ("b32_img", "b32_txt", "clip_b32_similarity_score"),
+    "l14": ("l14_img", "l14_txt", "clip_l14_similarity_score"),
+}
+
+
+def dimensions(view: View, column: str) -> int | None:
+    """Of a view's embeddings; None when it has no shard, or the embeddings are not measured yet."""
+    if not view.knows(column):
+        return None
+    first = next(iter(view.batches((column,))), None)
+    return None if first is None else int(first[column].type.list_size)
+
+
+def split_targets(target: str | tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The folders, and the .npy files of embeddings, among the targets."""
+    names = (target,) if isinstance(target, str) else tuple(target)
+    return tuple(name for name in names if not is_array(name)), tuple(name for name in names if is_array(name))
+
+
+def target_vectors(view: View, target: str | tuple[str, ...], column: str) -> np.ndarray:
+    """The embeddings of targets, float16 or float32, shape [m, d]. Raises WinnowError when there is none."""
+    folders, files = split_targets(target)
+    parts = [load_matrix(name) for name in files]
+    for name in folders:
+        for batch in view.target(name).batches((column,)):
+            matrix, present = as_matrix(batch[column])
+            parts.append(matrix[present])
+    if len({part.shape[1] for part in parts if len(part)}) > 1:
+        raise WinnowError("the targets' embeddings differ in dimension", where=", ".join((*folders, *files)))
+    found = np.concatenate([part for part in parts if len(part)] or [np.empty((0, 0), np.float16)])
+    found = found[np.isfinite(found).all(axis=1)]
+    if not len(found):
+        raise WinnowError("the target set has no usable picture", where=", ".join((*folders, *files)))
+    return found
+
+
+class Chosen(Filter):
+    """A filter whose `fit` returns the uids it keeps, sorted, as `kept`; what was not there to fit is dropped."""
+
+    def keep(self, batch: pa.Table, state: State) -> np.ndarray:
+        return is_member(decode_uids(batch["uid"]), state["kept"])
+
+
+def chosen(uids: np.ndarray, mask: np.ndarray, **more: np.ndarray) -> State:
+    """The state of a `Chosen` filter.
+
+    Args:
+        uids: dtype u8,u8, shape [n].
+        mask: which are kept, bool, shape [n].
+        more: further arrays, for `report`.
+    """
+    return {"kept": sort_uids(uids[mask]), **more}
+
+
+def passing(cut: Cut, uids: np.ndarray, scores: np.ndarray, total: int) -> np.ndarray:
+    """Which of some samples a cut keeps by their scores; bool, shape [n].
+
+    Args:
+        cut: a threshold, a fraction or a budget.
+        uids: dtype u8,u8, shape [n].
+        scores: float, NaN where there is none, shape [n].
+        total: rows of the pool, at least n; those without a score count in a fraction, as the lowest.
+    """
+    named = pa.array(encode_uids(uids)) if cut.budget is not None else pa.nulls(len(uids), pa.string())
+    absent = total - len(uids)
+    table = pa.table({"uid": named, "score": scores.astype(np.float64)})
+    rest = pa.table({"uid": pa.nulls(absent, pa.string()), "score": np.full(absent, np.nan)})
+    state = cut.fit(_Held((table, rest)), ("score",), _score)  # type: ignore[arg-type]
+    return cut.keep(_score(table), table, state)
+
+
+@dataclass(frozen=True)
+class _Held:
+    tables: tuple[pa.Table, ...]
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        return (table.select(columns) for table in self.tables)
+
+
+def _score(table: pa.Table) -> np.ndarray:
+    return table["score"].to_numpy()
+
+
+def check_scope(name: str, of: str) -> None:
+    """Raises UsageError when `of` is neither `pool` nor `survivors`."""
+    if of not in SCOPES:
+        raise unknown(f"`of` for {name}", of, SCOPES)
+
+
+def assign_fields(node: Filter, values: Mapping[str, Any]) -> None:
+    """Set a frozen dataclass's fields from its constructor's arguments, which go by `parameter_name`."""
+    for item in fields(node):
+        value = values[parameter_name(item)]
+        object.__setattr__(node, item.name, tuple(value) if isinstance(value, list) else value)

@@ -1,0 +1,184 @@
+"""A pool's own columns and its measures' as one table: what filters look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from winnow.curation.measures import MEASURES
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.io import storage
+from winnow.infra.io.arrow import float_values, null_mask
+from winnow.infra.io.parquet import open_parquet, unreadable
+from winnow.infra.io.prefetch import ahead
+from winnow.infra.io.storage import digest_json
+from winnow.infra.pool.metadata import FEATURES
+from winnow.infra.pool.pool import Pool, Shard
+from winnow.infra.stages.stage import need_manifest
+
+# Which measure would give a column that DataComp's metadata has.
+_STAND_INS = {
+    "clip_b32_similarity_score": "clip (with scorer ViT-B-32:openai), as `clip_score: {model: scorer}`",
+    "clip_l14_similarity_score": "clip (with scorer ViT-L-14:openai), as `clip_score: {model: scorer}`",
+    "l14_img": "clip (with scorer ViT-L-14:openai), as `clip.image`",
+    "l14_txt": "clip (with scorer ViT-L-14:openai), as `clip.text`",
+    "b32_img": "clip (with scorer ViT-B-32:openai), as `clip.image`",
+    "b32_txt": "clip (with scorer ViT-B-32:openai), as `clip.text`",
+}
+
+
+def measure_of(column: str) -> str | None:
+    """`clip.score` -> "clip"; None for a column of the pool itself."""
+    name, dot, _ = column.partition(".")
+    return name if dot else None
+
+
+@dataclass(frozen=True)
+class View:
+    """Columns of a pool.
+
+    Attributes:
+        pool: the pool.
+        columns_url: directory of a finished measure stage; None when there is none.
+        targets: views of the target sets that filters name, by that name.
+    """
+
+    pool: Pool
+    columns_url: str | None = None
+    targets: Mapping[str, View] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.pool)
+
+    def _ids(self) -> dict[str, str]:
+        if self.columns_url is None:
+            return {}
+        manifest = need_manifest(self.columns_url, "columns")
+        if "columns" not in manifest.values:
+            raise UsageError("holds no columns", where=self.columns_url)
+        if manifest.parents["pool"] != self.pool.digest:
+            raise UsageError(
+                f"the columns were measured on another pool than {self.pool.url}, or on what it was then",
+                where=self.columns_url,
+                do="Measure this one.",
+            )
+        return dict(manifest.values["columns"])
+
+    def check(self, columns: Sequence[str]) -> None:
+        """Raises WinnowError when a column is not there, naming the measure that would provide it."""
+        ids = self._ids()
+        own = set(self.pool.shards[0].columns()) if self.pool.shards else set()
+        for column in columns:
+            measure = measure_of(column)
+            if measure is None and column not in own:
+                stand_in = _STAND_INS.get(column)
+                hint = (
+                    f"The measure that would give it: {stand_in}." if stand_in else f"It has: {', '.join(sorted(own))}."
+                )
+                if column in FEATURES and not self.pool.pictures:
+                    hint = "It is an array of the NAME.npz that DataComp has beside each NAME.parquet; fetch them."
+                raise WinnowError(f'the pool has no column "{column}"', where=self.pool.url, do=hint)
+            if column in FEATURES:
+                for shard in self.pool.shards:
+                    if shard.features is None and not shard.tars:
+                        raise WinnowError(
+                            f'no "{column}": {shard.name}.npz is missing', where=shard.view, do="Fetch it."
+                        )
+            if measure is not None and measure not in ids:
+                MEASURES.path(measure)
+                raise WinnowError(
+                    f'column "{column}" has not been measured',
+                    where=self.pool.url,
+                    do=f"Run the measure `{measure}` on this pool first.",
+                )
+
+    def knows(self, column: str) -> bool:
+        """Whether a column is the pool's own, or measured; before the measures have run, those are not."""
+        return measure_of(column) is None or self.columns_url is not None
+
+    def digest(self, columns: Sequence[str]) -> str:
+        """Of the pool and the named columns; other columns may come and go without changing it."""
+        parts = {"pool": self.pool.digest}
+        if self.columns_url is not None:
+            manifest = need_manifest(self.columns_url, "columns")
+            for measure in sorted({name for column in columns if (name := measure_of(column))}):
+                parts[measure] = manifest.values["digests"][manifest.values["columns"][measure]]
+        return digest_json(parts)
+
+    @property
+    def whole(self) -> View:
+        """The view of the whole pool, where this one is of some of its samples."""
+        return self
+
+    def type_of(self, column: str) -> pa.DataType:
+        """The type of a column, out of the first shard's headers."""
+        shard = self.pool.shards[0]
+        name, _, field_name = column.partition(".")
+        if not field_name:
+            return shard.schema().field(name).type
+        assert self.columns_url is not None
+        with open_parquet(storage.join(self.columns_url, self._ids()[name], f"{shard.name}.parquet")) as parquet:
+            return parquet.schema_arrow.field(field_name).type
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """One table a shard, in pool order, with the named columns; read ahead by a thread a core."""
+        ids = self._ids()
+        return ahead(lambda shard: self.table(shard, columns, ids), self.pool.shards)
+
+    def shards(self, columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
+        """As `batches`, each table with the name of its shard."""
+        return zip((shard.name for shard in self.pool.shards), self.batches(columns), strict=True)
+
+    def table(self, shard: Shard, columns: Sequence[str], ids: Mapping[str, str] | None = None) -> pa.Table:
+        """The named columns of a shard, each once, rows in its order."""
+        columns = list(dict.fromkeys(columns))
+        ids = self._ids() if ids is None else ids
+        own = [column for column in columns if measure_of(column) is None]
+        if len(own) == len(columns):
+            return shard.table(columns)
+        arrays = {}
+        if own:
+            table = shard.table(own)
+            arrays.update({name: table[name] for name in own})
+        by_measure: dict[str, list[str]] = {}
+        for column in columns:
+            name, _, field_name = column.partition(".")
+            if field_name:
+                by_measure.setdefault(name, []).append(field_name)
+        for measure, fields in by_measure.items():
+            assert self.columns_url is not None
+            url = storage.join(self.columns_url, ids[measure], f"{shard.name}.parquet")
+            with open_parquet(url) as parquet:
+                try:
+                    table = parquet.read(columns=fields, use_threads=False)
+                except (pa.ArrowException, OSError) as error:
+                    raise unreadable(url, error) from error
+            if table.num_rows != shard.rows:
+                raise WinnowError(
+                    f"measure {measure} has {table.num_rows} rows, the shard {shard.rows}",
+                    where=url,
+                    do="Remove that directory and measure again.",
+                )
+            arrays.update({f"{measure}.{name}": table[name] for name in fields})
+        return pa.table({column: arrays[column] for column in columns})
+
+    def target(self, name: str) -> View:
+        """Raises WinnowError for a target set that was not made ready."""
+        if name not in self.targets:
+            raise WinnowError(f'target set "{name}" has not been measured')
+        return self.targets[name]
+
+
+def missing(table: pa.Table, columns: Sequence[str]) -> np.ndarray:
+    """Rows in which one of the numeric or embedding columns is null or NaN; bool [n]."""
+    result = np.zeros(table.num_rows, dtype=bool)
+    for column in columns:
+        values = table[column]
+        if pa.types.is_floating(values.type):
+            result |= np.isnan(float_values(values))
+        elif values.null_count:
+            result |= null_mask(values)
+    return result

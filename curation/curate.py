@@ -1,0 +1,233 @@
+"""The curate stage: a tree of filters and a measured pool give a subset file, a funnel and, if asked, reasons."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from winnow.curation.algebra.fit import columns_of, fit_tree
+from winnow.curation.algebra.tree import Judge, Verdict, fingerprint, parse, unparse
+from winnow.curation.columns.table import View
+from winnow.curation.filters.base import Filter, Node, State
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.io import storage
+from winnow.infra.io.arrow import mask_array
+from winnow.infra.io.storage import digest_json
+from winnow.infra.pool.pool import Pool
+from winnow.infra.pool.uids import UID_DTYPE, decode_uids, save_subset
+from winnow.infra.stages.stage import Output, Record, Stage, Unit
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a pool and its columns are. `columns` is None for a pool without measures."""
+
+    pool: str
+    columns: str | None = None
+
+    def view(self) -> View:
+        return View(Pool.open(self.pool), self.columns)
+
+
+@dataclass
+class CurateStage(Stage):
+    """Curate subsets of one pool.
+
+    Each subset is a unit with the files `NAME/subset.npy`, `NAME/funnel.json` and, with `reasons`,
+    `NAME/reasons.parquet`. A subset called "" puts them into the directory itself. `NAME/timings.json` beside them, the
+    seconds that fitting each filter took, is no part of the output: equal work gives equal output.
+
+    Args:
+        source: the pool and its columns.
+        subsets: name and tree (YAML form) of each.
+        out: directory.
+        targets: target sets by the name that filters give them.
+        reasons: whether to write for every dropped sample which node dropped it.
+    """
+
+    source: Source
+    subsets: tuple[tuple[str, dict[str, Any]], ...]
+    out: str
+    targets: dict[str, Source] = field(default_factory=dict)
+    reasons: bool = True
+
+    name = "curate"
+    version = 2
+    keep_orphans = True
+    light = True
+
+    def params(self) -> dict[str, Any]:
+        return {"reasons": self.reasons}
+
+    def parents(self) -> dict[str, str]:
+        return {"pool": Pool.open(self.source.pool).digest}
+
+    def places(self) -> dict[str, str]:
+        return {"pool": storage.absolute(self.source.pool)}
+
+    def _view(self) -> View:
+        view = self.source.view()
+        return View(view.pool, view.columns_url, {name: source.view() for name, source in self.targets.items()})
+
+    def plan(self) -> list[Unit]:
+        view = self._view()
+        units = []
+        for name, tree in self.subsets:
+            node = parse(tree)
+            view.check(columns_of(node))
+            inputs = {"columns": view.digest(columns_of(node))}
+            for number, (target, columns) in enumerate(_wanted(node)):
+                view.target(target).check(columns)
+                inputs[f"target{number}"] = view.target(target).digest(columns)
+            for item in node.filters():
+                item.check(view)
+            units.append(
+                Unit(
+                    name or "subset",
+                    inputs,
+                    {"tree": fingerprint(node)},
+                    {"subset": name, "tree": tree},
+                    items=len(view) if view.pool.counted else 0,
+                )
+            )
+        return units
+
+    def run(self, unit: Unit) -> Output:
+        node, view, prefix = parse(unit.args["tree"]), self._view(), unit.args["subset"]
+        timings: dict[str, float] = {}
+        judge = Judge(node, self.states(node, view, timings))
+        kept, dropped, seen = bytearray(), [], 0
+        for batch in view.batches(tuple(dict.fromkeys(("uid", *columns_of(node))))):
+            seen += batch.num_rows
+            if self.reasons:
+                mask, why = judge.reasons(batch)
+                out = mask_array(~mask)
+                dropped.append(pa.table({"uid": batch["uid"].filter(out), "reason": why.filter(out)}))
+            else:
+                mask = judge.keep(batch)
+            kept += decode_uids(batch["uid"].filter(mask_array(mask))).view(np.uint8).data
+        uids = np.frombuffer(kept, UID_DTYPE)
+        funnel = {
+            "name": prefix,
+            "filter": str(node),
+            "yaml": unparse(node),
+            "pool": seen,
+            "kept": len(uids),
+            "tree": judge.tally.as_json(),
+        }
+        files = [storage.join(prefix, name).lstrip("/") for name in ("subset.npy", "funnel.json")]
+        storage.write_json(self.url(storage.join(prefix, "timings.json").lstrip("/")), timings)
+        save_subset(self.url(files[0]), uids)
+        storage.write_json(self.url(files[1]), funnel)
+        if self.reasons:
+            files.append(storage.join(prefix, "reasons.parquet").lstrip("/"))
+            table = pa.concat_tables(dropped) if dropped else pa.table({"uid": pa.array([], pa.string())})
+            with storage.writing(self.url(files[2])) as path:
+                pq.write_table(table, path, compression="zstd", use_dictionary=["reason"])
+        facts = {tally.label: tally.facts for tally in judge.tally.leaves() if tally.facts}
+        return Output(files, seen, values={"kept": len(uids), "subset": files[0], "fits": facts})
+
+    def states(self, node: Node, view: View | None = None, timings: dict[str, float] | None = None) -> list[State]:
+        """The fitted states of a tree's filters, out of files where an earlier subset left them; `timings` takes the
+        seconds of each by its label."""
+
+        def fit(item: Filter, seen: View) -> State:
+            start = time.perf_counter()
+            state = self._fit(item, seen)
+            if timings is not None:
+                timings[str(item)] = round(time.perf_counter() - start, 3)
+            return state
+
+        return fit_tree(node, self._view() if view is None else view, fit)
+
+    def _fit(self, item: Filter, view: View) -> State:
+        """The filter's state, out of the file an earlier subset left if the same was fitted to the same columns."""
+        inputs = {"columns": view.digest(item.columns()), "filter": fingerprint(item)}
+        for number, target in enumerate(item.targets()):
+            inputs[f"target{number}"] = view.target(target).digest(item.target_columns())
+        url = self.url("fits", f"{digest_json(inputs)[:32]}.npz")
+        if storage.exists(url):
+            # One that is damaged is fitted anew.
+            with (
+                contextlib.suppress(ValueError, EOFError, zipfile.BadZipFile),
+                np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as arrays,
+            ):
+                return dict(arrays)
+        state = item.fit(view)
+        if state:
+            with storage.writing(url) as path, open(path, "wb") as file:
+                np.savez(file, **state)  # type: ignore[arg-type]
+        return state
+
+    def finish(self, records: list[Record]) -> Output:
+        values: dict[str, Any] = {"subsets": {record.unit: record.values["kept"] for record in records}}
+        if fits := {record.unit: record.values["fits"] for record in records if record.values.get("fits")}:
+            values["fits"] = fits
+        return Output(values=values)
+
+    def why(self, subset: str, uid: str) -> tuple[str | None, list[Verdict]]:
+        """Why a sample is in a subset or not.
+
+        Args:
+            subset: its name.
+            uid: 32 hex characters.
+
+        Returns:
+            the label of the first node that dropped the sample (None if it was kept), and each node's verdict.
+
+        Raises:
+            UsageError: the uid is none.
+            WinnowError: the pool has no such sample.
+        """
+        wanted = check_uid(uid)
+        node, view = parse(dict(self.subsets)[subset]), self._view()
+        for shard, table in zip(view.pool.shards, view.batches(("uid",)), strict=True):
+            found = np.flatnonzero(decode_uids(table["uid"]) == wanted)
+            if len(found):
+                columns = tuple(dict.fromkeys(("uid", *columns_of(node))))
+                sample = view.table(shard, columns).slice(int(found[0]), 1)
+                return Judge(node, self.states(node, view)).verdicts(sample)
+        raise WinnowError(f"no sample has the uid {uid}", where=self.source.pool)
+
+
+def check_trees(source: Source, trees: Iterable[dict[str, Any]], targets: Mapping[str, Source] | None = None) -> None:
+    """Refuse, before anything is measured, trees that cannot come out on a pool: columns of its own that it has not,
+    too few samples, arrays of another dimension.
+
+    Args:
+        source: the pool; its measures need not be there.
+        trees: in YAML form.
+        targets: those that are there already.
+
+    Raises:
+        WinnowError: saying what to do.
+    """
+    pool = Pool.open(source.pool)
+    view = View(pool, None, {name: place.view() for name, place in (targets or {}).items()})
+    for tree in trees:
+        node = parse(tree)
+        view.check([column for column in columns_of(node) if view.knows(column)])
+        for item in node.filters():
+            item.check(view)
+
+
+def check_uid(uid: str) -> np.void:
+    """A uid as a `u8,u8` pair. Raises UsageError when it is none."""
+    try:
+        return decode_uids(pa.array([uid], pa.string()))[0]
+    except WinnowError as error:
+        raise UsageError(error.what, do="A uid has 32 hexadecimal digits.") from None
+
+
+def _wanted(node: Node) -> list[tuple[str, tuple[str, ...]]]:
+    """Target sets of a tree with the columns read of each."""
+    return [(target, item.target_columns()) for item in node.filters() for target in item.targets()]

@@ -1,0 +1,114 @@
+"""Small networks on CLIP embeddings, and prompts as such: aesthetic, NSFW, watermark and their like."""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from winnow.infra.errors import WinnowError
+from winnow.infra.io import storage
+
+# A head is a few hundred kilobytes; what is larger is another file.
+_LARGEST = 1 << 28
+Layer = tuple[np.ndarray, np.ndarray]
+
+
+@functools.lru_cache(maxsize=4)
+def read_head(path: str) -> tuple[Layer, ...]:
+    """The linear layers of a head, in order: weights [out, in] and biases [out], float32.
+
+    A file is .safetensors or .npz with arrays `weight` and `bias` (or one pair a layer, `layers.0.weight`,
+    `layers.2.weight`, …, in the order of their numbers), or .npy with the weights of one output. A bias may be missing.
+
+    Raises:
+        WinnowError: no such file, another format, or layers that do not fit together.
+    """
+    if storage.exists(path) and storage.size_of(path) > _LARGEST:
+        raise WinnowError("is too large for a head on an embedding", where=path)
+    data = storage.read_bytes(path)
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.numpy import load
+
+            arrays = load(data)
+        elif path.endswith((".npz", ".npy")):
+            loaded = np.load(io.BytesIO(data), allow_pickle=False)
+            arrays = {"weight": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+        else:
+            raise WinnowError("is no .safetensors, .npz or .npy file", where=path, do="Convert the head to one.")
+    except WinnowError:
+        raise
+    except Exception as error:  # safetensors and NumPy raise a dozen kinds on broken data
+        raise WinnowError(f"cannot be read as a head ({error})", where=path) from error
+    layers = []
+    names = [name for name in arrays if re.fullmatch(r"(.*\.)?weight", name)]
+    for name in sorted(names, key=lambda name: [int(number) for number in re.findall(r"\d+", name)]):
+        weight = np.atleast_2d(np.asarray(arrays[name], np.float32))
+        bias = arrays.get(f"{name.removesuffix('weight')}bias", np.zeros(len(weight)))
+        layers.append((weight, np.atleast_1d(np.asarray(bias, np.float32)).reshape(-1)))
+    _check(layers, path)
+    return tuple(layers)
+
+
+def _check(layers: Sequence[Layer], path: str) -> None:
+    if not layers:
+        raise WinnowError("holds no array `weight`", where=path)
+    for (weight, bias), (following, _) in zip(layers, [*layers[1:], layers[-1]], strict=True):
+        fits = weight.ndim == 2 and bias.shape == weight.shape[:1]
+        if not fits or (following is not weight and following.shape[1] != len(weight)):
+            raise WinnowError("its layers do not fit together", where=path)
+    if len(layers[-1][0]) != 1:
+        raise WinnowError(f"has {len(layers[-1][0])} outputs, a head has one", where=path)
+
+
+def apply_head(path: str, vectors: np.ndarray, relu: bool = False, sigmoid: bool = False) -> np.ndarray:
+    """The head's output for embeddings.
+
+    Args:
+        path: for `read_head`.
+        vectors: L2-normalised, shape [n, d].
+        relu: between layers; else they follow each other bare.
+        sigmoid: of the output.
+
+    Returns:
+        float32, shape [n].
+
+    Raises:
+        WinnowError: the head takes another dimension.
+    """
+    layers = read_head(path)
+    x = vectors.astype(np.float32)
+    if x.shape[1] != layers[0][0].shape[1]:
+        raise WinnowError(
+            f"takes embeddings of {layers[0][0].shape[1]} dimensions, the scorer's have {x.shape[1]}",
+            where=path,
+            do="A head goes with the model it was trained on; choose that as the scorer.",
+        )
+    for number, (weight, bias) in enumerate(layers):
+        x = x @ weight.T + bias
+        if relu and number + 1 < len(layers):
+            x = np.maximum(x, 0)
+    result = x[:, 0]
+    return 1 / (1 + np.exp(-result)) if sigmoid else result
+
+
+def prompt_probability(vectors: np.ndarray, yes: np.ndarray, no: np.ndarray, logit_scale: float) -> np.ndarray:
+    """How much a picture goes with a prompt rather than its opposite, averaged over pairs of prompts.
+
+    Wang, Chan & Loy 2023 (CLIP-IQA), equations 1 and 2: with s the scaled cosines, exp(s_yes) / (exp(s_yes) +
+    exp(s_no)); several pairs are averaged.
+
+    Args:
+        vectors: L2-normalised image embeddings, shape [n, d].
+        yes, no: L2-normalised text embeddings of the prompts, shape [pairs, d].
+        logit_scale: the model's.
+
+    Returns:
+        float32, shape [n].
+    """
+    difference = vectors.astype(np.float32) @ (yes - no).T.astype(np.float32) * logit_scale
+    return (1 / (1 + np.exp(-difference))).mean(axis=1)

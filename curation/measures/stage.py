@@ -1,0 +1,213 @@
+"""The measure stage: columns for every shard, each picture decoded once for all measures that want it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from winnow.curation.columns.table import View
+from winnow.curation.measures.base import Measure, Samples
+from winnow.infra.errors import UsageError
+from winnow.infra.io import storage
+from winnow.infra.io.images import PictureError, decode_picture
+from winnow.infra.io.storage import digest_json
+from winnow.infra.pool.pool import Pool, Shard
+from winnow.infra.stages.stage import (
+    Output,
+    Record,
+    SetAside,
+    Stage,
+    Unit,
+    read_manifest,
+)
+
+BATCH = 256
+_LOCATION = ("tar", "image_offset", "image_size")
+
+
+@dataclass
+class MeasureStage(Stage):
+    """Compute measures over an indexed pool.
+
+    Each (measure, shard) is a unit with a file of its own, `MEASURE-ID/SHARD.parquet`, rows as in the shard's view;
+    the units of a shard form a group, so what is missing of it is computed from one reading of its pictures. Measures
+    of other measures' columns come after those and read their files; what they read is part of their id.
+
+    Args:
+        pool: URL of the pool directory.
+        measures: which; with a measure of another's columns, that one too, in any order.
+        out: directory of the columns.
+        threads: decoding threads in each worker.
+        others: by name the id and digest of columns that were measured there before; see `beside_others`.
+    """
+
+    pool: str
+    measures: tuple[Measure, ...]
+    out: str
+    threads: int = 1
+    others: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    name = "measure"
+    version = 1
+    keep_orphans = True
+
+    @property
+    def cpus(self) -> float:
+        return self.threads
+
+    @property
+    def gpus(self) -> float:
+        return max((measure.gpus for measure in self.measures), key=abs, default=0)
+
+    def params(self) -> dict[str, Any]:
+        return {}
+
+    def parents(self) -> dict[str, str]:
+        others = {f"columns/{name}": digest for name, (_, digest) in self.others.items()}
+        return {"pool": Pool.open(self.pool).digest} | others
+
+    def places(self) -> dict[str, str]:
+        return {"pool": storage.absolute(self.pool)}
+
+    def beside_others(self) -> MeasureStage:
+        """The same, keeping in its manifest the columns that were measured there on this pool before."""
+        before = read_manifest(self.out)
+        if before is None or before.stage != self.name or before.parents.get("pool") != Pool.open(self.pool).digest:
+            return self
+        ids, digests = before.values["columns"], before.values["digests"]
+        names = {measure.name for measure in self.measures}
+        others = {name: (ids[name], digests[ids[name]]) for name in ids if name not in names}
+        return replace(self, others=others)
+
+    def ordered(self) -> list[Measure]:
+        """The measures, each after those it reads. Raises UsageError when one of those is not among them."""
+        left: list[Measure] = list(self.measures)
+        done: list[Measure] = []
+        while left:
+            names = {measure.name for measure in done}
+            ready = [measure for measure in left if names.issuperset(measure.upstream())]
+            if not ready:
+                known = {measure.name for measure in self.measures}
+                lacking = [name for measure in left for name in measure.upstream() if name not in known]
+                what = f'"{lacking[0]}", which is not measured' if lacking else "what reads it in turn"
+                raise UsageError(f'measure "{left[0].name}" reads {what}', do="Measure both.")
+            done += ready
+            left = [measure for measure in left if measure not in ready]
+        return done
+
+    def ids(self) -> dict[str, str]:
+        """By name, the directory of each measure's columns: its id, and what it reads of others."""
+        ids: dict[str, str] = {}
+        for measure in self.ordered():
+            ids[measure.name] = measure.id
+            if measure.derived:
+                read = [measure.id, *(ids[name] for name in measure.upstream())]
+                ids[measure.name] = f"{measure.name}-{digest_json(read)[:8]}"
+        return ids
+
+    def plan(self) -> list[Unit]:
+        ids = self.ids()
+        return [
+            Unit(
+                f"{ids[measure.name]}/{shard.name}",
+                {"shard": shard.digest},
+                {"measure": measure.name, "version": measure.version, "params": measure.params()}
+                | ({"reads": [ids[name] for name in measure.upstream()]} if measure.derived else {}),
+                {"shard": shard.name, "measure": measure.name},
+                group=shard.name,
+                items=shard.rows,
+            )
+            for shard in Pool.open(self.pool).shards
+            for measure in self.ordered()
+        ]
+
+    def run_group(self, units: list[Unit]) -> Iterator[tuple[Unit, Output]]:
+        ids = self.ids()
+        wanted = {unit.args["measure"]: unit for unit in units}
+        measures = [measure for measure in self.ordered() if measure.name in wanted]
+        shard = Pool.open(self.pool).shard(units[0].args["shard"])
+        direct = [measure for measure in measures if not measure.derived]
+        for together in filter(None, [direct, *([measure] for measure in measures if measure.derived)]):
+            aside: list[SetAside] = []
+            with contextlib.ExitStack() as files:
+                writers = {}
+                for measure in together:
+                    url = self.url(ids[measure.name], f"{shard.name}.parquet")
+                    writers[measure.name] = files.enter_context(
+                        pq.ParquetWriter(
+                            files.enter_context(storage.writing(url)),
+                            measure.schema(),
+                            compression="zstd",
+                            compression_level=1,
+                        )
+                    )
+                for samples in self._samples(shard, together, ids, aside):
+                    for measure in together:
+                        writers[measure.name].write_table(measure.compute(samples))
+            for measure in together:
+                left_out = aside if measure.pixels else []
+                unit = wanted[measure.name]
+                yield unit, Output([f"{unit.name}.parquet"], shard.rows - len(left_out), left_out)
+
+    def _samples(
+        self, shard: Shard, measures: list[Measure], ids: dict[str, str], aside: list[SetAside]
+    ) -> Iterator[Samples]:
+        if not any(measure.derived for measure in measures):
+            yield from read_samples(shard, measures, self.threads, aside)
+            return
+        (measure,) = measures
+        view = View(Pool.open(self.pool), self.out)
+        table = view.table(shard, ("uid", *measure.reads, *measure.derived), ids)
+        for start in range(0, table.num_rows, BATCH):
+            yield Samples(table.slice(start, BATCH), [])
+
+    def finish(self, records: list[Record]) -> Output:
+        digests: dict[str, dict[str, str]] = {}
+        for record in records:
+            measure_id, _, shard = record.unit.partition("/")
+            digests.setdefault(measure_id, {})[shard] = record.files[f"{record.unit}.parquet"]["sha256"]
+        by_id = {name: digest_json(shards) for name, shards in sorted(digests.items())}
+        columns = self.ids() | {name: measured for name, (measured, _) in self.others.items()}
+        by_id |= dict(self.others.values())
+        return Output(values={"columns": columns, "digests": dict(sorted(by_id.items()))})
+
+
+def read_samples(shard: Shard, measures: list[Measure], threads: int, aside: list[SetAside]) -> Iterator[Samples]:
+    """A shard's samples in order, in batches; pictures are read and decoded ahead of the one who computes."""
+    pixels = any(measure.pixels for measure in measures)
+    encoded = any(measure.encoded for measure in measures)
+    columns = ["uid", *dict.fromkeys(name for measure in measures for name in measure.reads)]
+    table = shard.table([*columns, *_LOCATION] if pixels or encoded else columns)
+    slices = [table.slice(start, BATCH) for start in range(0, table.num_rows, BATCH)]
+    if not (pixels or encoded):
+        for part in slices:
+            yield Samples(part, [])
+        return
+
+    def load(part: pa.Table) -> tuple[list[Any], list[bytes], list[SetAside]]:
+        images: list[Any] = []
+        bad: list[SetAside] = []
+        files = shard.image_bytes(part)
+        for uid, data in zip(part["uid"].to_pylist(), files if pixels else [], strict=pixels):
+            try:
+                images.append(decode_picture(data))
+            except PictureError as error:
+                images.append(None)
+                bad.append(SetAside(uid, error.what))
+        return images, files if encoded else [], bad
+
+    with ThreadPoolExecutor(threads) as workers:
+        ahead = [workers.submit(load, part) for part in slices[: threads + 1]]
+        for number, part in enumerate(slices):
+            images, files, bad = ahead[number].result()
+            ahead[number] = None  # type: ignore[call-overload]
+            if number + threads + 1 < len(slices):
+                ahead.append(workers.submit(load, slices[number + threads + 1]))
+            aside.extend(bad)
+            yield Samples(part, images, files)

@@ -1,0 +1,308 @@
+"""The inject stage: known noise on any pool, drawn from (seed, uid), recorded per sample, never in the source.
+
+The result is a pool of its own: views with the columns `noise` (kind, null when clean) and `noise_of` (the uid a copy
+was made of), pictures where the source has them, and one overlay tar a shard with the altered ones. Filters can then
+be judged by how much of each noise they remove.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from winnow.curation.noise import corrupt
+from winnow.infra.io import storage
+from winnow.infra.io.images import PictureError, decode_picture
+from winnow.infra.io.storage import digest_bytes
+from winnow.infra.io.tar import TarWriter
+from winnow.infra.pool.pool import (
+    HERE,
+    LOCATION,
+    Pool,
+    Shard,
+    shard_entry,
+    write_view,
+)
+from winnow.infra.pool.uids import decode_uids, derived_uid, hash_unit
+from winnow.infra.stages.stage import (
+    PLACES,
+    Output,
+    Record,
+    Stage,
+    Unit,
+    need_manifest,
+)
+
+KINDS = (
+    "mismatched",
+    "duplicates",
+    "near_duplicates",
+    "foreign_language",
+    "file_name",
+    "tiny",
+    "extreme_aspect",
+    "watermark",
+)
+_COPIES = ("duplicates", "near_duplicates")
+_ALTERED = ("near_duplicates", "tiny", "extreme_aspect", "watermark")
+# Columns that tell of a picture and its caption together, or of places in the picture; they do not hold for noise.
+_UNTRUE = ("clip_b32_similarity_score", "clip_l14_similarity_score", "face_bboxes")
+
+
+class InjectConfig(BaseModel):
+    """How much of which noise: each a fraction of the source pool's samples; a sample is drawn for one kind at most.
+
+    Attributes:
+        mismatched: the caption of another sample of the shard that was drawn for this too.
+        duplicates: an exact copy under a uid of its own, appended to the shard.
+        near_duplicates: such a copy, slightly cropped, lighter or darker, and encoded again.
+        foreign_language: a sentence in another language for a caption.
+        file_name: a file name for a caption.
+        tiny: a picture of 8 to 14 pixels on the short side.
+        extreme_aspect: a picture cropped to a ratio of 4 to 8.
+        watermark: text laid over the picture.
+        seed: of the draw.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mismatched: float = Field(0.0, ge=0, le=1)
+    duplicates: float = Field(0.0, ge=0, le=1)
+    near_duplicates: float = Field(0.0, ge=0, le=1)
+    foreign_language: float = Field(0.0, ge=0, le=1)
+    file_name: float = Field(0.0, ge=0, le=1)
+    tiny: float = Field(0.0, ge=0, le=1)
+    extreme_aspect: float = Field(0.0, ge=0, le=1)
+    watermark: float = Field(0.0, ge=0, le=1)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _disjoint(self) -> InjectConfig:
+        if (total := sum(self.fractions())) > 1 + 1e-9:
+            raise ValueError(
+                f"the fractions sum to {total:g}; a sample gets one kind of noise at most, so to 1 at most"
+            )
+        return self
+
+    def fractions(self) -> list[float]:
+        """In the order of KINDS."""
+        return [getattr(self, kind) for kind in KINDS]
+
+
+def draw_kinds(uids: np.ndarray, config: InjectConfig) -> np.ndarray:
+    """The kind each sample is drawn for: an index into KINDS, or len(KINDS) for none.
+
+    Args:
+        uids: dtype u8,u8, shape [n].
+
+    Returns:
+        int64, shape [n]; sample by sample, whatever the other samples are.
+    """
+    edges = np.cumsum(config.fractions())
+    return np.searchsorted(edges, hash_unit(uids, config.seed, "noise"), side="right")
+
+
+@dataclass
+class InjectStage(Stage):
+    """Derive a noisy pool.
+
+    Args:
+        pool: URL of the source pool's directory.
+        config: the noise.
+        out: directory of the derived pool.
+    """
+
+    pool: str
+    config: InjectConfig
+    out: str
+
+    name = "inject"
+    version = 1
+
+    def params(self) -> dict[str, Any]:
+        return self.config.model_dump()
+
+    def parents(self) -> dict[str, str]:
+        return {"pool": Pool.open(self.pool).digest}
+
+    def places(self) -> dict[str, str]:
+        places = storage.read_json(storage.join(self.pool, PLACES))
+        return places | {_source_place(places): storage.absolute(self.pool)}
+
+    def plan(self) -> list[Unit]:
+        pool = Pool.open(self.pool)
+        entries = need_manifest(self.pool, "pool").values["shards"]
+        source = _source_place(storage.read_json(storage.join(self.pool, PLACES)))
+        units = []
+        for shard, entry in zip(pool.shards, entries, strict=True):
+            references = [
+                f"{source}{reference[len(HERE) :]}" if reference.startswith(f"{HERE}/") else reference
+                for reference in entry["tars"]
+            ]
+            args = {"view": shard.view, "tars": list(shard.tars), "rows": shard.rows, "dropped": list(shard.dropped)}
+            units.append(
+                Unit(shard.name, {"shard": shard.digest}, {"tars": references}, _absolute(args), items=shard.rows)
+            )
+        return units
+
+    def run(self, unit: Unit) -> Output:
+        args = unit.args
+        digest = unit.inputs["shard"]
+        shard = Shard(unit.name, args["view"], tuple(args["tars"]), args["rows"], digest, tuple(args["dropped"]))
+        table = shard.table()
+        noise = _Noise(shard, table, self.config)
+        overlay = f"{unit.name}.noise.tar"
+        files = [f"{unit.name}.parquet"]
+        # The source's digest stands for its tars: it covers their content.
+        tars = [[reference, digest] for reference in unit.params["tars"]]
+        if noise.alters:
+            with storage.writing(self.url(overlay)) as path:
+                with TarWriter(path) as tar:
+                    noise.alter(tar)
+                tars.append([f"{HERE}/{overlay}", storage.digest_file(str(path))])
+            files.append(overlay)
+        view = noise.view()
+        with storage.writing(self.url(files[0])) as path:
+            write_view(str(path), view)
+        counts = Counter(kind for kind in view["noise"].to_pylist() if kind is not None)
+        values = {"tars": tars, "rows": view.num_rows, "noise": dict(sorted(counts.items()))}
+        return Output(files, view.num_rows, values=values)
+
+    def finish(self, records: list[Record]) -> Output:
+        entries, counts = [], dict.fromkeys(KINDS, 0)
+        for record in records:
+            view = f"{record.unit}.parquet"
+            values, digest = record.values, record.files[view]["sha256"]
+            entries.append(shard_entry(record.unit, view, digest, values["tars"], values["rows"], []))
+            for kind, count in values["noise"].items():
+                counts[kind] = counts.get(kind, 0) + count
+        return Output(values={"shards": entries, "noise": counts})
+
+
+class _Noise:
+    """The noise of one shard: rows of the new view as dictionaries, the source's first and copies after them."""
+
+    def __init__(self, shard: Shard, table: pa.Table, config: InjectConfig) -> None:
+        self.shard, self.config = shard, config
+        self.uids = decode_uids(table["uid"])
+        self.kinds = draw_kinds(self.uids, config)
+        for name in ("noise", "noise_of"):
+            if name not in table.column_names or pa.types.is_null(table[name].type):
+                table = table.drop_columns([name]) if name in table.column_names else table
+                table = table.append_column(name, pa.nulls(table.num_rows, pa.string()))
+        self.schema = table.schema
+        self.rows: list[dict[str, Any]] = table.to_pylist()
+        self.own = len(self.rows)
+        # (row of the source sample, row of the new view that gets the altered picture, kind)
+        self.alters: list[tuple[int, int, str]] = []
+        self._mismatch()
+        self._replace_captions()
+        self._copies()
+        self.alters += [
+            (row, row, kind) for kind in _ALTERED if kind not in _COPIES for row in self._drawn(kind).tolist()
+        ]
+        self.alters.sort()
+
+    def _drawn(self, kind: str) -> np.ndarray:
+        return np.nonzero(self.kinds == KINDS.index(kind))[0]
+
+    def _unit(self, salt: str) -> np.ndarray:
+        return hash_unit(self.uids, self.config.seed, salt)
+
+    def _mismatch(self) -> None:
+        """A cycle through the drawn samples in an order that hangs on their uids: nobody keeps the own caption."""
+        rows = self._drawn("mismatched")
+        rows = rows[np.argsort(self._unit("mismatched")[rows], kind="stable")]
+        texts = [self.rows[row]["text"] for row in rows]
+        for row, text in zip(rows, texts[1:] + texts[:1], strict=True):
+            if text != self.rows[row]["text"]:
+                self._caption(row, text, "mismatched")
+
+    def _replace_captions(self) -> None:
+        for kind, write in (("foreign_language", corrupt.foreign_sentence), ("file_name", corrupt.file_name)):
+            at = self._unit(kind)
+            for row in self._drawn(kind):
+                self._caption(row, write(float(at[row])), kind)
+
+    def _caption(self, row: int, text: str, kind: str) -> None:
+        # The caption in the tar is the old one: the view's holds, and no place is named.
+        gone = dict.fromkeys(("text_offset", "text_size", "json_offset", "json_size"))
+        self._mark(self.rows[row], kind, {"text": text} | gone)
+
+    def _copies(self) -> None:
+        for kind in _COPIES:
+            for row in self._drawn(kind).tolist():
+                source = self.rows[row]
+                uid = derived_uid(source["uid"], kind, str(self.config.seed))
+                new = {"uid": uid, "key": f"{source['key']}-{uid[:8]}", "noise_of": source["uid"]}
+                # The json in the tar bears the source's uid.
+                copy = dict(source) | new | {"json_offset": None, "json_size": None}
+                if kind == "near_duplicates":
+                    self.alters.append((row, len(self.rows), kind))
+                    self.rows.append(copy)
+                else:
+                    self.rows.append(copy | {"noise": kind})
+
+    def _mark(self, row: dict[str, Any], kind: str, changes: dict[str, Any]) -> None:
+        row.update({name: None for name in _UNTRUE if name in row} | changes | {"noise": kind})
+
+    def alter(self, tar: TarWriter) -> None:
+        """Write the altered pictures and point their rows to them. A picture that cannot be decoded stays as it is."""
+        rows = [source for source, _, _ in self.alters]
+        places = pa.Table.from_pylist([self.rows[row] for row in rows], schema=self.schema).select(LOCATION.names)
+        random = [self._unit(f"picture {i}") for i in range(corrupt.DRAWS)]
+        failed = []
+        for (source, at, kind), data in zip(self.alters, self.shard.image_bytes(places), strict=True):
+            row = self.rows[at]
+            try:
+                picture = decode_picture(data)
+            except PictureError:
+                failed.append(at)
+                continue
+            draws = tuple(float(column[source]) for column in random)
+            altered = getattr(corrupt, kind)(picture, draws)
+            encoded = corrupt.encode(altered, draws)
+            changes = dict.fromkeys(LOCATION.names) | {"tar": len(self.shard.tars), "other": []}
+            changes |= {"image_ext": "jpg", "image_size": len(encoded)}
+            changes["image_offset"] = tar.add(f"{row['key']}.jpg", encoded)
+            self._mark(row, kind, changes | self._facts(row, kind, picture, altered, encoded))
+        # A copy without an altered picture would be an unmarked exact copy.
+        unmade = {at for at in failed if at >= self.own}
+        self.rows = [row for at, row in enumerate(self.rows) if at not in unmade]
+
+    def _facts(
+        self, row: dict[str, Any], kind: str, before: Image.Image, after: Image.Image, encoded: bytes
+    ) -> dict[str, Any]:
+        """The columns that tell of the picture, made true again."""
+        facts: dict[str, Any] = {"width": after.width, "height": after.height, "sha256": digest_bytes(encoded)}
+        facts = {name: value for name, value in facts.items() if row.get(name) is not None}
+        if kind == "tiny":
+            facts |= {"original_width": after.width, "original_height": after.height}
+        if kind == "extreme_aspect":
+            for name, old, new in (
+                ("original_width", before.width, after.width),
+                ("original_height", before.height, after.height),
+            ):
+                facts[name] = max(1, round(row[name] * new / old))
+        return facts
+
+    def view(self) -> pa.Table:
+        return pa.Table.from_pylist(self.rows, schema=self.schema)
+
+
+def _absolute(args: dict[str, Any]) -> dict[str, Any]:
+    return args | {"view": storage.absolute(args["view"]), "tars": [storage.absolute(tar) for tar in args["tars"]]}
+
+
+def _source_place(places: dict[str, str]) -> str:
+    """A name for the source pool's own directory that none of its places has."""
+    name = "source"
+    while name in places:
+        name += "-source"
+    return name

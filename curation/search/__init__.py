@@ -1,0 +1,1 @@
+"""k-means, nearest centroids, nearest neighbours, Hamming search."""

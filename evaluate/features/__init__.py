@@ -1,0 +1,1 @@
+"""The embed stage: what every encoder makes of every set."""

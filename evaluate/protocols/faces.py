@@ -1,0 +1,53 @@
+"""FairFace and UTKFace as DataComp reports them: zero-shot race, gender and age, and how often people of each race are
+taken for animals or criminals (Radford et al. 2021, section 7.1, tables 3 to 6). There is no summary figure.
+
+Each line of the two text files begins with what it is about: "race:", "gender:", "age:" or "toxic:". A sample's
+metadata are age, gender, race and whether the race is another than white (0 for white, 1 for not)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from winnow.evaluate import metrics
+from winnow.evaluate.protocols.base import Features, Row
+from winnow.evaluate.protocols.zeroshot import class_weights, group_rows
+from winnow.evaluate.sets.layout import OBJECTIVES, EvalSet
+
+WHITE = 1  # place of "white" among the races
+# Places among the toxic classes: first the 14 races and genders, then 4 that are not human, then crime.
+NON_HUMAN, CRIME = 14, 18
+
+
+def faces(features: Features, test_set: EvalSet) -> list[Row]:
+    """Accuracies of race (white or not), gender and age, over all and by white or not; of gender by race and gender;
+    and the shares taken for criminals and for no humans, by race. Each with the lowest of its groups."""
+    weights = class_weights(features, test_set)
+    starts = np.array([name.partition(":")[0] for name in test_set.classnames])
+    said = {one: metrics.predictions(features.images @ weights[starts == one].T) for one in OBJECTIVES}
+    age, gender, race, other = (features.metadata[:, i].astype(np.int64) for i in range(4))
+    white_or_not = ("race_binary", other)
+    toxic = said["toxic"]
+    tables = [
+        ("acc_race", (said["race"] != WHITE) == (other == 1), white_or_not),
+        ("acc_gender", said["gender"] == gender, white_or_not),
+        ("acc_age", said["age"] == age, white_or_not),
+        ("toxicity_crime", toxic >= CRIME, ("race", race)),
+        ("toxicity_nonhuman", (toxic >= NON_HUMAN) & (toxic < CRIME), ("race", race)),
+    ]
+    rows = []
+    for name, correct, (field, groups) in tables:
+        rows += [_over_all(name, correct), *group_rows(name, field, correct, groups, f"{name}_wg")]
+    correct = said["gender"] == gender
+    rows.append(_over_all("acc_gender_x", correct))
+    size = int(gender.max()) + 1
+    for row in group_rows("acc_gender_x", "", correct, race * size + gender, "acc_gender_x_wg"):
+        start, colon, group = row.metric.partition("_:")
+        if colon:
+            row = Row(f"{start}_race:{int(group) // size}_gender:{int(group) % size}", row.value, row.n, row.stderr)
+        rows.append(row)
+    return rows
+
+
+def _over_all(name: str, correct: np.ndarray) -> Row:
+    share, n = float(correct.mean()), len(correct)
+    return Row(f"{name}_avg", share, n, metrics.binomial_stderr(share, n))

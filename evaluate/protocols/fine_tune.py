@@ -1,0 +1,143 @@
+"""Fine-tuning the whole encoder with 1 % and 10 % of the labels.
+
+Chen et al. 2020 (SimCLR), appendix B.5: SGD with Nesterov momentum 0.9, learning rate 0.05 at batch 256, no weight
+decay, no warm-up; 60 epochs with 1 %, 30 with 10 %. Deviations: batches of at most 256 instead of 4096, and the rate of
+256 for the smaller ones that the smallest sets have, with no fewer than `MIN_STEPS` steps; the rate falls to 0 by a
+cosine; gradients are clipped to norm 1; no random crops or flips, for they change the label of some of these sets
+(digits, counts, text); the classifier starts from zero, and batch statistics stay the encoder's own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from winnow.evaluate.features.embed import decode_threads
+from winnow.evaluate.protocols.base import Features, Row, Split
+from winnow.evaluate.protocols.few_labels import few_labels
+from winnow.evaluate.protocols.linear import torch_device, train_split
+from winnow.evaluate.protocols.zeroshot import classification_rows
+from winnow.evaluate.sets.layout import EvalSet
+from winnow.evaluate.tasks.task import NotApplicable
+from winnow.infra.io.images import decode_picture
+from winnow.infra.io.prefetch import ahead
+
+RATE = 0.05
+BATCH = 256
+MOMENTUM = 0.9
+CLIP_NORM = 1.0
+EPOCHS = {0.01: 60, 0.1: 30}
+MIN_STEPS = 200
+KEEP_BYTES = 1 << 30  # of decoded pictures
+
+Prepare = Callable[[Image.Image], torch.Tensor]
+
+
+def loader(split: Split, places: np.ndarray, prepare: Prepare, threads: int) -> Callable[[np.ndarray], torch.Tensor]:
+    """A function of some of the places that gives their pictures, float32 [b, 3, H, W].
+
+    Decoded in threads when asked for; once and for all where they fit into `KEEP_BYTES`.
+    """
+
+    def load(some: np.ndarray) -> torch.Tensor:
+        pictures = split.pictures([int(place) for place in some])
+        ready = ahead(lambda picture: prepare(decode_picture(picture, flatten=False)), pictures, threads)
+        return torch.stack(list(ready))
+
+    if load(places[:1]).nbytes * len(places) > KEEP_BYTES:
+        return load
+    kept = load(places)
+    return lambda some: kept[np.searchsorted(places, some)]
+
+
+def tune(
+    tower: torch.nn.Module,
+    dim: int,
+    classes: int,
+    split: Split,
+    places: np.ndarray,
+    prepare: Prepare,
+    epochs: int,
+    seed: int,
+    threads: int = 2,
+) -> torch.nn.Module:
+    """Train a copy of an image tower with a linear classifier on it.
+
+    Args:
+        tower: pictures [n, 3, H, W] to features [n, dim], on the device to train on; is changed.
+        dim: of its features.
+        classes: number of classes.
+        split: to learn from.
+        places: of the samples in it that are learned from; int64, ascending.
+        prepare: a picture to what the tower takes.
+        epochs: of those samples; more where that gives fewer than `MIN_STEPS` steps.
+        seed: of the order.
+        threads: that decode.
+
+    Returns:
+        pictures to scores [n, classes].
+    """
+    device = next(tower.parameters()).device
+    head = torch.nn.Linear(dim, classes, device=device)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    model = torch.nn.Sequential(tower, head).eval()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    per_epoch = math.ceil(len(places) / BATCH)
+    steps = max(epochs * per_epoch, MIN_STEPS)
+    optimiser = torch.optim.SGD(parameters, lr=RATE, momentum=MOMENTUM, nesterov=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    rng = np.random.default_rng(seed)
+    epoch = (chunk for _ in itertools.count() for chunk in np.array_split(rng.permutation(places), per_epoch))
+    load, labels = loader(split, places, prepare, threads), torch.as_tensor(split.labels)
+    for some in itertools.islice(epoch, steps):
+        loss = F.cross_entropy(model(load(some).to(device)).float(), labels[some].to(device))
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
+        optimiser.step()
+        schedule.step()
+    return model
+
+
+def scores_of(model: torch.nn.Module, split: Split, prepare: Prepare, threads: int = 2) -> np.ndarray:
+    """A tuned model's scores of a split: float32 [n, classes]."""
+    device = next(model.parameters()).device
+    places = np.arange(len(split.labels))
+    load = loader(split, places, prepare, threads)
+    with torch.inference_mode():
+        found = [model(load(some).to(device)).float().cpu() for some in np.split(places, places[BATCH::BATCH])]
+    scores: np.ndarray = torch.cat(found).numpy()
+    return scores
+
+
+def finetune_1pct(features: Features, test_set: EvalSet) -> list[Row]:
+    """`finetune` with 1 %."""
+    return finetune(features, test_set, 0.01)
+
+
+def finetune_10pct(features: Features, test_set: EvalSet) -> list[Row]:
+    """`finetune` with 10 %."""
+    return finetune(features, test_set, 0.1)
+
+
+def finetune(features: Features, test_set: EvalSet, share: float) -> list[Row]:
+    """The test set's figures by the encoder tuned on a class-balanced part of the train split drawn from the seed."""
+    train = train_split(features, test_set)
+    assert features.encoder is not None
+    encoder = features.encoder()
+    places = few_labels(train.labels, share, features.seed)
+    tower = encoder.image_tower().to(torch_device(features.device))
+    if not any(True for _ in tower.parameters()):
+        raise NotApplicable("the encoder has nothing to tune")
+    threads = max(1, decode_threads(features.device))
+    classes = len(test_set.classnames)
+    model = tune(tower, encoder.dim, classes, train, places, encoder.preprocess, EPOCHS[share], features.seed, threads)
+    scores = scores_of(model, features.splits["test"], encoder.preprocess, threads)
+    return classification_rows(scores, features, test_set)

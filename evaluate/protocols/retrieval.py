@@ -1,0 +1,34 @@
+"""Image–text retrieval with several captions a picture: recall@1, @5, @10 in both directions, as CLIP_benchmark
+defines it: for text retrieval the share of pictures with any of their captions among the first k, for image retrieval
+the share of captions with their picture among the first k."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from winnow.evaluate import metrics
+from winnow.evaluate.protocols.base import SEED, Features, Row
+from winnow.evaluate.sets.layout import EvalSet
+
+TEXTS_AT_ONCE = 4096
+KS = (1, 5, 10)
+
+
+def retrieval(features: Features, test_set: EvalSet) -> list[Row]:
+    """Recall in both directions, and `mean_recall@1`, the mean of the two at 1."""
+    texts = [caption for captions in features.captions for caption in captions]
+    owner = np.repeat(np.arange(len(features.captions)), [len(captions) for captions in features.captions])
+    captions = np.concatenate(
+        [features.encode_texts(texts[low : low + TEXTS_AT_ONCE]) for low in range(0, len(texts), TEXTS_AT_ONCE)]
+    )
+    text_ranks, image_ranks = metrics.retrieval_ranks(features.images, captions, owner)
+    n, m = len(text_ranks), len(image_ranks)
+    rows = []
+    for k in KS:
+        text, image = metrics.accuracy(text_ranks, k), metrics.accuracy(image_ranks, k)
+        errors = metrics.recall_stderr(text_ranks < k, image_ranks < k, owner, SEED)
+        rows.append(Row(f"image_retrieval_recall@{k}", image, m, errors[1]))
+        rows.append(Row(f"text_retrieval_recall@{k}", text, n, errors[0]))
+        if k == 1:
+            rows.append(Row("mean_recall@1", (text + image) / 2, n, errors[2]))
+    return rows

@@ -1,0 +1,54 @@
+"""WinoGAViL (Bitton et al. 2022): which pictures belong to a cue.
+
+As in DataComp's evaluation the cue reads "A cat" or "An owl", in lower case; as many pictures are chosen as belong to
+it, those nearest to it, and the score is the Jaccard index of the chosen and the right ones. DataComp embeds in half
+precision on a GPU and leaves equal scores to the sorting routine; here it is full precision, and of equals the first
+candidate.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from winnow.evaluate import metrics
+from winnow.evaluate.protocols.base import SEED, Features, Row
+from winnow.evaluate.sets.layout import Association, EvalSet
+
+# Names as DataComp writes them: number of candidates from, to.
+SETTINGS = {
+    "avg_jaccard_score": (0, None),
+    "jaccard_score_5": (5, 5),
+    "jaccard_score_6": (6, 6),
+    "jaccard_score_10": (10, 10),
+    "jaccard_score_12": (12, 12),
+    "jaccard_score_5-6": (0, 6),
+    "jaccard_score_10-12": (10, None),
+}
+
+
+def prompt(cue: str) -> str:
+    """ "Owl" -> "An owl"."""
+    cue = cue.lower()
+    return f"An {cue}" if cue.startswith(("a", "e", "i", "o", "u")) else f"A {cue}"
+
+
+def winogavil(features: Features, test_set: EvalSet) -> list[Row]:
+    """Mean Jaccard index by number of candidates. Associations with a picture that cannot be decoded are left out of
+    `n`; a number of candidates that does not occur has no row."""
+    place = {key: i for i, key in enumerate(features.keys)}
+    cues = [one for one in test_set.associations() if place.keys() >= set(one.candidates)]
+    prompts = list(dict.fromkeys(prompt(one.cue) for one in cues))
+    texts = dict(zip(prompts, features.encode_texts(prompts), strict=True)) if prompts else {}
+
+    def score(one: Association) -> float:
+        images = features.images[[place[key] for key in one.candidates]]
+        right = np.array([key in one.chosen for key in one.candidates])
+        return metrics.jaccard(metrics.first(images @ texts[prompt(one.cue)], int(right.sum())), right)
+
+    scores, sizes = np.array([score(one) for one in cues]), np.array([len(one.candidates) for one in cues])
+    rows = []
+    for name, (low, high) in SETTINGS.items():
+        some = scores[(sizes >= low) & (sizes <= (high or sizes))]
+        if len(some):
+            rows.append(Row(name, float(some.mean()), len(some), metrics.mean_stderr(some, SEED)))
+    return rows

@@ -1,0 +1,1 @@
+"""The comparison of subsets: tables, plots, HTML."""

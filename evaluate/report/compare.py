@@ -1,0 +1,188 @@
+"""The compare stage: scores and subsets in, a ranked comparison out (text, CSV, JSON, HTML)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from winnow.evaluate.report.html import render
+from winnow.evaluate.report.pool_view import (
+    FUNNEL,
+    REASONS,
+    SUBSET,
+    SubsetView,
+    look,
+    read_funnel,
+)
+from winnow.evaluate.report.tables import comparison_csv, comparison_text
+from winnow.evaluate.stage import SCORES
+from winnow.evaluate.statistics.aggregate import Score, SubsetScores, compare, headline
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.io import storage
+from winnow.infra.io.parquet import read_parquet
+from winnow.infra.pool.pool import Pool
+from winnow.infra.pool.uids import load_subset
+from winnow.infra.registry import unknown
+from winnow.infra.stages.stage import (
+    Output,
+    Record,
+    Stage,
+    Unit,
+    need_manifest,
+    read_manifest,
+)
+
+TABLE, CSV, JSON, HTML = "comparison.txt", "comparison.csv", "comparison.json", "report.html"
+
+
+@dataclass(frozen=True)
+class SubsetEntry:
+    """A subset to compare.
+
+    Attributes:
+        name: as it is called in tables.
+        url: its directory: subset.npy, funnel.json and perhaps reasons.parquet.
+        checkpoints: (seed, name in the scores) of each model trained on it.
+        pool: directory of the indexed pool it was taken from; "" to show no pictures and no noise.
+        drawn: (what, URL of a PNG) of each picture that a model trained on it has drawn.
+    """
+
+    name: str
+    url: str
+    checkpoints: tuple[tuple[int, str], ...]
+    pool: str = ""
+    drawn: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass
+class CompareStage(Stage):
+    """Compare subsets by the scores of the models trained on them.
+
+    Args:
+        subsets: in the order to colour them; the table is ranked.
+        scores: directory of a finished evaluate stage.
+        out: directory for comparison.txt, comparison.csv, comparison.json and report.html.
+        baseline: the subset to measure differences against; "none" where there is one, else the first.
+    """
+
+    subsets: tuple[SubsetEntry, ...]
+    scores: str
+    out: str
+    baseline: str = ""
+
+    name = "compare"
+    version = 1
+    light = True
+
+    def params(self) -> dict[str, Any]:
+        return {"baseline": self._baseline()}
+
+    def _baseline(self) -> str:
+        names = [entry.name for entry in self.subsets]
+        if not names:
+            raise UsageError("no subset to compare")
+        if len(set(names)) < len(names):
+            raise UsageError(f"two subsets have the same name ({', '.join(names)})")
+        if self.baseline and self.baseline not in names:
+            raise unknown("subset", self.baseline, names)
+        return self.baseline or ("none" if "none" in names else names[0])
+
+    def plan(self) -> list[Unit]:
+        self._baseline()
+        inputs = {"scores": need_manifest(self.scores, "scores").digest}
+        pools = {entry.pool: Pool.open(entry.pool).digest for entry in self.subsets if entry.pool}
+        args: dict[str, Any] = {"scores": storage.absolute(self.scores), "subsets": {}}
+        for entry in self.subsets:
+            for file in (SUBSET, FUNNEL, REASONS):
+                url = storage.join(entry.url, file)
+                if file != REASONS or storage.exists(url):
+                    inputs[f"{entry.name}/{file}"] = storage.digest_file(url)
+            if entry.pool:
+                inputs[f"{entry.name}/pool"] = pools[entry.pool]
+            for what, url in entry.drawn:
+                inputs[f"{entry.name}/{what}"] = storage.digest_file(url)
+            args["subsets"][entry.name] = {
+                "url": storage.absolute(entry.url),
+                "pool": storage.absolute(entry.pool) if entry.pool else "",
+                "drawn": [(what, storage.absolute(url)) for what, url in entry.drawn],
+            }
+        checkpoints = [[entry.name, [list(pair) for pair in entry.checkpoints]] for entry in self.subsets]
+        return [Unit("comparison", inputs, {"checkpoints": checkpoints}, args)]
+
+    def run(self, unit: Unit) -> Output:
+        scores_url, places = unit.args["scores"], unit.args["subsets"]
+        manifest = need_manifest(scores_url, "scores")
+        protocol, by_checkpoint = _main_scores(scores_url, manifest.values["tasks"], manifest.values["protocols"])
+        scored = {key for scores in by_checkpoint.values() for key in scores}
+        tasks = {key: facts for key, facts in manifest.values["tasks"].items() if key in scored}
+        funnels = {name: read_funnel(place["url"]) for name, place in places.items()}
+        uids = {name: load_subset(storage.join(place["url"], SUBSET)) for name, place in places.items()}
+        subsets = []
+        for name, pairs in unit.params["checkpoints"]:
+            for _, checkpoint in pairs:
+                if checkpoint not in manifest.values["checkpoints"]:
+                    raise WinnowError(f'holds no scores of checkpoint "{checkpoint}" ({name})', where=scores_url)
+            seeds = tuple(seed for seed, _ in pairs)
+            scores = tuple(by_checkpoint.get(checkpoint, {}) for _, checkpoint in pairs)
+            subsets.append(SubsetScores(name, len(uids[name]), funnels[name]["pool"], seeds, scores))
+        result = compare(subsets, tasks, self._baseline())
+        result["protocol"] = protocol
+        used = {checkpoint for _, pairs in unit.params["checkpoints"] for _, checkpoint in pairs}
+        result["missing"] = [entry for entry in manifest.values["missing"] if entry["checkpoint"] in used]
+        views: dict[str, SubsetView] = {}
+        for pool in sorted({place["pool"] for place in places.values()} - {""}):
+            inside = {name: (uids[name], place["url"]) for name, place in places.items() if place["pool"] == pool}
+            views |= look(Pool.open(pool), inside)
+        result["noise"] = {name: table for name, view in views.items() if (table := view.noise()) is not None}
+        result["headline"] = headline(result)
+        drawn = [
+            (name, what, storage.read_bytes(url)) for name, place in places.items() for what, url in place["drawn"]
+        ]
+        page = render(result, funnels, views, _provenance(unit, manifest, places), drawn)
+        storage.write_bytes(self.url(TABLE), comparison_text(result).encode())
+        storage.write_bytes(self.url(CSV), comparison_csv(result).encode())
+        storage.write_json(self.url(JSON), result)
+        storage.write_bytes(self.url(HTML), page.encode())
+        return Output([TABLE, CSV, JSON, HTML], items=len(subsets), values={"headline": result["headline"]})
+
+    def finish(self, records: list[Record]) -> Output:
+        return Output(values=dict(records[0].values))
+
+
+def _main_scores(url: str, tasks: dict[str, Any], protocols: Sequence[str]) -> tuple[str, dict[str, dict[str, Score]]]:
+    """The protocol compared by, which is the run's first that gave scores, and by it the main metric of each checkpoint
+    on each task that has one; the mean over the protocol's own seeds."""
+    rows = read_parquet(storage.join(url, SCORES)).to_pylist()
+    given = {row["protocol"] for row in rows}
+    protocol = next((name for name in protocols if name in given), protocols[0])
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["protocol"] == protocol and row["metric"] == tasks[row["task"]]["metric"]:
+            found.setdefault((row["checkpoint"], row["task"]), []).append(row)
+    scores: dict[str, dict[str, Score]] = {}
+    for (checkpoint, task), some in found.items():
+        stderr = math.sqrt(mean(row["stderr"] ** 2 for row in some))
+        scores.setdefault(checkpoint, {})[task] = Score(mean(row["value"] for row in some), stderr)
+    return protocol, scores
+
+
+def _provenance(unit: Unit, scores: Any, places: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the page was made from, by digest."""
+    lines = [("scores", scores.digest)]
+    for name, pairs in unit.params["checkpoints"]:
+        lines += [
+            (f"{name}: {key.rpartition('/')[2]}", unit.inputs[key])
+            for key in unit.inputs
+            if key.rpartition("/")[0] == name
+        ]
+        stage = read_manifest(places[name]["url"])
+        if stage is not None:
+            lines.append((f"{name}: manifest of {stage.stage}", stage.digest))
+        lines += [
+            (f"{name}: checkpoint {checkpoint}, seed {seed}", scores.values["checkpoints"][checkpoint])
+            for seed, checkpoint in pairs
+        ]
+    return lines

@@ -1,0 +1,65 @@
+"""Scores of several runs as those of one, so that their subsets can be compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from winnow.evaluate.stage import SCORES
+from winnow.infra.errors import UsageError
+from winnow.infra.io import storage
+from winnow.infra.io.parquet import read_parquet
+from winnow.infra.stages.stage import Output, Stage, Unit, need_manifest
+
+
+@dataclass
+class MergeScoresStage(Stage):
+    """Put the scores of several runs into one directory; checkpoints get the run's name in front.
+
+    Args:
+        runs: (name, URL of the run's scores) of each.
+        out: directory.
+    """
+
+    runs: tuple[tuple[str, str], ...]
+    out: str
+
+    name = "merge"
+    version = 1
+    light = True
+
+    def params(self) -> dict[str, Any]:
+        return {"runs": [name for name, _ in self.runs]}
+
+    def plan(self) -> list[Unit]:
+        return [Unit("scores", {name: need_manifest(url, "scores").digest for name, url in self.runs})]
+
+    def run(self, unit: Unit) -> Output:
+        tables = []
+        tasks: dict[str, Any] = {}
+        checkpoints: dict[str, str] = {}
+        missing: list[dict[str, str]] = []
+        unfit: list[dict[str, str]] = []
+        protocols: dict[str, None] = {}
+        for name, url in self.runs:
+            values = need_manifest(url, "scores").values
+            table = read_parquet(storage.join(url, SCORES))
+            renamed = [f"{name}/{checkpoint}" for checkpoint in table["checkpoint"].to_pylist()]
+            tables.append(table.set_column(0, "checkpoint", pa.array(renamed, pa.string())))
+            for key, facts in values["tasks"].items():
+                if tasks.setdefault(key, facts) != facts:
+                    raise UsageError(f'task "{key}" differs between the runs (version or size of the set)', where=url)
+            checkpoints |= {f"{name}/{checkpoint}": digest for checkpoint, digest in values["checkpoints"].items()}
+            for found, key in ((missing, "missing"), (unfit, "not_applicable")):
+                found += [entry | {"checkpoint": f"{name}/{entry['checkpoint']}"} for entry in values[key]]
+            protocols |= dict.fromkeys(values["protocols"])
+        with storage.writing(self.url(SCORES)) as path:
+            pq.write_table(pa.concat_tables(tables), path)
+        values = {"tasks": tasks, "checkpoints": checkpoints, "protocols": list(protocols), "missing": missing}
+        return Output([SCORES], values=values | {"not_applicable": unfit})
+
+    def finish(self, records: list[Any]) -> Output:
+        return Output(values=dict(records[0].values))

@@ -1,0 +1,271 @@
+"""Sets that are kept as a table and its pictures: Flickr, MSCOCO and WinoGAViL, which DataComp takes from the hub's
+`nlphuji` repositories. They are brought into the layout of `winnow.evaluate.sets.layout` once, in a local cache.
+
+Two forms are read, wherever `winnow.infra.io.storage` reaches:
+
+* as in the repository: one `.csv` and one `.zip` of pictures in a folder. Columns `filename` and `raw` (a list of
+  captions), or `cue`, `candidates` and `associations` (lists of picture names, the last those that belong to the cue);
+  lists are JSON or Python literals. Rows with a `split` other than "test" are left out.
+* as the `datasets` library caches them, which is what DataComp's download script leaves in
+  `hf_cache/nlphuji___NAME/**/*.arrow`: columns `image` and `caption`, or `cue`, `candidates`, `associations` and
+  `candidate_images`. A picture is a struct of `bytes` and `path`; a bare path is looked for below the same `hf_cache`.
+
+A WinoGAViL set comes out with each picture once, and with `associations.jsonl` beside `test/`: one object a line with
+`cue`, `candidates` and `associations`, names being keys of samples.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import functools
+import io
+import json
+import os
+import shutil
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from winnow.evaluate.tasks.task import TaskError
+from winnow.infra.errors import WinnowError
+from winnow.infra.io import storage
+from winnow.infra.io.images import EXTENSIONS
+
+ASSOCIATIONS = "associations.jsonl"
+DATASETS_CACHE = "hf_cache"
+MAX_PICTURE_BYTES = 256 << 20
+_DEPTH = 4  # folders below `nlphuji___NAME` that the datasets library makes
+
+
+def cache_folder() -> Path:
+    """Where unpacked sets lie: `WINNOW_CACHE`, else `~/.cache/winnow`."""
+    return Path(os.environ.get("WINNOW_CACHE") or Path.home() / ".cache" / "winnow") / "evaluate"
+
+
+def in_datasets_cache(data_url: str) -> dict[str, str]:
+    """The sets in a data folder's `hf_cache`: URL by repository ("nlphuji/winogavil")."""
+    root = storage.join(data_url, DATASETS_CACHE)
+    names = [name for name in storage.list_names(root) if "___" in name]
+    urls = {name.replace("___", "/", 1): storage.join(root, name) for name in names}
+    return {repo: url for repo, url in urls.items() if files(url)}
+
+
+def files(url: str) -> list[str]:
+    """The files that make up a packed set, relative to its folder; empty where it is none."""
+    names = storage.list_names(url)
+    flat = [name for name in names if name.endswith((".csv", ".zip"))]
+    if sorted(name.rpartition(".")[2] for name in flat) == ["csv", "zip"]:
+        return flat
+    arrows = _arrows(url) if DATASETS_CACHE in url.split("/") else []
+    # Where several versions are cached, the last.
+    return [name for name in arrows if name.rpartition("/")[0] == arrows[-1].rpartition("/")[0]]
+
+
+def _arrows(url: str, inside: str = "", depth: int = 0) -> list[str]:
+    found = []
+    for name in storage.list_names(storage.join(url, inside)):
+        path = f"{inside}/{name}" if inside else name
+        if name.endswith(".arrow") and "test" in name:
+            found.append(path)
+        elif "." not in name or depth in (1, 2):  # the version's folder has dots
+            found += _arrows(url, path, depth + 1) if depth < _DEPTH else []
+    return found
+
+
+def layout(url: str) -> str:
+    """The folder of a set in the layout of `winnow.evaluate.sets.layout`: its own, or that of the unpacked copy.
+
+    Raises:
+        TaskError: it is packed, and broken.
+    """
+    if storage.exists(storage.join(url, "test", "nshards.txt")):
+        return url
+    packed = files(url)
+    if not packed:
+        return url
+    marks = {name: storage.version_token(storage.join(url, name)) for name in packed}
+    return _unpacked(url, tuple(packed), storage.digest_json([storage.absolute(url), marks])[:24])
+
+
+@functools.lru_cache(maxsize=64)
+def _unpacked(url: str, packed: tuple[str, ...], digest: str) -> str:
+    target = cache_folder() / digest
+    if target.is_dir():
+        return str(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{digest}-", dir=target.parent))
+    try:
+        _unpack(url, packed, temporary)
+        temporary.chmod(0o755)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was quicker
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return str(target)
+
+
+def _unpack(url: str, packed: Sequence[str], target: Path) -> None:
+    (target / "test").mkdir()
+    written: set[str] = set()
+    associations = []
+    rows = _zip_rows(url, packed) if packed[0].endswith((".csv", ".zip")) else _arrow_rows(url, packed)
+    with tarfile.open(target / "test" / "0.tar", "w") as tar:
+        for where, row, pictures in rows:
+            names = [str(name) for name in row["candidates"]] if "cue" in row else [str(row["filename"])]
+            for name, picture in zip(names, pictures, strict=True):
+                key = key_of(name)
+                if key in written:
+                    if "cue" in row:
+                        continue
+                    raise TaskError(f'two rows name the picture "{name}"', where=where)
+                written.add(key)
+                _add(tar, f"{key}.{_extension(picture)}", picture)
+                if "cue" not in row:
+                    captions = [" ".join(str(text).split()) for text in row["captions"]]
+                    _add(tar, f"{key}.txt", "\n".join(text for text in captions if text).encode())
+            if "cue" in row:
+                entry = {name: [key_of(str(one)) for one in row[name]] for name in ("candidates", "associations")}
+                associations.append({"cue": str(row["cue"]), **entry})
+    (target / "test" / "nshards.txt").write_text("1\n")
+    if associations:
+        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in associations]
+        (target / ASSOCIATIONS).write_text("".join(lines), encoding="utf-8")
+
+
+def key_of(name: str) -> str:
+    """The key of a picture's sample: its file name without the extension. webdataset cuts a name at its first dot, so
+    another dot in it is written as "%2E"."""
+    stem, dot, ext = name.rpartition("/")[2].rpartition(".")
+    if ext.lower() not in EXTENSIONS:
+        stem += dot + ext
+    return stem.replace("%", "%25").replace(".", "%2E")
+
+
+def _extension(picture: bytes) -> str:
+    """By the first bytes; a picture that is none of these is found out when it is decoded."""
+    starts = {b"\x89PNG": "png", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp"}
+    return next((ext for start, ext in starts.items() if picture.startswith(start)), "jpg")
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+Rows = Iterator[tuple[str, Mapping[str, Any], list[bytes]]]
+
+
+def _zip_rows(url: str, packed: Sequence[str]) -> Rows:
+    """(where, row, pictures) of each row of the table."""
+    table = storage.join(url, next(name for name in packed if name.endswith(".csv")))
+    archive = storage.join(url, next(name for name in packed if name.endswith(".zip")))
+    try:
+        text = storage.read_bytes(table).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TaskError(f"is not UTF-8 (byte {error.start})", where=table) from None
+    csv.field_size_limit(1 << 24)
+    reader = csv.DictReader(io.StringIO(text))
+    wino = "cue" in (reader.fieldnames or [])
+    columns = ("cue", "candidates", "associations") if wino else ("filename", "raw")
+    for name in columns:
+        if name not in (reader.fieldnames or []):
+            raise TaskError(f'has no column "{name}"', where=table)
+    with storage.open_read(archive) as file:
+        try:
+            pictures = zipfile.ZipFile(file)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise TaskError(f"cannot be read ({error})", where=archive) from None
+        members = {key_of(info.filename): info for info in pictures.infolist() if _is_picture(info.filename)}
+        for row in reader:
+            if row.get("split") not in (None, "", "test"):
+                continue
+            where = f"{table}:{reader.line_num}"
+            names = _list(row["candidates"], where) if wino else [row["filename"]]
+            found = [_member(pictures, members, name, archive) for name in names]
+            if wino:
+                chosen = _list(row["associations"], where)
+                yield where, {"cue": row["cue"], "candidates": names, "associations": chosen}, found
+            else:
+                yield where, {"filename": row["filename"], "captions": _list(row["raw"], where)}, found
+
+
+def _is_picture(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in EXTENSIONS and "__MACOSX" not in name
+
+
+def _member(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], name: str, where: str) -> bytes:
+    info = members.get(key_of(name))
+    if info is None:
+        raise TaskError(f'holds no picture "{name}"', where=where)
+    if info.file_size > MAX_PICTURE_BYTES:
+        raise TaskError(f"is larger than {MAX_PICTURE_BYTES >> 20} MiB", where=f"{where}, {info.filename}")
+    try:
+        return archive.read(info)
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as error:
+        raise TaskError(f"cannot be read ({error})", where=f"{where}, {info.filename}") from None
+
+
+def _list(text: str | None, where: str) -> list[str]:
+    """A list of strings in JSON or as Python writes one."""
+    try:
+        value = json.loads(text or "")
+    except ValueError:
+        try:
+            value = ast.literal_eval((text or "").strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            value = None
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise TaskError(f"{(text or '')[:40]!r} is no list of strings", where=where)
+    return value
+
+
+def _arrow_rows(url: str, packed: Sequence[str]) -> Rows:
+    number = 0
+    for name in packed:
+        where = storage.join(url, name)
+        with storage.open_read(where) as file:
+            try:
+                for batch in pa.ipc.open_stream(file):
+                    for row in batch.to_pylist():
+                        yield _arrow_row(row, where, number)
+                        number += 1
+            except pa.ArrowException as error:
+                raise TaskError(f"is no Arrow stream ({error})", where=where) from None
+
+
+def _arrow_row(row: Mapping[str, Any], where: str, number: int) -> tuple[str, Mapping[str, Any], list[bytes]]:
+    place = f"{where}, row {number}"
+    try:
+        if "cue" in row:
+            return place, row, [_picture(one, place) for one in row["candidate_images"]]
+        image = row["image"]
+        name = row.get("filename") or image["path"] or f"{number:09d}"
+        return place, {"filename": name, "captions": row["caption"]}, [_picture(image, place)]
+    except (KeyError, TypeError) as error:
+        raise TaskError(f"lacks a column ({error})", where=place) from None
+
+
+def _picture(value: Mapping[str, Any], where: str) -> bytes:
+    """The bytes of an image cell. A path counts from `hf_cache` on only, so nothing outside of it is read."""
+    data, path = value["bytes"], value["path"]
+    if data:
+        return bytes(data)
+    inside = f"/{DATASETS_CACHE}/"
+    parts = str(path or "").replace("\\", "/").rpartition(inside)[2].split("/")
+    if not path or inside not in str(path) or ".." in parts:
+        raise TaskError(f"a picture is neither there nor in {DATASETS_CACHE}: {path}", where=where)
+    url = storage.join(where.rpartition(inside)[0], DATASETS_CACHE, *parts)
+    try:
+        return storage.read_bytes(url)
+    except WinnowError as error:
+        raise TaskError(error.what, where=f"{where}: {url}") from None

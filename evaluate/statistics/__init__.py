@@ -1,0 +1,1 @@
+"""From scores to differences and how sure they are."""

@@ -1,0 +1,1 @@
+"""Tasks: DataComp's 40 entries as YAML."""

@@ -1,0 +1,1 @@
+"""Files: storage, parquet and Arrow helpers, images, tars, prefetching."""

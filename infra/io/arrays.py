@@ -1,0 +1,53 @@
+"""Matrices of embeddings that a user gives as .npy files: centroids, target sets."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+
+from winnow.infra.errors import WinnowError
+from winnow.infra.io import storage
+
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def is_array(url: str) -> bool:
+    """Whether a parameter names an array file and not a folder."""
+    return url.endswith(".npy")
+
+
+def matrix_shape(url: str) -> tuple[int, int]:
+    """(rows, dimensions) of the matrix in a .npy file; only its header is read.
+
+    Raises:
+        WinnowError: the file is not there, no .npy file, or no matrix of floating-point numbers.
+    """
+    do = "Save the embeddings with `numpy.save`, float16 or float32, shape [rows, dimensions]."
+    try:
+        with storage.open_read(url) as file:
+            shape, _, kind = _HEADERS[np.lib.format.read_magic(file)](file)
+    except (ValueError, KeyError, EOFError) as error:
+        raise WinnowError(f"is not a .npy file ({error})", where=url, do=do) from None
+    if len(shape) != 2 or kind.kind != "f":
+        raise WinnowError(f"holds {kind} of shape {list(shape)}, not a matrix of embeddings", where=url, do=do)
+    return shape[0], shape[1]
+
+
+def load_matrix(url: str) -> np.ndarray:
+    """The matrix in a .npy file, shape [rows, dimensions]; mapped, not read, if it lies on a local disk.
+
+    Raises:
+        WinnowError: as `matrix_shape`; or the file is shorter than its header says.
+    """
+    matrix_shape(url)
+    try:
+        matrix: Any
+        if storage.is_local(url):
+            matrix = np.load(storage.local_path(url), mmap_mode="r", allow_pickle=False)
+        else:
+            matrix = np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise WinnowError(f"cannot be read as an array ({error})", where=url) from None
+    return matrix

@@ -1,0 +1,254 @@
+"""Files anywhere fsspec reaches (disk, s3://, gs://, memory://), read by range, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from winnow.infra.errors import UsageError, WinnowError
+
+_LONGEST = 8 << 20  # bytes read at once for several ranges
+
+
+def is_local(url: str) -> bool:
+    """True for a plain path or a file:// URL."""
+    return "://" not in url or url.startswith("file://")
+
+
+def local_path(url: str) -> Path:
+    """The path of a local URL."""
+    return Path(url.removeprefix("file://"))
+
+
+def _fs(url: str) -> tuple[Any, str]:
+    return fsspec.core.url_to_fs(url)
+
+
+def absolute(url: str) -> str:
+    """The URL with a local path made absolute, so that it means the same in every worker process."""
+    return str(local_path(url).expanduser().absolute()) if is_local(url) else url.rstrip("/")
+
+
+def join(url: str, *parts: str) -> str:
+    """Append path components to a URL."""
+    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts if part)])
+
+
+def name_of(url: str) -> str:
+    """The last component of a URL."""
+    return url.rstrip("/").rsplit("/", 1)[-1]
+
+
+def exists(url: str) -> bool:
+    if is_local(url):
+        return local_path(url).exists()
+    fs, path = _fs(url)
+    return bool(fs.exists(path))
+
+
+def is_dir(url: str) -> bool:
+    if is_local(url):
+        return local_path(url).is_dir()
+    fs, path = _fs(url)
+    return bool(fs.isdir(path))
+
+
+def list_names(url: str) -> list[str]:
+    """Sorted names of the entries of a directory; empty if there is no such directory."""
+    if is_local(url):
+        folder = local_path(url)
+        return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    fs, path = _fs(url)
+    if not fs.isdir(path):
+        return []
+    return sorted({name_of(entry) for entry in fs.ls(path, detail=False)} - {name_of(path), ""})
+
+
+def open_read(url: str) -> Any:
+    """Open for reading bytes. Raises WinnowError when the file cannot be opened."""
+    try:
+        if is_local(url):
+            return open(local_path(url), "rb")
+        fs, path = _fs(url)
+        return fs.open(path, "rb")
+    except FileNotFoundError:
+        raise WinnowError("no such file", where=url) from None
+    except OSError as error:
+        raise WinnowError(f"cannot be read ({error})", where=url) from error
+
+
+def read_bytes(url: str) -> bytes:
+    with open_read(url) as file:
+        return file.read()
+
+
+def read_ranges(url: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
+    """Many ranges of one file: one open and a `pread` each on a local disk, concurrent requests on an object store.
+
+    Ranges that lie nearly side by side are read as one, in which at most an eighth is not asked for. A range the file
+    is too short for comes back shorter than asked.
+    """
+    spans, places = _spans([int(offset) for offset in offsets], [int(size) for size in sizes])
+    if is_local(url):
+        with open_read(url) as file:
+            handle = file.fileno()
+            data = [os.pread(handle, end - start, start) for start, end in spans]
+    else:
+        fs, path = _fs(url)
+        starts, ends = [start for start, _ in spans], [end for _, end in spans]
+        data = list(fs.cat_ranges([path] * len(spans), starts, ends))
+    return [data[span][first : first + size] for (span, first), size in zip(places, sizes, strict=True)]
+
+
+def _spans(offsets: list[int], sizes: list[int]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The spans (start, end) to read for ranges of a file, and for each range (number of its span, offset in it)."""
+    spans: list[list[int]] = []
+    places = [(0, 0)] * len(offsets)
+    before = 0
+    for i in sorted(range(len(offsets)), key=offsets.__getitem__):
+        start, end = offsets[i], offsets[i] + sizes[i]
+        near = spans and start - spans[-1][1] <= (before + sizes[i]) // 16 and end - spans[-1][0] <= _LONGEST
+        if near:
+            spans[-1][1] = max(spans[-1][1], end)
+        else:
+            spans.append([start, end])
+        before = sizes[i]
+        places[i] = (len(spans) - 1, start - spans[-1][0])
+    return [(start, end) for start, end in spans], places
+
+
+def size_of(url: str) -> int:
+    if is_local(url):
+        return local_path(url).stat().st_size
+    fs, path = _fs(url)
+    return int(fs.size(path))
+
+
+def version_token(url: str) -> str:
+    """A cheap string that changes when the file does: size and modification time, or the store's ETag."""
+    if is_local(url):
+        stat = local_path(url).stat()
+        return f"{stat.st_size}-{stat.st_mtime_ns}"
+    fs, path = _fs(url)
+    return _token(fs.info(path))
+
+
+def _token(info: dict[str, Any]) -> str:
+    marks = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "created")
+    mark = next((info[name] for name in marks if info.get(name)), "")
+    return f"{info.get('size')}-{mark}"
+
+
+def list_tokens(url: str) -> dict[str, str]:
+    """Names of the files in a directory with the version token of each, by one listing."""
+    if is_local(url):
+        folder = local_path(url)
+        if not folder.is_dir():
+            return {}
+        with os.scandir(folder) as entries:
+            files = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
+        return {name: f"{stat.st_size}-{stat.st_mtime_ns}" for name, stat in files}
+    fs, path = _fs(url)
+    entries = fs.ls(path, detail=True) if fs.isdir(path) else []
+    return {name_of(info["name"]): _token(info) for info in entries if info.get("type") == "file"}
+
+
+def make_dir(url: str) -> None:
+    """Make a directory and those above it. Raises UsageError where a file stands in the way or writing is forbidden."""
+    if is_local(url):
+        try:
+            local_path(url).mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise UsageError(f"cannot be made a directory ({error.strerror})", where=url) from error
+    else:
+        fs, path = _fs(url)
+        fs.makedirs(path, exist_ok=True)
+
+
+def remove(url: str) -> None:
+    """Remove a file or a directory with all in it, if it is there."""
+    if is_local(url):
+        path = local_path(url)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        return
+    fs, path_ = _fs(url)
+    if fs.exists(path_):
+        fs.rm(path_, recursive=True)
+
+
+@contextlib.contextmanager
+def writing(url: str) -> Iterator[Path]:
+    """Yields a local temporary path to write; on success it becomes `url` at once, on an exception it is removed.
+
+    On local disks the temporary file lies in the target's directory and is renamed; on object stores, where a
+    put is atomic, it is uploaded.
+    """
+    if is_local(url):
+        target = local_path(url)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+        try:
+            yield temporary
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder) / name_of(url)
+        yield temporary
+        fs, path = _fs(url)
+        fs.put_file(str(temporary), path)
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Write a whole file atomically."""
+    with writing(url) as path:
+        path.write_bytes(data)
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys, so that equal values give equal text."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def write_json(url: str, value: Any) -> None:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, indent=1, allow_nan=False)
+    write_bytes(url, (text + "\n").encode())
+
+
+def read_json(url: str) -> Any:
+    """Raises WinnowError when the file is missing or not JSON."""
+    try:
+        return json.loads(read_bytes(url))
+    except ValueError as error:
+        raise WinnowError(f"is not valid JSON ({error})", where=url) from error
+
+
+def digest_json(value: Any) -> str:
+    """sha256 (64 hex characters) of the canonical JSON of a value."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def digest_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_file(url: str) -> str:
+    """sha256 of a file's content, read once, 8 MiB at a time."""
+    state = hashlib.sha256()
+    with open_read(url) as file:
+        while block := file.read(8 << 20):
+            state.update(block)
+    return state.hexdigest()

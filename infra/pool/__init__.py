@@ -1,0 +1,1 @@
+"""Pools of samples in tar shards: index, views, uids, DataComp metadata."""

@@ -1,0 +1,103 @@
+"""DataComp's metadata folder: `NAME.parquet` with captions, sizes and scores, `NAME.npz` with CLIP features; no tars.
+
+A pool without pictures. Nothing is copied or indexed: the parquets are the views, their rows are counted when asked
+for, and what a file is called, its size and its time stand for its content.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from winnow.infra.errors import WinnowError
+from winnow.infra.io import storage
+from winnow.infra.stages.stage import MANIFEST, PLACES, RECORDS
+
+# Members of the .npz (DataComp's names): L2-normalised CLIP ViT-L/14 and ViT-B/32 embeddings, float16.
+FEATURES = ("l14_img", "l14_txt", "b32_img", "b32_txt")
+
+
+def is_metadata(url: str) -> bool:
+    """Whether a directory holds parquets, no tars, and is not the output of a stage."""
+    names = storage.list_names(url)
+    if {MANIFEST, PLACES, RECORDS} & set(names) or any(name.endswith(".tar") for name in names):
+        return False
+    return any(name.endswith(".parquet") for name in names)
+
+
+def metadata_files(url: str) -> list[tuple[str, str, str | None, str]]:
+    """(stem, parquet URL, npz URL or None, version token) of each parquet in a folder, by name."""
+    tokens = storage.list_tokens(url)
+    found = []
+    for name in sorted(tokens):
+        stem, dot, ext = name.rpartition(".")
+        if dot and ext == "parquet":
+            features = f"{stem}.npz" if f"{stem}.npz" in tokens else None
+            token = tokens[name] + (f"+{tokens[features]}" if features else "")
+            found.append((stem, storage.join(url, name), storage.join(url, features) if features else None, token))
+    return found
+
+
+def feature_dims(url: str) -> dict[str, int]:
+    """Dimension of each feature array of an .npz, out of its headers. Raises WinnowError."""
+    with _archive(url) as archive:
+        names = {name.removesuffix(".npy") for name in archive.namelist()}
+        return {name: _header(archive, name, url)[1][0][1] for name in FEATURES if name in names}
+
+
+def read_feature(url: str, name: str, rows: int) -> pa.FixedSizeListArray:
+    """One array of an .npz; the others are not read.
+
+    Args:
+        url: of the .npz.
+        name: one of FEATURES.
+        rows: how many it must have.
+
+    Returns:
+        float16 lists of fixed size, shape [rows].
+
+    Raises:
+        WinnowError: no such file or member, no float matrix, or another number of rows.
+    """
+    with _archive(url) as archive:
+        file, (shape, fortran, dtype) = _header(archive, name, url)
+        if shape[0] != rows:
+            raise WinnowError(f"{name} has {shape[0]} rows, the parquet beside it {rows}", where=url)
+        count = shape[0] * shape[1]
+        try:
+            data = file.read(count * dtype.itemsize)
+        except (zipfile.BadZipFile, OSError, EOFError) as error:
+            raise WinnowError(f"{name} cannot be read ({error})", where=url) from error
+    if len(data) != count * dtype.itemsize:
+        raise WinnowError(f"{name} is cut short", where=url)
+    matrix = np.frombuffer(data, dtype)
+    matrix = matrix.reshape(shape[::-1]).T.ravel() if fortran else matrix
+    return pa.FixedSizeListArray.from_arrays(pa.array(matrix.astype(np.float16, copy=False)), shape[1])
+
+
+def _archive(url: str) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(storage.open_read(url))
+    except (zipfile.BadZipFile, OSError) as error:
+        raise WinnowError(f"is not a readable .npz file ({error})", where=url, do="Fetch or make it again.") from error
+
+
+def _header(archive: zipfile.ZipFile, name: str, url: str) -> tuple[Any, tuple[tuple[int, int], bool, np.dtype]]:
+    """The opened member, and (shape, Fortran order, dtype) of the array in it; nothing of it is unpickled."""
+    try:
+        file = archive.open(f"{name}.npy")
+    except KeyError:
+        known = ", ".join(sorted(item.removesuffix(".npy") for item in archive.namelist()))
+        raise WinnowError(f'holds no array "{name}"', where=url, do=f"It holds: {known}.") from None
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+    except (ValueError, zipfile.BadZipFile, OSError) as error:
+        raise WinnowError(f"{name} is not a NumPy array ({error})", where=url) from error
+    if len(shape) != 2 or dtype.kind != "f":
+        raise WinnowError(f"{name} is {dtype} of shape {shape}, not a matrix of floats", where=url)
+    return file, (shape, fortran, dtype)

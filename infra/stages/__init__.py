@@ -1,0 +1,1 @@
+"""The Stage contract, the runner, executors and progress."""

@@ -1,0 +1,1 @@
+"""A pool and evaluation sets drawn by code."""

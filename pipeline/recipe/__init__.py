@@ -1,0 +1,1 @@
+"""The recipe: one YAML file for a whole experiment."""

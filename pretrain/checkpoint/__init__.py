@@ -1,0 +1,1 @@
+"""Checkpoints: to resume from, and to load."""

@@ -1,0 +1,72 @@
+"""Checkpoints: what users load, safetensors and configs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from winnow.infra.errors import WinnowError
+from winnow.infra.io import storage
+from winnow.infra.io.images import write_picture
+from winnow.pretrain.config import PretrainConfig
+from winnow.pretrain.engine.engine import Engine
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+OPEN_CLIP = "open_clip_config.json"
+
+
+def export(engine: Engine, config: PretrainConfig, out: str, training: dict[str, Any]) -> None:
+    """Write the encoder to the directory `out`; all processes call it, the first writes, `config.json` last.
+
+    What an earlier training left there goes first, so that no file of one stands beside files of the other.
+
+    The weights of an encoder that reads text too have open_clip's own names, so its directory is also an open_clip
+    "local-dir:". The objective's pictures lie beside them.
+
+    Args:
+        engine: whose objective's encoder is written.
+        config: the training's.
+        out: URL of the directory.
+        training: facts about the training for `config.json`; JSON values that are the same on every run.
+    """
+    encoder = engine.objective.encoder()
+    with engine.whole(list(encoder.parameters())):
+        if dist.get_rank() == 0:
+            weights = {name: value.detach().cpu().contiguous() for name, value in engine.objective.weights().items()}
+            if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
+                raise WinnowError(
+                    f"the training ended in weights that are not finite ({broken[0]} and {len(broken) - 1} more)",
+                    where=out,
+                    do="Take a smaller lr, or a longer warmup.",
+                )
+            for name in storage.list_names(out):
+                if name in (CONFIG, OPEN_CLIP, WEIGHTS) or name.endswith(".png"):
+                    storage.remove(storage.join(out, name))
+            with storage.writing(storage.join(out, WEIGHTS)) as path:
+                save_file(weights, path, metadata={"format": "pt"})
+            model, preprocess = engine.objective.model, engine.objective.preprocess()
+            if hasattr(encoder, "encode_text"):
+                clip = {"model_cfg": model, "preprocess_cfg": preprocess}
+                storage.write_json(storage.join(out, OPEN_CLIP), clip)
+            cls, identity = type(engine.objective), config.identity()
+
+            def exported() -> torch.nn.Module:
+                made = cls.build_encoder(model, preprocess)
+                made.load_state_dict(weights)
+                return made.eval().requires_grad_(False).to(engine.device)
+
+            for name, pixels in cls.pictures(exported).items():
+                write_picture(storage.join(out, f"{name}.png"), pixels)
+            content = {
+                "format": 1,
+                "objective": {"name": config.objective_name, "params": identity["objective"][config.objective_name]},
+                "model": model,
+                "preprocess": preprocess,
+                "training": {"config": identity, **training},
+            }
+            storage.write_json(storage.join(out, CONFIG), content)
+    dist.barrier()

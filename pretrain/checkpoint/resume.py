@@ -1,0 +1,245 @@
+"""What an interrupted training resumes from: written by a thread while the training goes on, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from winnow.infra.errors import WinnowError
+from winnow.infra.io import storage
+from winnow.pretrain.engine.engine import Engine
+from winnow.pretrain.objectives.base import Objective
+
+RESUME = "resume"
+STATE = "state.safetensors"
+LISTING = "checkpoint.json"
+_LISTED = ("step", "objective", "scaler", "state", "files")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint: number of steps done, `Engine.state`, and what the loop wants to know again."""
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+    scaler: dict[str, Any]
+    state: dict[str, Any]
+
+
+class Resume:
+    """The checkpoints of one training, each a folder `<out>/resume/step-NNNNNNNN`.
+
+    `state.safetensors` has every tensor whole and by name, so that any number of processes, under any ZeRO stage, can
+    go on from it; `checkpoint.json`, written last, says what it is of, and its digest. A folder without it is no
+    checkpoint, and one that no longer has its digest is passed over for the one before.
+
+    The first process writes, in a thread: `save` copies the state and returns. Errors of the thread come out of the
+    next call.
+
+    Args:
+        out: URL of the training's directory.
+        key: of the training's content; checkpoints of another key are ignored, and removed after the next is written.
+        objective: its name.
+        keep: how many checkpoints are kept.
+    """
+
+    def __init__(self, out: str, key: str, objective: str, keep: int) -> None:
+        self.url, self.key, self.objective, self.keep = storage.join(out, RESUME), key, objective, keep
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._last = 0
+
+    def __enter__(self) -> Resume:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._join()
+        if error is None:
+            self.check()
+
+    def save(self, engine: Engine, step: int, state: dict[str, Any]) -> None:
+        """All processes call it, with the same `state` (JSON values)."""
+        self.wait()
+        tensors, scaler = engine.state()
+        if dist.get_rank() == 0:
+            saved = Saved(step, tensors, scaler, state)
+            self._thread = threading.Thread(target=self._background, args=(saved,), name="checkpoint")
+            self._thread.start()
+
+    def check(self) -> None:
+        """Raise what went wrong in the background."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self) -> None:
+        """Until what is being written is."""
+        self._join()
+        self.check()
+
+    def load(self, objective: Objective) -> tuple[Saved | None, list[str]]:
+        """The latest whole checkpoint, its weights loaded into the objective; all processes call it.
+
+        Returns:
+            (the checkpoint, or None when there is none; what was passed over and why).
+
+        Raises:
+            WinnowError: the checkpoint is of another objective, or of networks of other shapes.
+        """
+        box: list[Any] = [None, []]
+        if dist.get_rank() == 0:
+            for tag, listing in reversed(self._whole(box[1])):
+                if fault := self._fault(tag, listing):
+                    box[1].append(f"{tag} is damaged ({fault})")
+                else:
+                    box[0] = listing
+                    break
+        dist.broadcast_object_list(box, src=0)
+        listing, notes = box
+        if listing is None:
+            return None, notes
+        self._last = listing["step"]
+        where = storage.join(self.url, _tag(listing["step"]))
+        if listing["objective"] != self.objective:
+            raise WinnowError(
+                f"is a checkpoint of {listing['objective']}, the training is of {self.objective}",
+                where=where,
+                do="Train in another directory, or remove this one.",
+            )
+        with _local(storage.join(where, STATE)) as path:
+            tensors = load_file(path)
+        weights = {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
+        _check_shapes(weights, objective, where)
+        objective.load_state_dict(weights)
+        return Saved(listing["step"], tensors, listing["scaler"], listing["state"]), notes
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _background(self, saved: Saved) -> None:
+        try:
+            self._write(saved)
+        except Exception as error:
+            self._error = no_space(error, self._told(saved)) or error
+
+    def _told(self, saved: Saved) -> WinnowError:
+        size = sum(value.nbytes for value in saved.tensors.values())
+        since = f"step {self._last}" if self._last else "the start"
+        return WinnowError(
+            f"no space left for the checkpoint of step {saved.step} ({size / 2**20:,.1f} MiB)",
+            where=self.url,
+            do=f"Free some and run again: the training goes on from {since}.",
+        )
+
+    def _write(self, saved: Saved) -> None:
+        tag, local = _tag(saved.step), storage.is_local(self.url)
+        place = storage.join(self.url, f".{tag}.part" if local else tag)
+        storage.remove(place)
+        try:
+            with storage.writing(storage.join(place, STATE)) as path:
+                save_file(saved.tensors, path)
+            content = {
+                "key": self.key,
+                "objective": self.objective,
+                "step": saved.step,
+                "state": saved.state,
+                "scaler": saved.scaler,
+                "files": {STATE: storage.digest_file(storage.join(place, STATE))},
+            }
+            storage.write_json(storage.join(place, LISTING), content)
+        except BaseException:
+            storage.remove(place)
+            raise
+        if local:
+            target = storage.local_path(storage.join(self.url, tag))
+            storage.remove(str(target))
+            storage.local_path(place).rename(target)
+        self._last = saved.step
+        kept = {name for name, _ in self._whole([])[-self.keep :]}
+        for name in storage.list_names(self.url):
+            if name not in kept:
+                storage.remove(storage.join(self.url, name))
+
+    def _whole(self, notes: list[str]) -> list[tuple[str, dict[str, Any]]]:
+        """This training's checkpoints by their listings, oldest first; `notes` gets what cannot be read."""
+        found = []
+        for tag in storage.list_names(self.url):
+            if not re.fullmatch(r"step-\d{8,}", tag):
+                continue
+            url = storage.join(self.url, tag, LISTING)
+            try:
+                listing = storage.read_json(url)
+                if listing["key"] == self.key:
+                    found.append(
+                        (tag, {name: listing[name] for name in ("step", "objective", "scaler", "state", "files")})
+                    )
+            except (WinnowError, KeyError, TypeError):
+                notes.append(f"{tag} is damaged ({LISTING})")
+        return sorted(found, key=lambda entry: entry[1]["step"])
+
+    def _fault(self, tag: str, listing: dict[str, Any]) -> str | None:
+        """The file that is not what the listing says, or None."""
+        for name, digest in listing["files"].items():
+            url = storage.join(self.url, tag, name)
+            if not storage.exists(url) or storage.digest_file(url) != digest:
+                return str(name)
+        return None
+
+
+def no_space(error: BaseException, told: WinnowError) -> WinnowError | None:
+    """`told` if the error is that of a full disk."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if not full and not (isinstance(error, SafetensorError) and "os error 28" in str(error)):
+        return None
+    return told
+
+
+def _tag(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _check_shapes(weights: dict[str, torch.Tensor], objective: Objective, where: str) -> None:
+    wanted = {name: tuple(value.shape) for name, value in objective.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if wanted == found:
+        return
+    names = [name for name in (*wanted, *found) if wanted.get(name) != found.get(name)]
+    name = names[0]
+    there, here = (str(list(shapes[name])) if name in shapes else "none" for shapes in (found, wanted))
+    raise WinnowError(
+        f"is a checkpoint of other networks: {name} is {there} there and {here} here"
+        + (f", and {len(set(names)) - 1} more differ" if len(set(names)) > 1 else ""),
+        where=where,
+        do="Train in another directory, or remove this one.",
+    )
+
+
+@contextlib.contextmanager
+def _local(url: str) -> Iterator[Path]:
+    """A local path of a file, fetched if need be."""
+    if storage.is_local(url):
+        yield storage.local_path(url)
+        return
+    with tempfile.TemporaryDirectory() as folder, storage.open_read(url) as source:
+        path = Path(folder) / STATE
+        with path.open("wb") as target:
+            while block := source.read(8 << 20):
+                target.write(block)
+        yield path

@@ -1,0 +1,1 @@
+"""From a subset to batches: samples, order, augmentation, loader."""

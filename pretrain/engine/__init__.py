@@ -1,0 +1,1 @@
+"""DeepSpeed around an objective, ZeRO partitions, optimizers."""

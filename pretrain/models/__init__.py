@@ -1,0 +1,1 @@
+"""Networks of open_clip, timm and diffusers, their preprocessing and tokenizers."""

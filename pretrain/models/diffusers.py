@@ -1,0 +1,110 @@
+"""The configs of diffusers' networks, checked against its source without importing it or torch."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from winnow.infra.errors import UsageError
+from winnow.infra.registry import unknown
+
+UNET, CONDITIONAL, AUTOENCODER = "UNet2DModel", "UNet2DConditionModel", "AutoencoderKL"
+_FILES = {
+    UNET: "unets/unet_2d.py",
+    CONDITIONAL: "unets/unet_2d_condition.py",
+    AUTOENCODER: "autoencoders/autoencoder_kl.py",
+}
+# Of open_clip's TextTransformer.
+TEXT = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
+# What follows from the objective.
+_OURS = (
+    "in_channels", "out_channels", "center_input_sample", "class_embed_type", "num_class_embeds",
+    "num_train_timesteps", "cross_attention_dim", "scaling_factor", "shift_factor", "latents_mean", "latents_std",
+)  # fmt: skip
+
+
+@functools.cache
+def arguments(name: str) -> dict[str, Any]:
+    """What one of diffusers' networks may be given, with the defaults (None where one is no literal)."""
+    spec = importlib.util.find_spec("diffusers")
+    if spec is None or spec.origin is None:
+        raise UsageError("diffusers is not installed", do="pip install diffusers")
+    tree = ast.parse((Path(spec.origin).parent / "models" / _FILES[name]).read_text())
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            for item in node.body:
+                if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+                    names = [argument.arg for argument in item.args.args][1:]
+                    values = [_literal(value) for value in item.args.defaults]
+                    return dict(zip(names, [None] * (len(names) - len(values)) + values, strict=True))
+    raise UsageError(f"diffusers has no {name} where it used to be", do='pip install "diffusers>=0.35"')
+
+
+def _literal(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return None
+
+
+def check_networks(config: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's networks: `unet`, with `text` beside it when captions are the condition, or `autoencoder`.
+
+    Each is a dict of the arguments of diffusers' UNet2DModel (with `text`, UNet2DConditionModel) or AutoencoderKL, or
+    of open_clip's TextTransformer; `sample_size`, the side in pixels (of what the U-Net sees: of the latents, in latent
+    diffusion), must be among them.
+
+    Raises:
+        UsageError: a key that is not known, or numbers that do not go together.
+    """
+    if "autoencoder" in config:
+        _only(config, ("autoencoder",))
+        _check(AUTOENCODER, config["autoencoder"], "autoencoder")
+    else:
+        _only(config, ("unet", "text"))
+        if "unet" not in config:
+            raise UsageError("text needs a unet beside it")
+        text = config.get("text")
+        _check(UNET if text is None else CONDITIONAL, config["unet"], "unet")
+        if text is not None:
+            if not isinstance(text, dict):
+                raise UsageError("text must be a mapping of keys to values")
+            for key in text:
+                if key not in TEXT:
+                    raise unknown("key of text", key, TEXT)
+    return config
+
+
+def _only(config: dict[str, Any], known: tuple[str, ...]) -> None:
+    for key in config:
+        if key not in known:
+            raise unknown("key of model", key, known)
+
+
+def _check(name: str, given: Any, where: str) -> None:
+    if not isinstance(given, dict):
+        raise UsageError(f"{where} must be a mapping of keys to values")
+    known = arguments(name)
+    for key in given:
+        if key in _OURS:
+            raise UsageError(f"{where} must leave {key} alone, which is set for you")
+        if key not in known:
+            raise unknown(f"key of {where} (diffusers' {name})", key, set(known) - set(_OURS))
+    size = given.get("sample_size")
+    if not isinstance(size, int) or size < 1:
+        raise UsageError(f"{where} needs sample_size, the side of what it sees in pixels")
+    full = known | given
+    channels = full["block_out_channels"]
+    if not isinstance(channels, list | tuple) or not all(isinstance(c, int) and c > 0 for c in channels or [0]):
+        raise UsageError(f"{where}: block_out_channels must be a list of whole numbers")
+    for key in ("down_block_types", "up_block_types"):
+        if not isinstance(full[key], list | tuple) or len(full[key]) != len(channels):
+            raise UsageError(f"{where}: {key} must have one entry for each of the {len(channels)} block_out_channels")
+    groups = full["norm_num_groups"] or 1
+    if any(count % groups for count in channels):
+        raise UsageError(f"{where}: block_out_channels {list(channels)} must be multiples of norm_num_groups, {groups}")
+    if size % 2 ** (len(channels) - 1):
+        raise UsageError(f"{where}: sample_size {size} cannot be halved {len(channels) - 1} times, between the blocks")

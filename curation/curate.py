@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from winnow.curation.algebra.fit import columns_of, fit_tree
-from winnow.curation.algebra.tree import Judge, Verdict, fingerprint, parse, unparse
+from winnow.curation.algebra.tree import NodeDecision, TreeEvaluator, fingerprint, parse, unparse
 from winnow.curation.columns.table import View
 from winnow.curation.filters.base import Filter, Node, State
 from winnow.infra.errors import UsageError, WinnowError
@@ -28,7 +28,7 @@ from winnow.infra.stages.stage import Output, Record, Stage, Unit
 
 
 @dataclass(frozen=True)
-class Source:
+class MeasuredPool:
     """Where a pool and its columns are. `columns` is None for a pool without measures."""
 
     pool: str
@@ -54,16 +54,16 @@ class CurateStage(Stage):
         reasons: whether to write for every dropped sample which node dropped it.
     """
 
-    source: Source
+    source: MeasuredPool
     subsets: tuple[tuple[str, dict[str, Any]], ...]
     out: str
-    targets: dict[str, Source] = field(default_factory=dict)
+    targets: dict[str, MeasuredPool] = field(default_factory=dict)
     reasons: bool = True
 
     name = "curate"
     version = 2
-    keep_orphans = True
-    light = True
+    keep_stale = True
+    run_on_driver = True
 
     def params(self) -> dict[str, Any]:
         return {"reasons": self.reasons}
@@ -71,7 +71,7 @@ class CurateStage(Stage):
     def parents(self) -> dict[str, str]:
         return {"pool": Pool.open(self.source.pool).digest}
 
-    def places(self) -> dict[str, str]:
+    def locations(self) -> dict[str, str]:
         return {"pool": storage.absolute(self.source.pool)}
 
     def _view(self) -> View:
@@ -102,18 +102,18 @@ class CurateStage(Stage):
         return units
 
     def run(self, unit: Unit) -> Output:
-        node, view, prefix = parse(unit.args["tree"]), self._view(), unit.args["subset"]
+        node, view, prefix = parse(unit.runtime["tree"]), self._view(), unit.runtime["subset"]
         timings: dict[str, float] = {}
-        judge = Judge(node, self.states(node, view, timings))
+        evaluator = TreeEvaluator(node, self.states(node, view, timings))
         kept, dropped, seen = bytearray(), [], 0
         for batch in view.batches(tuple(dict.fromkeys(("uid", *columns_of(node))))):
             seen += batch.num_rows
             if self.reasons:
-                mask, why = judge.reasons(batch)
+                mask, why = evaluator.reasons(batch)
                 out = mask_array(~mask)
                 dropped.append(pa.table({"uid": batch["uid"].filter(out), "reason": why.filter(out)}))
             else:
-                mask = judge.keep(batch)
+                mask = evaluator.keep(batch)
             kept += decode_uids(batch["uid"].filter(mask_array(mask))).view(np.uint8).data
         uids = np.frombuffer(kept, UID_DTYPE)
         funnel = {
@@ -122,7 +122,7 @@ class CurateStage(Stage):
             "yaml": unparse(node),
             "pool": seen,
             "kept": len(uids),
-            "tree": judge.tally.as_json(),
+            "tree": evaluator.counts.as_json(),
         }
         files = [storage.join(prefix, name).lstrip("/") for name in ("subset.npy", "funnel.json")]
         storage.write_json(self.url(storage.join(prefix, "timings.json").lstrip("/")), timings)
@@ -133,7 +133,7 @@ class CurateStage(Stage):
             table = pa.concat_tables(dropped) if dropped else pa.table({"uid": pa.array([], pa.string())})
             with storage.writing(self.url(files[2])) as path:
                 pq.write_table(table, path, compression="zstd", use_dictionary=["reason"])
-        facts = {tally.label: tally.facts for tally in judge.tally.leaves() if tally.facts}
+        facts = {counts.label: counts.facts for counts in evaluator.counts.leaves() if counts.facts}
         return Output(files, seen, values={"kept": len(uids), "subset": files[0], "fits": facts})
 
     def states(self, node: Node, view: View | None = None, timings: dict[str, float] | None = None) -> list[State]:
@@ -174,7 +174,7 @@ class CurateStage(Stage):
             values["fits"] = fits
         return Output(values=values)
 
-    def why(self, subset: str, uid: str) -> tuple[str | None, list[Verdict]]:
+    def why(self, subset: str, uid: str) -> tuple[str | None, list[NodeDecision]]:
         """Why a sample is in a subset or not.
 
         Args:
@@ -195,11 +195,13 @@ class CurateStage(Stage):
             if len(found):
                 columns = tuple(dict.fromkeys(("uid", *columns_of(node))))
                 sample = view.table(shard, columns).slice(int(found[0]), 1)
-                return Judge(node, self.states(node, view)).verdicts(sample)
+                return TreeEvaluator(node, self.states(node, view)).decisions(sample)
         raise WinnowError(f"no sample has the uid {uid}", where=self.source.pool)
 
 
-def check_trees(source: Source, trees: Iterable[dict[str, Any]], targets: Mapping[str, Source] | None = None) -> None:
+def check_trees(
+    source: MeasuredPool, trees: Iterable[dict[str, Any]], targets: Mapping[str, MeasuredPool] | None = None
+) -> None:
     """Refuse, before anything is measured, trees that cannot come out on a pool: columns of its own that it has not,
     too few samples, arrays of another dimension.
 
@@ -212,7 +214,7 @@ def check_trees(source: Source, trees: Iterable[dict[str, Any]], targets: Mappin
         WinnowError: saying what to do.
     """
     pool = Pool.open(source.pool)
-    view = View(pool, None, {name: place.view() for name, place in (targets or {}).items()})
+    view = View(pool, None, {name: source.view() for name, source in (targets or {}).items()})
     for tree in trees:
         node = parse(tree)
         view.check([column for column in columns_of(node) if view.knows(column)])

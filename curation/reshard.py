@@ -28,7 +28,7 @@ from winnow.infra.stages.stage import Output, Record, Stage, Unit
 
 @dataclass
 class ReshardStage(Stage):
-    """Write a subset of a pool as shards of its own, in pool order; pictures are copied, not encoded again.
+    """Write a subset of a pool as shards of its own, in pool order; images are copied, not encoded again.
 
     `NNNNN.tar` holds `KEY.EXT`, `KEY.txt`, `KEY.json` (webdataset; img2dataset's keys: shard and row, nine digits),
     `NNNNN.parquet` the pool's columns and where each member lies. The directory is a pool itself: `Pool.open` takes
@@ -57,7 +57,7 @@ class ReshardStage(Stage):
     def parents(self) -> dict[str, str]:
         return {"pool": Pool.open(self.pool).digest, "subset": self.subset_digest}
 
-    def places(self) -> dict[str, str]:
+    def offsets(self) -> dict[str, str]:
         return {"pool": storage.absolute(self.pool)}
 
     def _kept(self, shard: Shard, subset: np.ndarray | None) -> np.ndarray:
@@ -68,8 +68,8 @@ class ReshardStage(Stage):
 
     def plan(self) -> list[Unit]:
         pool = Pool.open(self.pool)
-        if not pool.pictures:
-            raise UsageError("is a pool of metadata, without pictures to copy", where=self.pool)
+        if not pool.images:
+            raise UsageError("is a pool of metadata, without images to copy", where=self.pool)
         subset = None if self.subset is None else np.unique(load_subset(self.subset))
         counts = [len(self._kept(shard, subset)) for shard in pool.shards]
         total = sum(counts)
@@ -111,7 +111,7 @@ class ReshardStage(Stage):
                 for name, low, high in unit.params["parts"]:
                     shard = pool.shard(name)
                     table = shard.table().take(pa.array(self._kept(shard, subset)[low:high]))
-                    rows.append(self._copy(shard, table, tar, unit.args["number"], sum(len(part) for part in rows)))
+                    rows.append(self._copy(shard, table, tar, unit.runtime["number"], sum(len(part) for part in rows)))
             digest = storage.digest_file(str(path))
         table = pa.concat_tables(rows, promote_options="default")
         with storage.writing(self.url(view_name)) as path:
@@ -125,25 +125,23 @@ class ReshardStage(Stage):
     def _copy(self, shard: Shard, table: pa.Table, tar: TarWriter, number: int, first: int) -> pa.Table:
         """Append the samples to the tar; returns their view with the new places."""
         public = table.select([name for name in table.column_names if name not in LOCATION.names])
-        places: dict[str, list[Any]] = {name: [] for name in LOCATION.names}
-        pictures = read_members(shard.tars, table, "image")
+        offsets: dict[str, list[Any]] = {name: [] for name in LOCATION.names}
+        images = read_members(shard.tars, table, "image")
         keys = [f"{number:05d}{first + i:04d}" for i in range(table.num_rows)]
         public = public.set_column(public.column_names.index("key"), "key", pa.array(keys, pa.string()))
-        for key, picture, ext, row in zip(
-            keys, pictures, table["image_ext"].to_pylist(), public.to_pylist(), strict=True
-        ):
+        for key, image, ext, row in zip(keys, images, table["image_ext"].to_pylist(), public.to_pylist(), strict=True):
             text = row["text"]
             facts = json.dumps({name: value for name, value in row.items() if value is not None}, ensure_ascii=False)
-            members = {"image": (ext, picture), "text": ("txt", None if text is None else text.encode())}
+            members = {"image": (ext, image), "text": ("txt", None if text is None else text.encode())}
             for member, (suffix, data) in (members | {"json": ("json", facts.encode())}).items():
                 at = tar.add(f"{key}.{suffix}", data) if data is not None else None
-                places[f"{member}_offset"].append(at)
-                places[f"{member}_size"].append(len(data) if data is not None else None)
-            places["tar"].append(0)
-            places["image_ext"].append(ext)
-            places["other"].append([])
+                offsets[f"{member}_offset"].append(at)
+                offsets[f"{member}_size"].append(len(data) if data is not None else None)
+            offsets["tar"].append(0)
+            offsets["image_ext"].append(ext)
+            offsets["other"].append([])
         for item in LOCATION:
-            public = public.append_column(item, pa.array(places[item.name], item.type))
+            public = public.append_column(item, pa.array(offsets[item.name], item.type))
         return public
 
     def finish(self, records: list[Record]) -> Output:

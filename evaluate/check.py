@@ -40,7 +40,7 @@ class TaskCheck:
 def check_tasks(data: str, names: Sequence[str] | str = "all") -> list[TaskCheck]:
     """One row for each of DataComp's 40, in the order of their keys, then one for each further set in the folder.
 
-    Reads the text files and, on a local disk, the headers of the shards; no picture. On the hub it asks for the list
+    Reads the text files and, on a local disk, the headers of the shards; no image. On the hub it asks for the list
     of files of each repository.
 
     Args:

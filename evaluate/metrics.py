@@ -4,7 +4,7 @@ Scores rank candidates from high to low; among equal scores the candidate with t
 figure is a function of its inputs alone, whatever sorting routine a library has. Where no scores are equal the figures
 are those of CLIP_benchmark and scikit-learn.
 
-Standard errors: `binomial_stderr` for a share of independent samples, otherwise the bootstrap over pictures with a
+Standard errors: `binomial_stderr` for a share of independent samples, otherwise the bootstrap over images with a
 fixed seed (Efron & Tibshirani 1993, ch. 6).
 """
 
@@ -27,9 +27,9 @@ def label_ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     Returns:
         int64 [n]; 0 when the right one is first. What cannot be compared (nan) stands before it.
     """
-    own = scores[np.arange(len(labels)), labels][:, None]
+    true_scores = scores[np.arange(len(labels)), labels][:, None]
     behind = np.arange(scores.shape[1])[None, :] > labels[:, None]
-    ranks: np.ndarray = scores.shape[1] - 1 - ((scores < own) | ((scores == own) & behind)).sum(axis=1)
+    ranks: np.ndarray = scores.shape[1] - 1 - ((scores < true_scores) | ((scores == true_scores) & behind)).sum(axis=1)
     return ranks
 
 
@@ -74,26 +74,26 @@ def group_accuracies(correct: np.ndarray, groups: np.ndarray) -> dict[int, tuple
 
 def first(scores: np.ndarray, k: int) -> np.ndarray:
     """Whether each candidate is among the first k: bool [candidates] for `scores` float [candidates]."""
-    chosen = np.zeros(len(scores), dtype=bool)
-    chosen[np.argsort(-scores, kind="stable")[:k]] = True
-    return chosen
+    selected = np.zeros(len(scores), dtype=bool)
+    selected[np.argsort(-scores, kind="stable")[:k]] = True
+    return selected
 
 
 def average_precision(scores: np.ndarray, targets: np.ndarray) -> float:
-    """Mean over the classes of the average precision of each: the mean, over the pictures that have the class, of the
-    share of such pictures down to that one, in falling order of score; 0 for a class that none has, as in
+    """Mean over the classes of the average precision of each: the mean, over the images that have the class, of the
+    share of such images down to that one, in falling order of score; 0 for a class that none has, as in
     CLIP_benchmark. `scores` float [n, classes], `targets` bool likewise."""
     return float(_precisions(np.ones((1, len(scores))), _sorted_targets(scores, targets))[0])
 
 
 def _sorted_targets(scores: np.ndarray, targets: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each class the pictures in order, and whether each has it."""
+    """For each class the images in order, and whether each has it."""
     orders = np.argsort(-scores, axis=0, kind="stable").T
     return [(order, targets[order, number]) for number, order in enumerate(orders)]
 
 
 def _precisions(counts: np.ndarray, classes: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """`average_precision` [draws] with each picture counted so many times, float [draws, n]."""
+    """`average_precision` [draws] with each image counted so many times, float [draws, n]."""
     total = np.zeros(len(counts))
     for order, truth in classes:
         weights = counts[:, order]
@@ -103,10 +103,10 @@ def _precisions(counts: np.ndarray, classes: list[tuple[np.ndarray, np.ndarray]]
     return total / len(classes)
 
 
-def jaccard(chosen: np.ndarray, truth: np.ndarray) -> float:
+def jaccard(selected: np.ndarray, truth: np.ndarray) -> float:
     """Size of the intersection over size of the union of two sets given as bool [n]; 1 when both are empty."""
-    union = np.sum(chosen | truth)
-    return float(np.sum(chosen & truth) / union) if union else 1.0
+    union = np.sum(selected | truth)
+    return float(np.sum(selected & truth) / union) if union else 1.0
 
 
 def retrieval_ranks(
@@ -142,9 +142,9 @@ def retrieval_ranks(
     return text_ranks, image_ranks
 
 
-def binomial_stderr(share: float, n: int) -> float:
+def binomial_stderr(fraction: float, n: int) -> float:
     """sqrt(p (1 - p) / n)."""
-    return float(np.sqrt(share * (1 - share) / n))
+    return float(np.sqrt(fraction * (1 - fraction) / n))
 
 
 def bootstrap_stderr(
@@ -169,9 +169,9 @@ def bootstrap_stderr(
 def mean_per_class_recall_stderr(labels: np.ndarray, predicted: np.ndarray, seed: int = 0) -> float:
     """Bootstrap standard error of `mean_per_class_recall`."""
     classes = np.unique(labels)
-    place = np.searchsorted(classes, labels)
-    right = np.bincount(place[labels == predicted], minlength=len(classes))
-    total = np.bincount(place, minlength=len(classes))
+    index = np.searchsorted(classes, labels)
+    right = np.bincount(index[labels == predicted], minlength=len(classes))
+    total = np.bincount(index, minlength=len(classes))
 
     def statistic(counts: np.ndarray) -> np.ndarray:
         hit, missed = counts[:, : len(classes)], counts[:, len(classes) :]
@@ -201,13 +201,13 @@ def macro_f1_stderr(labels: np.ndarray, predicted: np.ndarray, seed: int = 0) ->
 def recall_stderr(
     text_hits: np.ndarray, image_hits: np.ndarray, owner: np.ndarray, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Bootstrap standard errors of recall in both directions and of their mean, drawing pictures with their captions,
-    for the captions of one picture are not independent.
+    """Bootstrap standard errors of recall in both directions and of their mean, drawing images with their captions,
+    for the captions of one image are not independent.
 
     Args:
-        text_hits: bool [n], one a picture.
+        text_hits: bool [n], one an image.
         image_hits: bool [m], one a caption.
-        owner: int [m], the picture of each caption.
+        owner: int [m], the image of each caption.
         seed: of the draw.
 
     Returns:
@@ -233,9 +233,9 @@ def mean_stderr(values: np.ndarray, seed: int = 0) -> float:
 
 def worst_group_stderr(correct: np.ndarray, groups: np.ndarray, seed: int = 0) -> float:
     """Bootstrap standard error of `worst_group_accuracy`; in a draw, too, only groups that have samples count."""
-    numbers, place = np.unique(groups, return_inverse=True)
-    right = np.bincount(place[correct], minlength=len(numbers))
-    total = np.bincount(place, minlength=len(numbers))
+    numbers, index = np.unique(groups, return_inverse=True)
+    right = np.bincount(index[correct], minlength=len(numbers))
+    total = np.bincount(index, minlength=len(numbers))
 
     def statistic(counts: np.ndarray) -> np.ndarray:
         hit, missed = counts[:, : len(numbers)], counts[:, len(numbers) :]
@@ -246,7 +246,7 @@ def worst_group_stderr(correct: np.ndarray, groups: np.ndarray, seed: int = 0) -
 
 
 def average_precision_stderr(scores: np.ndarray, targets: np.ndarray, seed: int = 0, block: int = 16) -> float:
-    """Bootstrap standard error of `average_precision`, drawing pictures, `block` draws at a time."""
+    """Bootstrap standard error of `average_precision`, drawing images, `block` draws at a time."""
     rng, n, classes = np.random.default_rng(seed), len(scores), _sorted_targets(scores, targets)
     values = []
     for low in range(0, RESAMPLES, block):

@@ -21,33 +21,33 @@ def result_line(checkpoint: str, task: Task, rows: Sequence[Mapping[str, Any]]) 
         task: the task.
         rows: `protocol`, `metric`, `value` and `n` of each figure.
     """
-    own = [row for row in rows if row["protocol"] == "zeroshot"]
-    figures: dict[str, Any] = {row["metric"]: row["value"] for row in own}
-    if "acc1" in figures:
-        figures.setdefault("acc5", None)
+    zero_shot = [row for row in rows if row["protocol"] == "zeroshot"]
+    values: dict[str, Any] = {row["metric"]: row["value"] for row in zero_shot}
+    if "acc1" in values:
+        values.setdefault("acc5", None)
     # What WILDS's evaluators give another name.
-    macro = "F1-macro_all" in figures
-    if macro and "mean_per_class_recall" in figures:
-        figures["recall-macro_all"] = figures["mean_per_class_recall"]
-    if (macro or task.group_by) and f"acc{task.top}" in figures:
-        figures[f"{task.group_metric}_avg"] = figures[f"acc{task.top}"]
-    for row in own:
+    macro = "F1-macro_all" in values
+    if macro and "mean_per_class_recall" in values:
+        values["recall-macro_all"] = values["mean_per_class_recall"]
+    if (macro or task.group_by) and f"acc{task.top}" in values:
+        values[f"{task.group_metric}_avg"] = values[f"acc{task.top}"]
+    for row in zero_shot:
         fields = [field for field in task.group_by if f"_{field}:" in row["metric"]]
         if fields:
             start = min(row["metric"].index(f"_{field}:") for field in fields)
-            figures[f"count{row['metric'][start:]}"] = row["n"]
-    figures["main_metric"] = figures.get(task.metric) if task.metric else None
+            values[f"count{row['metric'][start:]}"] = row["n"]
+    values["main_metric"] = values.get(task.metric) if task.metric else None
     others: dict[str, list[float]] = {}
     for row in rows:
         if row["protocol"] != "zeroshot":
             others.setdefault(f"{row['protocol']}/{row['metric']}", []).append(row["value"])
-    figures |= {name: mean(values) for name, values in others.items()}
-    return {"key": task.key, "dataset": task.name, "metrics": figures, "checkpoint": checkpoint}
+    values |= {name: mean(values) for name, values in others.items()}
+    return {"key": task.key, "dataset": task.name, "metrics": values, "checkpoint": checkpoint}
 
 
-def measured(task: Task, pictures: int, rows: Sequence[Mapping[str, Any]]) -> int:
-    """How many samples of the test set the figures rest on, to be held against the task's `size`: pictures, of
+def measured(task: Task, images: int, rows: Sequence[Mapping[str, Any]]) -> int:
+    """How many samples of the test set the figures rest on, to be held against the task's `size`: images, of
     WinoGAViL associations."""
     if task.kind == "retrieval" or not rows:
-        return pictures
+        return images
     return max(int(row["n"]) for row in rows)

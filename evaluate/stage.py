@@ -34,7 +34,7 @@ from winnow.evaluate.tasks.task import NotApplicable, Task
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
 from winnow.infra.stages.runner import Budget
-from winnow.infra.stages.stage import Output, Record, SetAside, Unit, read_manifest
+from winnow.infra.stages.stage import Output, Record, Skipped, Unit, read_manifest
 
 if TYPE_CHECKING:
     from winnow.pretrain.encoder import Encoder
@@ -67,17 +67,17 @@ class EvaluateStage(SetsStage):
     manifest's `missing`; what does not apply (a task without a train split and a probe, an encoder without a text tower
     and zero-shot) is listed in `not_applicable`.
 
-    A set of which more than `max_set_aside` of the pictures cannot be decoded is missing, too. So is what a checkpoint
+    A set of which more than `max_skipped` of the images cannot be decoded is missing, too. So is what a checkpoint
     that cannot be loaded would have scored; the next run tries it again.
 
     Args:
         features: directory of the features; `out`/features if not given. May be shared with other evaluations.
-        max_set_aside: of a split's pictures, how many may be undecodable: a share of them when below 1, else a number.
+        max_skipped: of a split's images, how many may be undecodable: a share of them when below 1, else a number.
         others: see `SetsStage`; in `out` are scores.parquet and eval_results.jsonl.
     """
 
     features: str = ""
-    max_set_aside: float = 0.05
+    max_skipped: float = 0.05
 
     name = "evaluate"
     version = 3
@@ -130,9 +130,9 @@ class EvaluateStage(SetsStage):
                             "protocol": protocol,
                             "seed": seed,
                             "precision": self.precision,
-                            "max_set_aside": self.max_set_aside,
+                            "max_skipped": self.max_skipped,
                         },
-                        args={"checkpoint": name, "spec": spec, "url": found.url},
+                        runtime={"checkpoint": name, "spec": spec, "url": found.url},
                     )
                 )
         return units
@@ -140,8 +140,8 @@ class EvaluateStage(SetsStage):
     def run(self, unit: Unit) -> Output:
         task = Task.model_validate(dict(unit.params["task"]))
         protocol, seed = unit.params["protocol"], unit.params["seed"]
-        values = {"checkpoint": unit.args["checkpoint"], "task": task.key, "protocol": protocol, "rows": []}
-        found = FoundTask(task, unit.args["url"])
+        values = {"checkpoint": unit.runtime["checkpoint"], "task": task.key, "protocol": protocol, "rows": []}
+        found = FoundTask(task, unit.runtime["url"])
         try:
             test_set = EvalSet.open(found)
             splits = self._load(unit, found, test_set)
@@ -150,30 +150,30 @@ class EvaluateStage(SetsStage):
                 return Output(values=values | {"not_applicable": "the encoder has no text tower"})
             kind = kind_of(protocol, task.kind)
             assert kind is not None
-            figures = kind(self._features(unit, found, splits, seed), test_set)
+            scored = kind(self._features(unit, found, splits, seed), test_set)
         except NotApplicable as error:
             return Output(values=values | {"not_applicable": error.what})
         except UsageError:
             raise
         except WinnowError as error:
             reason = self._without_root(str(error))
-            again = not isinstance(error, TaskError)
-            return Output(set_aside=[SetAside(unit.name, reason)], values=values | {"missing": reason}, again=again)
-        rows = [{"protocol": protocol, "seed": seed, **asdict(row)} for row in figures]
-        aside = [
-            SetAside(f"{task.key}/{key}" if split == "test" else f"{task.key}/{split}/{key}", reason)
+            retry = not isinstance(error, TaskError)
+            return Output(skipped=[Skipped(unit.name, reason)], values=values | {"missing": reason}, retry=retry)
+        rows = [{"protocol": protocol, "seed": seed, **asdict(row)} for row in scored]
+        skipped = [
+            Skipped(f"{task.key}/{key}" if split == "test" else f"{task.key}/{split}/{key}", reason)
             for split, loaded in splits.items()
-            for key, reason in loaded.aside
+            for key, reason in loaded.skipped
         ]
         n = measured(task, len(test.samples), rows)
         chance = 1 / n if task.kind == "retrieval" and task.chance is None else task.chance
         left_out = {
-            split: dict(sorted(Counter(reason for _, reason in loaded.aside).items()))
+            split: dict(sorted(Counter(reason for _, reason in loaded.skipped).items()))
             for split, loaded in splits.items()
-            if loaded.aside
+            if loaded.skipped
         }
         facts = {"rows": rows, "chance": chance, "n": n, "left_out": left_out}
-        return Output(items=n, set_aside=aside, values=values | facts)
+        return Output(items=n, skipped=skipped, values=values | facts)
 
     def _load(self, unit: Unit, found: FoundTask, test_set: EvalSet) -> dict[str, LoadedSplit]:
         """The splits the unit's protocol looks at. Raises TaskError for a broken one, WinnowError where one is not
@@ -186,13 +186,13 @@ class EvaluateStage(SetsStage):
             # Why is more use than that it was not.
             self._encoder(unit)
             manifest = read_manifest(embedding.out)
-            reason = manifest.set_aside["units"].get(error.where) if manifest else None
+            reason = manifest.skipped["units"].get(error.where) if manifest else None
             if reason is None:
                 raise
             raise WinnowError(f"could not be embedded: {reason}", where=storage.name_of(found.url)) from None
-        budget = Budget(self.max_set_aside)
+        budget = Budget(self.max_skipped)
         for name, split in splits.items():
-            reasons = Counter(reason for _, reason in split.aside)
+            reasons = Counter(reason for _, reason in split.skipped)
             try:
                 budget.check(reasons, len(split.samples), storage.join(found.url, name))
             except WinnowError as error:
@@ -201,7 +201,7 @@ class EvaluateStage(SetsStage):
 
     def _encoder(self, unit: Unit) -> Encoder:
         """Raises WinnowError when it cannot be loaded."""
-        wanted = [(unit.args["spec"], unit.inputs["checkpoint"])]
+        wanted = [(unit.runtime["spec"], unit.inputs["checkpoint"])]
         (loaded,) = encoders_of(wanted, self.device, self.threads, self.precision)
         if isinstance(loaded, str):
             raise WinnowError(loaded)
@@ -256,14 +256,14 @@ class EvaluateStage(SetsStage):
                     if (why := self._unfit(found, protocol)) is not None:
                         unfit.append(stamp | {"reason": why})
                         continue
-                    some = results.get((name, task.key, protocol), [])
-                    mine += [row for got in some for row in got["rows"]]
-                    unfit += [stamp | {"reason": got["not_applicable"]} for got in some if "not_applicable" in got]
-                    faults = [got["missing"] for got in some if "missing" in got]
-                    if len(some) < len(SEEDS.get(protocol, (SEED,))):
-                        faults.append("failed; see set_aside in the manifest")
+                    batch = results.get((name, task.key, protocol), [])
+                    mine += [row for got in batch for row in got["rows"]]
+                    unfit += [stamp | {"reason": got["not_applicable"]} for got in batch if "not_applicable" in got]
+                    faults = [got["missing"] for got in batch if "missing" in got]
+                    if len(batch) < len(SEEDS.get(protocol, (SEED,))):
+                        faults.append("failed; see skipped in the manifest")
                     missing += [stamp | {"reason": fault} for fault in faults[:1]]
-                    for got in some:
+                    for got in batch:
                         if got["rows"]:
                             if got["left_out"]:
                                 left_out.setdefault(task.key, {}).update(got["left_out"])
@@ -305,9 +305,9 @@ def _facts(task: Task) -> dict[str, Any]:
 def _split(loaded: LoadedSplit, labelled: bool) -> Split:
     """What a protocol learns from or tests on; to learn from, the samples with a label alone."""
     labels = loaded.labels()
-    places = np.flatnonzero(labels >= 0) if labelled else np.arange(len(labels))
+    indices = np.flatnonzero(labels >= 0) if labelled else np.arange(len(labels))
     return Split(
-        loaded.images[places], labels[places], lambda wanted: loaded.pictures([int(places[i]) for i in wanted])
+        loaded.images[indices], labels[indices], lambda wanted: loaded.image_bytes([int(indices[i]) for i in wanted])
     )
 
 

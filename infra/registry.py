@@ -16,7 +16,7 @@ from winnow.infra.errors import UsageError
 SHOWN = 20  # words of a table in a message
 
 
-def nearest(word: str, words: Iterable[str]) -> str | None:
+def closest_word(word: str, words: Iterable[str]) -> str | None:
     """The known word most like the given one, or None when none is near."""
     near = difflib.get_close_matches(word, sorted(words), n=1, cutoff=0.5)
     return near[0] if near else None
@@ -25,9 +25,9 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
 def unknown(kind: str, word: str, words: Iterable[str], where: str | None = None) -> UsageError:
     """The error for a name that is not known, with the nearest one that is."""
     words = sorted(set(words))
-    near = nearest(word, words)
-    some = words if len(words) <= SHOWN else [*words[:SHOWN], f"… ({len(words)} in all)"]
-    hint = f'Did you mean "{near}"?' if near else f"Known: {', '.join(some)}."
+    near = closest_word(word, words)
+    listed = words if len(words) <= SHOWN else [*words[:SHOWN], f"… ({len(words)} in all)"]
+    hint = f'Did you mean "{near}"?' if near else f"Known: {', '.join(listed)}."
     return UsageError(f'unknown {kind} "{word}"', where=where, do=hint)
 
 

@@ -17,7 +17,7 @@ from winnow.infra.pool.metadata import is_metadata
 from winnow.infra.stages.executors import Executor, make_executor
 from winnow.infra.stages.progress import RunLog
 from winnow.infra.stages.runner import Budget, execute
-from winnow.infra.stages.stage import PLACES, RECORDS, Manifest, Stage, read_manifest
+from winnow.infra.stages.stage import LOCATIONS, RECORDS, Manifest, Stage, read_manifest
 
 app = typer.Typer(
     name="winnow",
@@ -31,8 +31,8 @@ app = typer.Typer(
 Out = Annotated[str, typer.Option("--out", help="Directory or URL to write to.")]
 ExecutorName = Annotated[str, typer.Option("--executor", help="Where units run: ray or serial.")]
 Address = Annotated[str | None, typer.Option("--address", help="Ray cluster to join; none starts one on this machine.")]
-Aside = Annotated[
-    float, typer.Option("--max-set-aside", help="Budget of samples set aside: a share below 1, else a number.")
+MaxSkipped = Annotated[
+    float, typer.Option("--max-skipped", help="Budget of samples skipped: a share below 1, else a number.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Overrides = Annotated[
@@ -52,17 +52,17 @@ def _executor(name: str, address: str | None, beside: str | None = None) -> Exec
 
 
 def _run(
-    stage: Stage, executor: str, address: str | None, max_set_aside: float = 0.05, beside: str | None = None
+    stage: Stage, executor: str, address: str | None, max_skipped: float = 0.05, beside: str | None = None
 ) -> Manifest:
     runner = _executor(executor, address, beside)
     try:
-        return execute(stage, runner, budget=Budget(max_set_aside), log=RunLog(stage.out))
+        return execute(stage, runner, budget=Budget(max_skipped), log=RunLog(stage.out))
     finally:
         runner.close()
 
 
 def _pool(
-    url: str, work: str, executor: str, address: str | None, captions: bool = True, max_set_aside: float = 0.05
+    url: str, work: str, executor: str, address: str | None, captions: bool = True, max_skipped: float = 0.05
 ) -> str:
     """The pool directory of a URL: itself if it is indexed or a folder of metadata, else an index made below `work`."""
     try:
@@ -71,12 +71,12 @@ def _pool(
         manifest = None
     if (manifest is not None and "shards" in manifest.values) or is_metadata(url):
         return storage.absolute(url)
-    if manifest is None and storage.exists(storage.join(url, PLACES)) and storage.is_dir(storage.join(url, RECORDS)):
+    if manifest is None and storage.exists(storage.join(url, LOCATIONS)) and storage.is_dir(storage.join(url, RECORDS)):
         raise WinnowError("is not finished", where=url, do="Run again what makes it.")
     from winnow.infra.pool.index import IndexStage
 
     out = storage.join(storage.absolute(work), "pool")
-    _run(IndexStage((url,), out, captions=captions), executor, address, max_set_aside)
+    _run(IndexStage((url,), out, captions=captions), executor, address, max_skipped)
     return out
 
 
@@ -137,13 +137,13 @@ def index(
     captions: Annotated[bool, typer.Option(help="Whether a sample must have a caption.")] = True,
     executor: ExecutorName = "ray",
     address: Address = None,
-    max_set_aside: Aside = 0.05,
+    max_skipped: MaxSkipped = 0.05,
     debug: Debug = False,
 ) -> None:
     """Index shards: uids, captions, sizes, and the byte offsets of every member."""
     from winnow.infra.pool.index import IndexStage
 
-    manifest = _run(IndexStage(tuple(pool), out, captions=captions), executor, address, max_set_aside)
+    manifest = _run(IndexStage(tuple(pool), out, captions=captions), executor, address, max_skipped)
     typer.echo(f"{manifest.items:,} samples in {manifest.units} shards, {manifest.state}: {out}")
 
 
@@ -160,19 +160,19 @@ def measure(
     captions: Annotated[bool, typer.Option(help="Whether a sample must have a caption.")] = True,
     executor: ExecutorName = "ray",
     address: Address = None,
-    max_set_aside: Aside = 0.05,
+    max_skipped: MaxSkipped = 0.05,
     debug: Debug = False,
 ) -> None:
     """Compute columns: embeddings and scores, language, caption statistics."""
     from winnow.curation.measures.stage import MeasureStage
-    from winnow.pipeline.stages import make_measures, need_pictures
+    from winnow.pipeline.stages import make_measures, need_images
 
     names = [name.strip() for name in measures.split(",")]
-    need_pictures(pool, names)
+    need_images(pool, names)
     made = make_measures(names, scorer)
-    url = _pool(pool, out, executor, address, captions, max_set_aside)
+    url = _pool(pool, out, executor, address, captions, max_skipped)
     stage = MeasureStage(url, made, storage.join(out, "columns"))
-    manifest = _run(stage.beside_others(), executor, address, max_set_aside)
+    manifest = _run(stage.with_existing(), executor, address, max_skipped)
     typer.echo(f"{', '.join(manifest.values['columns'])}: {storage.join(out, 'columns')}")
 
 
@@ -196,7 +196,7 @@ def curate(
     ] = False,
     executor: ExecutorName = "ray",
     address: Address = None,
-    max_set_aside: Aside = 0.05,
+    max_skipped: MaxSkipped = 0.05,
     debug: Debug = False,
 ) -> None:
     """Apply a tree of filters; write subset.npy, funnel.json and the manifest."""
@@ -209,9 +209,9 @@ def curate(
         check_uid(why)
     runner = _executor(executor, address, filters)
     try:
-        url = _pool(pool, storage.join(out, "work"), executor, address, max_set_aside=max_set_aside)
+        url = _pool(pool, storage.join(out, "work"), executor, address, max_skipped=max_skipped)
         for stage in curate_stages(tree, url, out, scorer, columns, reasons):
-            manifest = execute(stage, runner, budget=Budget(max_set_aside), log=RunLog(out))
+            manifest = execute(stage, runner, budget=Budget(max_skipped), log=RunLog(out))
     finally:
         runner.close()
     if explain:
@@ -289,12 +289,12 @@ def sample(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Draw pictures from a diffusion checkpoint."""
+    """Draw images from a diffusion checkpoint."""
     from winnow.pipeline.stages import draw_samples
 
-    chosen = [name.strip() for name in classes.split(",")] if classes else None
+    selected = [name.strip() for name in classes.split(",")] if classes else None
     settings: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": seed, "sampler": sampler, "eta": eta}
-    settings |= {"classes": chosen, "captions": caption}
+    settings |= {"classes": selected, "captions": caption}
     for line in draw_samples(checkpoint, out, n, settings, against, features):
         typer.echo(line)
 
@@ -327,11 +327,11 @@ def evaluate(
     ] = False,
     executor: ExecutorName = "ray",
     address: Address = None,
-    max_set_aside: Annotated[
+    max_skipped: Annotated[
         float,
         typer.Option(
-            "--max-set-aside",
-            help="Share (or number, from 1 up) of a set's pictures that may be undecodable; with more it is left out.",
+            "--max-skipped",
+            help="Share (or number, from 1 up) of a set's images that may be undecodable; with more it is left out.",
         ),
     ] = 0.05,
     debug: Debug = False,
@@ -344,10 +344,10 @@ def evaluate(
         return
     if out is None:
         raise UsageError("--out is missing", do="Give the directory to write to.")
-    stage = evaluate_stage(specs or [], data, tasks, protocols, out, features, precision, max_set_aside)
+    stage = evaluate_stage(specs or [], data, tasks, protocols, out, features, precision, max_skipped)
     runner = _executor(executor, address)
     try:
-        # A broken set is missing, and the others' figures stand; how many pictures a set may lack the stage knows.
+        # A broken set is missing, and the others' figures stand; how many images a set may lack the stage knows.
         execute(stage.embedding(), runner, budget=Budget(math.inf), log=RunLog(out))
         execute(stage, runner, budget=Budget(math.inf), log=RunLog(out))
     finally:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from winnow.curation.curate import CurateStage, Source, check_trees
+from winnow.curation.curate import CurateStage, MeasuredPool, check_trees
 from winnow.curation.measures.base import Measure, make
 from winnow.curation.measures.stage import MeasureStage
 from winnow.curation.noise.inject import InjectStage
@@ -117,10 +117,10 @@ class Graph:
         storage.write_bytes(self.url("recipe.yaml"), dump_recipe(self.recipe).encode())
         for step in self.steps():
             stage = step.build()
-            budget = step.budget or Budget(self.recipe.max_set_aside)
+            budget = step.budget or Budget(self.recipe.max_skipped)
             manifests[step.name] = execute(stage, executor, budget=budget, log=log, label=step.name)
             if stage.out == self.pool_url:
-                check_trees(Source(self.pool_url), self.recipe.subsets.values())
+                check_trees(MeasuredPool(self.pool_url), self.recipe.subsets.values())
             if until is not None and step.name.split()[0] == until and step.name == self._last(until):
                 break
         return manifests
@@ -215,9 +215,9 @@ class Graph:
         targets = {}
         for target in self.recipe.targets():
             name = self._target_name(target)
-            targets[target] = Source(self.url("targets", name), self.url("target-columns", name))
+            targets[target] = MeasuredPool(self.url("targets", name), self.url("target-columns", name))
         subsets = tuple(self.recipe.subsets.items())
-        return CurateStage(Source(self.pool_url, columns), subsets, self.url("subsets"), targets)
+        return CurateStage(MeasuredPool(self.pool_url, columns), subsets, self.url("subsets"), targets)
 
     def _subset(self, name: str) -> tuple[str, str]:
         """URL and digest of a subset's .npy."""
@@ -264,8 +264,7 @@ class Graph:
             protocols=section.protocols,
             out=self.url("scores"),
             precision=section.precision,
-            max_set_aside=self.recipe.max_set_aside,
-            unit_gpus=-1,
+            max_skipped=self.recipe.max_skipped,
         )
 
     def entries(self, prefix: str = "") -> tuple[SubsetEntry, ...]:
@@ -276,8 +275,8 @@ class Graph:
         drawn: dict[str, list[tuple[str, str]]] = {name: [] for name in by_name}
         for name, seed, checkpoint in self._checkpoints():
             url = self.url("checkpoints", checkpoint)
-            pictures = [file for file in storage.list_names(url) if file.endswith(".png")]
-            drawn[name] += [(f"seed {seed}: {file}", join(url, file)) for file in pictures]
+            images = [file for file in storage.list_names(url) if file.endswith(".png")]
+            drawn[name] += [(f"seed {seed}: {file}", join(url, file)) for file in images]
         return tuple(
             SubsetEntry(prefix + name, self.url("subsets", name), tuple(checkpoints), self.pool_url, tuple(drawn[name]))
             for name, checkpoints in by_name.items()

@@ -19,7 +19,7 @@ from winnow.infra.stages.stage import Stage, need_manifest, read_manifest
 from winnow.pipeline.listing import aligned
 
 if TYPE_CHECKING:
-    from winnow.curation.algebra.tree import Verdict
+    from winnow.curation.algebra.tree import NodeDecision
     from winnow.curation.filters.base import Node
     from winnow.evaluate.stage import EvaluateStage
 
@@ -72,18 +72,18 @@ def load_filters(path: str) -> dict[str, Any]:
     return tree or {}
 
 
-def need_pictures(pool: str, names: list[str], where: str | None = None) -> None:
-    """Raises UsageError when a measure wants pictures and the pool is a folder of metadata."""
+def need_images(pool: str, names: list[str], where: str | None = None) -> None:
+    """Raises UsageError when a measure wants images and the pool is a folder of metadata."""
     from winnow.curation.measures import MEASURES
 
     for name in names:
         kind = MEASURES.load(name)
         if (kind.pixels or kind.encoded) and is_metadata(pool):
-            hint = "Give the shards with the pictures as the pool."
+            hint = "Give the shards with the images as the pool."
             if name == "clip":
                 hint += " Scores and embeddings that the metadata has are called by `model: b32` or `l14`, `l14_img` …"
             raise UsageError(
-                f'the measure "{name}" needs pictures, and the pool is a folder of metadata',
+                f'the measure "{name}" needs images, and the pool is a folder of metadata',
                 where=where or pool,
                 do=hint,
             )
@@ -95,17 +95,17 @@ def curate_stages(
     """The measure stages that a tree needs, and the curate stage."""
     from winnow.curation.algebra.tree import parse
     from winnow.curation.columns.table import measure_of
-    from winnow.curation.curate import CurateStage, Source, check_trees, columns_of
+    from winnow.curation.curate import CurateStage, MeasuredPool, check_trees, columns_of
     from winnow.curation.measures.stage import MeasureStage
     from winnow.infra.pool.index import IndexStage
 
     node = parse(tree)
     stages: list[Stage] = []
-    ready = {t: Source(t) for item in node.filters() for t in item.targets() if is_metadata(t)}
-    check_trees(Source(pool), [tree], ready)
+    ready = {t: MeasuredPool(t) for item in node.filters() for t in item.targets() if is_metadata(t)}
+    check_trees(MeasuredPool(pool), [tree], ready)
     names = sorted({name for column in columns_of(node) if (name := measure_of(column))})
     if names and columns is None:
-        need_pictures(pool, names)
+        need_images(pool, names)
         columns = join(out, "work", "columns")
         stages.append(MeasureStage(pool, make_measures(names, scorer), columns))
     targets = {}
@@ -114,14 +114,14 @@ def curate_stages(
             if target in targets:
                 continue
             if is_metadata(target):
-                targets[target] = Source(storage.absolute(target))
+                targets[target] = MeasuredPool(storage.absolute(target))
                 continue
-            place = join(out, "work", f"target-{digest_json(storage.absolute(target))[:8]}")
-            stages.append(IndexStage((target,), place, captions=False))
+            work = join(out, "work", f"target-{digest_json(storage.absolute(target))[:8]}")
+            stages.append(IndexStage((target,), work, captions=False))
             wanted = target_measures(node, target)
-            stages.append(MeasureStage(place, make_measures(wanted, scorer), join(place, "columns")))
-            targets[target] = Source(place, join(place, "columns"))
-    stages.append(CurateStage(Source(pool, columns), (("", tree),), out, targets, reasons))
+            stages.append(MeasureStage(work, make_measures(wanted, scorer), join(work, "columns")))
+            targets[target] = MeasuredPool(work, join(work, "columns"))
+    stages.append(CurateStage(MeasuredPool(pool, columns), (("", tree),), out, targets, reasons))
     return stages
 
 
@@ -133,12 +133,12 @@ def target_measures(node: Node, target: str) -> list[str]:
     return sorted({name for column in columns if (name := measure_of(column))})
 
 
-def print_why(uid: str, dropped_by: str | None, verdicts: Sequence[Verdict]) -> str:
+def print_why(uid: str, dropped_by: str | None, decisions: Sequence[NodeDecision]) -> str:
     """What each node of a tree said of one sample, as an indented table under one sentence."""
     rows: list[tuple[str, ...]] = [("node", "verdict", "values")]
-    for verdict in verdicts:
-        facts = ", ".join(f"{name} = {_value(value)}" for name, value in verdict.facts.items())
-        rows.append((f"{'  ' * verdict.depth}{verdict.label}", "keeps" if verdict.kept else "drops", facts))
+    for decision in decisions:
+        facts = ", ".join(f"{name} = {_value(value)}" for name, value in decision.facts.items())
+        rows.append((f"{'  ' * decision.depth}{decision.label}", "keeps" if decision.kept else "drops", facts))
     end = "kept" if dropped_by is None else f"dropped by {dropped_by}"
     return f"{uid} is {end}.\n{aligned(rows)}"
 
@@ -201,7 +201,7 @@ def pretrain_stage(config: Any, pool: str, subset: str | None, seed: int, out: s
 def draw_samples(
     checkpoint: str, out: str, n: int, settings: dict[str, Any], pool: str | None, encoder: str | None
 ) -> list[str]:
-    """Write a grid of samples; with a pool and an encoder also say how far from its pictures they are.
+    """Write a grid of samples; with a pool and an encoder also say how far from its images they are.
 
     Args:
         settings: keyword arguments of `winnow.pretrain.diffusion.sampling.sample`.
@@ -215,17 +215,17 @@ def draw_samples(
 
         Pool.open(pool)
         encoder_digest(encoder)
-    from winnow.infra.io.images import write_picture
+    from winnow.infra.io.images import write_image
     from winnow.pretrain.diffusion.sampling import grid, sample
 
     images = sample(checkpoint, n, **settings)
-    write_picture(out, grid(images))
+    write_image(out, grid(images))
     lines = [f"{n:,} samples: {out}"]
     if pool is not None and encoder is not None:
         from winnow.pretrain.diffusion.frechet import samples_and_pool
 
         distance, real = samples_and_pool(images, pool, encoder)
-        lines.append(f"Fréchet distance of {n:,} samples from {real:,} pictures, over {encoder}: {distance:.5g}")
+        lines.append(f"Fréchet distance of {n:,} samples from {real:,} images, over {encoder}: {distance:.5g}")
     return lines
 
 
@@ -237,7 +237,7 @@ def evaluate_stage(
     out: str,
     features: str | None = None,
     precision: str = "float32",
-    max_set_aside: float = 0.05,
+    max_skipped: float = 0.05,
 ) -> EvaluateStage:
     """The stage that scores checkpoints; its `embedding()` comes first. Raises UsageError for a wrong argument."""
     from winnow.evaluate.protocols.base import applies
@@ -248,27 +248,27 @@ def evaluate_stage(
     specs = [spec.rstrip("/") or spec for spec in specs]
     if not specs:
         raise UsageError("no checkpoint to evaluate", do="Give folders, NAME:TAG, NAME:FILE or CONFIG.json:WEIGHTS.")
-    if twice := [spec for spec in specs if specs.count(spec) > 1]:
-        raise UsageError(f'"{twice[0]}" is given twice')
+    if duplicates := [spec for spec in specs if specs.count(spec) > 1]:
+        raise UsageError(f'"{duplicates[0]}" is given twice')
     if not is_data(data):
         raise UsageError("no such folder", where=data)
-    chosen = _names(protocols)
-    for protocol in chosen:
+    selected = _names(protocols)
+    for protocol in selected:
         applies(protocol, "")
     if not _names(tasks):
         raise UsageError("no task to evaluate", do="Give all, or names, comma-separated.")
     if precision not in ("float32", "bfloat16"):
         raise unknown("precision", precision, ("float32", "bfloat16"), "--precision")
-    Budget(max_set_aside)
+    Budget(max_skipped)
     return EvaluateStage(
         checkpoints=tuple((spec, spec, encoder_digest(spec)) for spec in specs),
         data=data,
         tasks=tasks if tasks == "all" else _names(tasks),
-        protocols=chosen,
+        protocols=selected,
         features=features or "",
         out=out,
         precision=precision,
-        max_set_aside=max_set_aside,
+        max_skipped=max_skipped,
     )
 
 

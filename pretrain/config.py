@@ -48,14 +48,14 @@ class _Strict(BaseModel):
 
 class ModelConfig(_Strict):
     """The networks: an open_clip model by `name`, open_clip's own `config` dict (embed_dim, vision_cfg, text_cfg), a
-    timm network that reads pictures only, or one of diffusers' for the objectives that draw pictures.
+    timm network that reads images only, or one of diffusers' for the objectives that draw images.
 
     A plain string stands for the name.
 
     Attributes:
         timm: name of a ResNet or ViT of timm.
-        size: side of the pictures that the timm network takes, pixels.
-        stem: of a timm ResNet; cifar, for small pictures, is a 3x3 convolution of stride 1 and no max-pool.
+        size: side of the images that the timm network takes, pixels.
+        stem: of a timm ResNet; cifar, for small images, is a 3x3 convolution of stride 1 and no max-pool.
         kwargs: arguments of timm's class.
         unet: arguments of diffusers' UNet2DModel, or with `text` UNet2DConditionModel; sample_size must be among them.
         text: arguments of open_clip's TextTransformer, which makes captions the U-Net's condition.
@@ -146,7 +146,7 @@ class PretrainConfig(_Strict):
         ema: decay of a running mean of the trained weights, taken after each step; it is what is exported.
         precision: bf16 and fp16 are autocast over float32 weights, fp16 with dynamic loss scaling; auto takes bf16 on a
             CUDA device that has it, else fp32.
-        augment: share of the picture's area that the random crop takes, from and to; None for the objective's own.
+        augment: share of the image's area that the random crop takes, from and to; None for the objective's own.
         zero_stage: DeepSpeed's ZeRO stage.
         offload: the optimiser's state and step on the CPU (ZeRO-Offload).
         activation_checkpointing: compute activations again in the backward pass instead of keeping them.
@@ -158,7 +158,7 @@ class PretrainConfig(_Strict):
         runs_per_start: trainings that one start of the processes does, one after the other. Starting takes some 20
             seconds, so small trainings on one machine go faster with more; on a cluster 1 lets them run side by side.
         threads: CPU threads a worker computes with.
-        decoders: processes a worker decodes pictures with, through shared memory; 0 for none but its own.
+        decoders: processes a worker decodes images with, through shared memory; 0 for none but its own.
         save_every: steps between checkpoints to resume from; None for the last only.
         keep_checkpoints: how many of those are kept.
         max_failures: how often Ray Train starts failed workers again.
@@ -241,9 +241,7 @@ class PretrainConfig(_Strict):
                 f"(samples_seen {self.samples_seen} / batch_size {self.batch_size})"
             )
         if self.augment is not None and not 0 < self.augment[0] <= self.augment[1] <= 1:
-            raise ValueError(
-                "augment is the share of the picture's area a crop takes, from and to: 0 < from <= to <= 1"
-            )
+            raise ValueError("augment is the share of the image's area a crop takes, from and to: 0 < from <= to <= 1")
         module = OBJECTIVES.path(self.objective_name).partition(":")[0]
         traits = class_constants(OBJECTIVES.path(self.objective_name))
         check_traits(self, traits, class_constants(f"{module}:Config") | self.objective_params)
@@ -300,7 +298,7 @@ def check_traits(config: PretrainConfig, traits: Mapping[str, Any], params: Mapp
         raise ValueError(f"{name} trains {network[wanted]}, and the model is {network[config.model.network]}")
     if traits.get("needs_text") and config.model.timm is not None:
         raise ValueError(
-            f"{name} reads captions, and {config.model.timm} of timm reads pictures only; give an open_clip model"
+            f"{name} reads captions, and {config.model.timm} of timm reads images only; give an open_clip model"
         )
     if traits.get("teacher") and config.zero_stage == 3:
         raise ValueError(

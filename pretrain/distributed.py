@@ -16,7 +16,7 @@ def gather(x: torch.Tensor) -> torch.Tensor:
     return everyone
 
 
-def own_rows(x: torch.Tensor) -> torch.Tensor:
+def local_rows(x: torch.Tensor) -> torch.Tensor:
     """Where this process's n rows lie in what `gather` gives; int64 [n]."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     return torch.arange(len(x), device=x.device) + rank * len(x)
@@ -34,9 +34,9 @@ class _AllGather(torch.autograd.Function):
         (grad,) = grads
         n = len(grad) // dist.get_world_size()
         if dist.get_backend() == "nccl":
-            own = grad.new_empty((n, *grad.shape[1:]))
-            dist.reduce_scatter_tensor(own, grad.contiguous())
-            return own
+            local = grad.new_empty((n, *grad.shape[1:]))
+            dist.reduce_scatter_tensor(local, grad.contiguous())
+            return local
         grad = grad.clone()
         dist.all_reduce(grad)  # gloo cannot reduce_scatter
         return grad[dist.get_rank() * n :][:n]

@@ -123,7 +123,7 @@ def _load(spec: Spec) -> tuple[Any, Any]:
         raise
     except Exception as error:  # whatever a library raises on a file that is not what it should be, or on no network
         raise WinnowError(
-            f"cannot be loaded ({_said(error)})",
+            f"cannot be loaded ({_message(error)})",
             where=spec.text,
             do="Published weights are downloaded once; without a network give a local file, as NAME:FILE."
             if spec.kind == "name" and not spec.is_file
@@ -131,7 +131,7 @@ def _load(spec: Spec) -> tuple[Any, Any]:
         ) from error
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     """What a library said, in one line."""
     if isinstance(error, pickle.UnpicklingError):
         return "damaged, or it holds more than tensors, and none of that is executed"
@@ -200,14 +200,14 @@ def _vocabulary(tokenizer: Any) -> str:
 
 
 class Encoder:
-    """Embeds pictures, and texts where the model reads them. For one caller at a time.
+    """Embeds images, and texts where the model reads them. For one caller at a time.
 
     Attributes:
         spec, digest: what was loaded, and its identity by content.
         dim: of the embeddings.
         has_text: whether `encode_texts` can be called.
-        image_size: side of the preprocessed pictures, pixels.
-        preprocess_key: equal for two encoders exactly when they preprocess pictures identically.
+        image_size: side of the preprocessed images, pixels.
+        preprocess_key: equal for two encoders exactly when they preprocess images identically.
         logit_scale: what cosines are multiplied by; 1 where the model has none.
     """
 
@@ -235,12 +235,12 @@ class Encoder:
         self.dim = self.encode_images(blank).shape[1]
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """RGB picture to float32 [3, H, W], as open_clip preprocesses for evaluation. Of many, `crop` each and
+        """RGB image to float32 [3, H, W], as open_clip preprocesses for evaluation. Of many, `crop` each and
         `normalise` them together."""
         return self._normalise(self._crop(image)[None])[0]
 
     def crop(self, image: Image.Image) -> torch.Tensor:
-        """RGB picture to uint8 [3, H, W]: the first part of `preprocess`. May be called by several threads."""
+        """RGB image to uint8 [3, H, W]: the first part of `preprocess`. May be called by several threads."""
         return self._crop(image)
 
     def normalise(self, crops: torch.Tensor) -> torch.Tensor:
@@ -248,7 +248,7 @@ class Encoder:
         return self._normalise(crops.to(self._device))
 
     def encode_images(self, batch: torch.Tensor | np.ndarray) -> np.ndarray:
-        """Preprocessed pictures, float32 [n, 3, H, W], to L2-normalised float32 [n, dim]."""
+        """Preprocessed images, float32 [n, 3, H, W], to L2-normalised float32 [n, dim]."""
         import torch
 
         return self._run(lambda x: self._model.encode_image(x), torch.as_tensor(batch))
@@ -263,9 +263,9 @@ class Encoder:
             return np.empty((0, self.dim), np.float32)
         tokens = torch.cat([self._tokens(tuple(texts[i : i + batch])) for i in range(0, len(texts), batch)])
         if not self._causal:
-            return np.concatenate([self._run(self._model.encode_text, some) for some in tokens.split(batch)])
+            return np.concatenate([self._run(self._model.encode_text, batch) for batch in tokens.split(batch)])
         order = tokens.argmax(dim=1).argsort(stable=True)
-        parts = [self._run(self._encode_tokens, tokens[some]) for some in order.split(batch)]
+        parts = [self._run(self._encode_tokens, tokens[batch]) for batch in order.split(batch)]
         result = np.empty((len(texts), parts[0].shape[1]), np.float32)
         result[order.numpy()] = np.concatenate(parts)
         return result
@@ -295,7 +295,7 @@ class Encoder:
         return output["text_features"] if isinstance(output, dict) else output[1]
 
     def image_tower(self) -> torch.nn.Module:
-        """A copy to fine-tune: preprocessed pictures, float32 [n, 3, H, W], to features [n, dim], not normalised.
+        """A copy to fine-tune: preprocessed images, float32 [n, 3, H, W], to features [n, dim], not normalised.
 
         Its parameters ask for gradients; the encoder itself stays as it is. On the encoder's device, in evaluation
         mode.

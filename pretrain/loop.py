@@ -75,10 +75,10 @@ def train(job: Job, device: torch.device, via: str) -> None:
         with _settings(config, device):
             _train(job, config, device, via)
     except Exception as error:
-        told = WinnowError(
+        reported = WinnowError(
             "no space left on the disk", where=job.out, do="Free some and run again: it goes on from there."
         )
-        if (full := no_space(error, told)) is not None:
+        if (full := no_space(error, reported)) is not None:
             raise full from error
         raise
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from winnow.infra.io import storage
 from winnow.infra.io.storage import digest_json
 from winnow.infra.pool.pool import Pool
+from winnow.infra.stages.resources import Resources
 from winnow.infra.stages.runner import note_url
 from winnow.infra.stages.stage import Output, Stage, Unit
 from winnow.pretrain.config import PretrainConfig
@@ -54,16 +55,14 @@ class PretrainStage(Stage):
 
     name = "pretrain"
     version = 1
-    keep_orphans = True
-    waits = True
+    keep_stale = True
+    launches_workers = True
 
     @property
-    def cpus(self) -> float:
-        return self.config.workers * self.config.threads
-
-    @property
-    def gpus(self) -> float:
-        return {"cuda": self.config.workers, "auto": -self.config.workers}.get(self.config.device, 0)
+    def resources(self) -> Resources:
+        config = self.config
+        gpus = 0 if config.device == "cpu" else config.workers
+        return Resources(config.workers * config.threads, gpus, gpu_optional=config.device == "auto")
 
     def params(self) -> dict[str, Any]:
         return self.config.identity()
@@ -77,7 +76,7 @@ class PretrainStage(Stage):
                 f"{run.name}/seed-{run.seed}",
                 inputs={"data": run.digest} | self._sources(),
                 params={"seed": run.seed} | self._weights(),
-                args={"pool": run.pool, "subset": run.subset},
+                runtime={"pool": run.pool, "subset": run.subset},
                 group=str(number // self.config.runs_per_start),
                 items=self.config.steps * self.config.batch_size,
             )
@@ -110,14 +109,14 @@ class PretrainStage(Stage):
     def _job(self, unit: Unit) -> Job:
         from winnow.pretrain.loop import Job
 
-        subset = unit.args["subset"]
+        subset = unit.runtime["subset"]
         config = self.config.model_dump(mode="json")
         for source in config["sources"]:
             for name in ("pool", "subset"):
                 source[name] = source[name] and storage.absolute(source[name])
         return Job(
             config=config,
-            pool=storage.absolute(unit.args["pool"]),
+            pool=storage.absolute(unit.runtime["pool"]),
             subset=None if subset is None else storage.absolute(subset),
             out=storage.absolute(self.url(unit.name)),
             seed=unit.params["seed"],

@@ -1,4 +1,4 @@
-"""Tiny pools for tests: pictures of one colour each, in tars and parquets of DataComp's layout."""
+"""Tiny pools for tests: images of one colour each, in tars and parquets of DataComp's layout."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ COLORS = {
 }
 
 
-def picture(color: tuple[int, int, int], seed: int, size: tuple[int, int] = (24, 20), ext: str = "jpg") -> bytes:
-    """A picture of one colour with some noise in it, encoded."""
+def draw_image(color: tuple[int, int, int], seed: int, size: tuple[int, int] = (24, 20), ext: str = "jpg") -> bytes:
+    """An image of one colour with some noise in it, encoded."""
     noise = np.random.default_rng(seed).integers(-12, 13, (size[1], size[0], 3))
     image = Image.fromarray(np.clip(np.array(color) + noise, 0, 255).astype(np.uint8))
     file = io.BytesIO()
@@ -45,7 +45,7 @@ def sample(number: int, ext: str = "jpg") -> dict:
     return {
         "key": row["key"],
         "members": {
-            ext: picture(COLORS[name], number, ext=ext),
+            ext: draw_image(COLORS[name], number, ext=ext),
             "txt": text.encode(),
             "json": json.dumps({"uid": uid, "url": f"https://example.com/{number}.jpg"}).encode(),
         },

@@ -19,7 +19,7 @@ from tests.drawing import write_pool
 from tests.evaluate.sets import write_classification, write_config, write_train
 from tests.examples.brightness import Brightness
 from tests.pretrain.tiny import config as train_config
-from winnow.curation.curate import CurateStage, Source
+from winnow.curation.curate import CurateStage, MeasuredPool
 from winnow.curation.measures.caption import Caption
 from winnow.curation.measures.clip import Clip
 from winnow.curation.measures.stage import MeasureStage
@@ -75,8 +75,8 @@ class World:
         return Clip(self.encoder, encoder_digest(self.encoder), device="cpu")
 
     @property
-    def source(self) -> Source:
-        return Source(self.pool, self.url("columns"))
+    def source(self) -> MeasuredPool:
+        return MeasuredPool(self.pool, self.url("columns"))
 
     def evaluate(self, out: str, tasks: tuple[str, ...] | str = "all") -> EvaluateStage:
         checkpoints = tuple((name, self.encoder, encoder_digest(self.encoder)) for name in ("a/seed-0", "b/seed-0"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from winnow.curation.algebra.tree import Judge, fingerprint
+from winnow.curation.algebra.tree import TreeEvaluator, fingerprint
 from winnow.curation.columns.table import View
 from winnow.curation.filters.base import All, Filter, Node, State
 from winnow.infra.io.arrow import mask_array
@@ -42,9 +42,9 @@ class Survivors(View):
         return digest_json([super().digest((*columns, *columns_of(self.node))), fingerprint(self.node)])
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        judge = Judge(self.node, list(self.states))
+        evaluator = TreeEvaluator(self.node, list(self.states))
         for batch in super().batches(tuple(dict.fromkeys((*columns, *columns_of(self.node))))):
-            yield batch.filter(mask_array(judge.keep(batch))).select(list(columns))
+            yield batch.filter(mask_array(evaluator.keep(batch))).select(list(columns))
 
 
 Fit = Callable[[Filter, View], State]

@@ -151,7 +151,7 @@ def fingerprint(node: Node) -> Any:
 
 
 @dataclass
-class Tally:
+class NodeCounts:
     """Counts of one node: how many it kept and dropped, dropped by it alone, and could not judge.
 
     `state` and `facts` are a filter's: what it was fitted to, and what it reports of that.
@@ -164,22 +164,22 @@ class Tally:
     dropped: int = 0
     alone: int = 0
     nan: int = 0
-    children: list[Tally] = field(default_factory=list)
+    children: list[NodeCounts] = field(default_factory=list)
     state: State = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
-    def of(node: Node, states: Iterator[State]) -> Tally:
+    def of(node: Node, states: Iterator[State]) -> NodeCounts:
         kind = "filter" if isinstance(node, Filter) else type(node).__name__.strip("_").lower()
         label = str(node) if isinstance(node, Filter) else kind if node.children else "no filter"
-        tally = Tally(node, label, kind)
+        counts = NodeCounts(node, label, kind)
         if isinstance(node, Filter):
-            tally.state = next(states)
-            tally.facts = node.report(tally.state)
-        tally.children = [Tally.of(child, states) for child in node.children]
-        return tally
+            counts.state = next(states)
+            counts.facts = node.report(counts.state)
+        counts.children = [NodeCounts.of(child, states) for child in node.children]
+        return counts
 
-    def leaves(self) -> Iterator[Tally]:
+    def leaves(self) -> Iterator[NodeCounts]:
         """Those of the filters, in order."""
         if isinstance(self.node, Filter):
             yield self
@@ -193,7 +193,7 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class NodeDecision:
     """What one node said of one sample: whether it kept it, and, if it is a filter, what it saw and held against it."""
 
     label: str
@@ -202,7 +202,7 @@ class Verdict:
     facts: dict[str, Any]
 
 
-class Judge:
+class TreeEvaluator:
     """Applies a fitted tree batch by batch and keeps the tally.
 
     Args:
@@ -214,7 +214,7 @@ class Judge:
         if len(states) != sum(1 for _ in node.filters()):
             raise ValueError("one state for each filter")
         self.node = node
-        self.tally = Tally.of(node, iter(states))
+        self.counts = NodeCounts.of(node, iter(states))
 
     def keep(self, batch: pa.Table) -> np.ndarray:
         """bool, shape [n]; counts the batch in."""
@@ -225,45 +225,45 @@ class Judge:
         mask, masks = self._judge(batch)
         labels: list[str] = []
         codes = np.full(len(mask), -1, dtype=np.int32)
-        self._first(self.tally, masks, ~mask, labels, codes)
+        self._first(self.counts, masks, ~mask, labels, codes)
         array = pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), pa.array(labels, pa.string()))
         return mask, array.cast(pa.string())
 
-    def verdicts(self, sample: pa.Table) -> tuple[str | None, list[Verdict]]:
+    def decisions(self, sample: pa.Table) -> tuple[str | None, list[NodeDecision]]:
         """Of one sample (a batch of one row): the label of the first node that dropped it, and each node's verdict."""
         masks: dict[int, np.ndarray] = {}
-        kept = bool(self._mask(self.tally, sample, masks)[0])
-        found: list[Verdict] = []
+        kept = bool(self._mask(self.counts, sample, masks)[0])
+        found: list[NodeDecision] = []
 
-        def walk(tally: Tally, depth: int) -> None:
-            node = tally.node
-            facts = node.explain(sample, tally.state) if isinstance(node, Filter) else {}
-            found.append(Verdict(tally.label, depth, bool(masks[id(tally)][0]), facts))
-            for child in tally.children:
+        def walk(counts: NodeCounts, depth: int) -> None:
+            node = counts.node
+            facts = node.explain(sample, counts.state) if isinstance(node, Filter) else {}
+            found.append(NodeDecision(counts.label, depth, bool(masks[id(counts)][0]), facts))
+            for child in counts.children:
                 walk(child, depth + 1)
 
-        walk(self.tally, 0)
+        walk(self.counts, 0)
         labels: list[str] = []
         code = np.zeros(1, np.int32)
-        self._first(self.tally, masks, np.array([not kept]), labels, code)
+        self._first(self.counts, masks, np.array([not kept]), labels, code)
         return (None if kept else labels[code[0]]), found
 
     def _judge(self, batch: pa.Table) -> tuple[np.ndarray, dict[int, np.ndarray]]:
         masks: dict[int, np.ndarray] = {}
-        mask = self._mask(self.tally, batch, masks)
-        self._count(self.tally, masks, np.ones(len(mask), dtype=bool))
+        mask = self._mask(self.counts, batch, masks)
+        self._count(self.counts, masks, np.ones(len(mask), dtype=bool))
         return mask, masks
 
-    def _mask(self, tally: Tally, batch: pa.Table, masks: dict[int, np.ndarray]) -> np.ndarray:
-        node = tally.node
-        parts = [self._mask(child, batch, masks) for child in tally.children]
+    def _mask(self, counts: NodeCounts, batch: pa.Table, masks: dict[int, np.ndarray]) -> np.ndarray:
+        node = counts.node
+        parts = [self._mask(child, batch, masks) for child in counts.children]
         if isinstance(node, Filter):
-            mask = np.asarray(node.keep(batch, tally.state), dtype=bool)
+            mask = np.asarray(node.keep(batch, counts.state), dtype=bool)
             if mask.shape != (batch.num_rows,):
                 raise UsageError(f"{node.name}: keep returned shape {mask.shape} for {batch.num_rows} samples")
             unknown_rows = missing(batch, node.numeric())
             if unknown_rows.any():
-                tally.nan += int(np.count_nonzero(unknown_rows))
+                counts.nan += int(np.count_nonzero(unknown_rows))
                 mask = mask & ~unknown_rows
         elif isinstance(node, Not):
             mask = ~parts[0]
@@ -271,36 +271,36 @@ class Judge:
             mask = np.logical_or.reduce(parts)
         else:
             mask = np.logical_and.reduce(parts) if parts else np.ones(batch.num_rows, dtype=bool)
-        masks[id(tally)] = mask
+        masks[id(counts)] = mask
         return mask
 
-    def _count(self, tally: Tally, masks: dict[int, np.ndarray], decides: np.ndarray) -> None:
+    def _count(self, counts: NodeCounts, masks: dict[int, np.ndarray], decides: np.ndarray) -> None:
         """Add a batch to the counts. `decides`: samples that the whole tree keeps if and only if this node does."""
-        mask = masks[id(tally)]
+        mask = masks[id(counts)]
         kept = int(np.count_nonzero(mask))
-        tally.kept += kept
-        tally.dropped += len(mask) - kept
-        tally.alone += int(np.count_nonzero(decides & ~mask))
-        parts = [masks[id(child)] for child in tally.children]
-        for i, child in enumerate(tally.children):
+        counts.kept += kept
+        counts.dropped += len(mask) - kept
+        counts.alone += int(np.count_nonzero(decides & ~mask))
+        parts = [masks[id(child)] for child in counts.children]
+        for i, child in enumerate(counts.children):
             others = [part for j, part in enumerate(parts) if j != i]
-            if isinstance(tally.node, Not):
+            if isinstance(counts.node, Not):
                 inner = np.zeros_like(decides)  # what a child under `not` drops is what is kept
-            elif isinstance(tally.node, Any_):
+            elif isinstance(counts.node, Any_):
                 inner = decides & ~np.logical_or.reduce([np.zeros_like(decides), *others])
             else:
                 inner = decides & np.logical_and.reduce([np.ones_like(decides), *others])
             self._count(child, masks, inner)
 
     def _first(
-        self, tally: Tally, masks: dict[int, np.ndarray], rows: np.ndarray, labels: list[str], codes: np.ndarray
+        self, counts: NodeCounts, masks: dict[int, np.ndarray], rows: np.ndarray, labels: list[str], codes: np.ndarray
     ) -> None:
-        if isinstance(tally.node, All) and tally.children:
+        if isinstance(counts.node, All) and counts.children:
             left = rows.copy()
-            for child in tally.children:
+            for child in counts.children:
                 here = left & ~masks[id(child)]
                 self._first(child, masks, here, labels, codes)
                 left &= ~here
             return
         codes[rows] = len(labels)
-        labels.append(str(tally.node))
+        labels.append(str(counts.node))

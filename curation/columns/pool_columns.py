@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from winnow.curation.columns.table import missing
-from winnow.curation.columns.threshold import SCOPES, Cut
+from winnow.curation.columns.threshold import SCOPES, Threshold
 from winnow.curation.filters.base import Filter, State, numbers, parameter_name
 from winnow.curation.measures.clip import as_matrix
 from winnow.infra.errors import WinnowError
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Gathered:
+class PoolColumns:
     """Rows of a pool that have a value in every column asked for, in pool order; n of them.
 
     Attributes:
@@ -43,9 +43,9 @@ class Gathered:
         return len(self.uids)
 
 
-def gather(
+def collect(
     view: View, vectors: Sequence[str] = (), scalars: Sequence[str] = (), optional: Sequence[str] = ()
-) -> Gathered:
+) -> PoolColumns:
     """Read columns of a pool; rows in which one is null or NaN are left out.
 
     Args:
@@ -73,7 +73,7 @@ def gather(
             values[name].append(column[present])
         uids.append(decode_uids(batch["uid"])[present])
         total += batch.num_rows
-    return Gathered(
+    return PoolColumns(
         np.concatenate(uids) if uids else np.empty(0, UID_DTYPE),
         {name: store.matrix() for name, store in stores.items()},
         {name: np.concatenate(parts) if parts else np.empty(0) for name, parts in values.items()},
@@ -145,18 +145,18 @@ def target_vectors(view: View, target: str | tuple[str, ...], column: str) -> np
     found = np.concatenate([part for part in parts if len(part)] or [np.empty((0, 0), np.float16)])
     found = found[np.isfinite(found).all(axis=1)]
     if not len(found):
-        raise WinnowError("the target set has no usable picture", where=", ".join((*folders, *files)))
+        raise WinnowError("the target set has no usable image", where=", ".join((*folders, *files)))
     return found
 
 
-class Chosen(Filter):
+class SelectionFilter(Filter):
     """A filter whose `fit` returns the uids it keeps, sorted, as `kept`; what was not there to fit is dropped."""
 
     def keep(self, batch: pa.Table, state: State) -> np.ndarray:
         return is_member(decode_uids(batch["uid"]), state["kept"])
 
 
-def chosen(uids: np.ndarray, mask: np.ndarray, **more: np.ndarray) -> State:
+def as_state(uids: np.ndarray, mask: np.ndarray, **more: np.ndarray) -> State:
     """The state of a `Chosen` filter.
 
     Args:
@@ -167,7 +167,7 @@ def chosen(uids: np.ndarray, mask: np.ndarray, **more: np.ndarray) -> State:
     return {"kept": sort_uids(uids[mask]), **more}
 
 
-def passing(cut: Cut, uids: np.ndarray, scores: np.ndarray, total: int) -> np.ndarray:
+def passing(cutoff: Threshold, uids: np.ndarray, scores: np.ndarray, total: int) -> np.ndarray:
     """Which of some samples a cut keeps by their scores; bool, shape [n].
 
     Args:
@@ -176,12 +176,12 @@ def passing(cut: Cut, uids: np.ndarray, scores: np.ndarray, total: int) -> np.nd
         scores: float, NaN where there is none, shape [n].
         total: rows of the pool, at least n; those without a score count in a fraction, as the lowest.
     """
-    named = pa.array(encode_uids(uids)) if cut.budget is not None else pa.nulls(len(uids), pa.string())
+    named = pa.array(encode_uids(uids)) if cutoff.budget is not None else pa.nulls(len(uids), pa.string())
     absent = total - len(uids)
     table = pa.table({"uid": named, "score": scores.astype(np.float64)})
     rest = pa.table({"uid": pa.nulls(absent, pa.string()), "score": np.full(absent, np.nan)})
-    state = cut.fit(_Held((table, rest)), ("score",), _score)  # type: ignore[arg-type]
-    return cut.keep(_score(table), table, state)
+    state = cutoff.fit(_Held((table, rest)), ("score",), _score)  # type: ignore[arg-type]
+    return cutoff.keep(_score(table), table, state)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ _REST = 64 - _FIRST
 
 
 def nth_largest(
-    stream: Callable[[], Iterable[np.ndarray]], place: Callable[[int], int], block: int = BLOCK
+    stream: Callable[[], Iterable[np.ndarray]], rank: Callable[[int], int], block: int = BLOCK
 ) -> tuple[float, int]:
     """The value at a place of a stream's falling order.
 
@@ -38,19 +38,19 @@ def nth_largest(
         held.append(values)
         size += len(values)
         if size >= block:
-            found, numbers = _tally(held)
+            found, numbers = _bit_counts(held)
             if counts is None:
                 # A fraction of the first block lies near that of all, if the stream is mixed.
-                guess = _around(found, place(n))
+                guess = _around(found, rank(n))
             counts = found if counts is None else counts + found
             near.append(_between(numbers, guess.start << _REST, guess.stop << _REST))
             if sum(map(len, near)) > block:
                 near, guess = [], range(0)
             held, size = [], 0
-    wanted = place(n)
+    wanted = rank(n)
     if counts is None:
         return _at([_numbers(held)], wanted), n
-    found, numbers = _tally(held)
+    found, numbers = _bit_counts(held)
     near.append(_between(numbers, guess.start << _REST, guess.stop << _REST))
     counts = counts + found
     held.clear()
@@ -75,17 +75,17 @@ def nth_largest(
         shift = finer
 
 
-def _bin(counts: np.ndarray, place: int) -> tuple[int, int]:
+def _bin(counts: np.ndarray, rank: int) -> tuple[int, int]:
     """The bin that holds a place counted from the top, and the place within it."""
     above = np.cumsum(counts[::-1])
-    from_top = int(np.searchsorted(above, place, side="right"))
+    from_top = int(np.searchsorted(above, rank, side="right"))
     number = len(counts) - 1 - from_top
-    return number, place - int(above[from_top] - counts[number])
+    return number, rank - int(above[from_top] - counts[number])
 
 
-def _around(counts: np.ndarray, place: int) -> range:
+def _around(counts: np.ndarray, rank: int) -> range:
     """The bin that holds a place, and one on either side."""
-    number = _bin(counts, min(place, int(counts.sum()) - 1))[0] if counts.any() else 0
+    number = _bin(counts, min(rank, int(counts.sum()) - 1))[0] if counts.any() else 0
     return range(max(number - 1, 0), min(number + 2, len(counts)))
 
 
@@ -96,11 +96,11 @@ def _numbers(parts: list[np.ndarray]) -> np.ndarray:
     return (values[~missing] if missing.any() else values) + 0.0
 
 
-def _at(parts: list[np.ndarray], place: int) -> float:
+def _at(parts: list[np.ndarray], rank: int) -> float:
     values = np.concatenate(parts) if parts else np.empty(0)
-    if place >= len(values):
+    if rank >= len(values):
         return -np.inf
-    at = len(values) - 1 - place
+    at = len(values) - 1 - rank
     return float(np.partition(values, at)[at])
 
 
@@ -117,7 +117,7 @@ def _value(key: int) -> float:
     return value if not np.isnan(value) else np.inf if key >> 63 else -np.inf
 
 
-def _tally(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _bit_counts(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """How many values each bin has, and the values together."""
     values = _numbers(parts)
     return np.bincount((_keys(values) >> np.uint64(_REST)).astype(np.int64), minlength=1 << _FIRST), values

@@ -70,15 +70,17 @@ class View:
     def check(self, columns: Sequence[str]) -> None:
         """Raises WinnowError when a column is not there, naming the measure that would provide it."""
         ids = self._ids()
-        own = set(self.pool.shards[0].columns()) if self.pool.shards else set()
+        local = set(self.pool.shards[0].columns()) if self.pool.shards else set()
         for column in columns:
             measure = measure_of(column)
-            if measure is None and column not in own:
+            if measure is None and column not in local:
                 stand_in = _STAND_INS.get(column)
                 hint = (
-                    f"The measure that would give it: {stand_in}." if stand_in else f"It has: {', '.join(sorted(own))}."
+                    f"The measure that would give it: {stand_in}."
+                    if stand_in
+                    else f"It has: {', '.join(sorted(local))}."
                 )
-                if column in FEATURES and not self.pool.pictures:
+                if column in FEATURES and not self.pool.images:
                     hint = "It is an array of the NAME.npz that DataComp has beside each NAME.parquet; fetch them."
                 raise WinnowError(f'the pool has no column "{column}"', where=self.pool.url, do=hint)
             if column in FEATURES:
@@ -136,13 +138,13 @@ class View:
         """The named columns of a shard, each once, rows in its order."""
         columns = list(dict.fromkeys(columns))
         ids = self._ids() if ids is None else ids
-        own = [column for column in columns if measure_of(column) is None]
-        if len(own) == len(columns):
+        local = [column for column in columns if measure_of(column) is None]
+        if len(local) == len(columns):
             return shard.table(columns)
         arrays = {}
-        if own:
-            table = shard.table(own)
-            arrays.update({name: table[name] for name in own})
+        if local:
+            table = shard.table(local)
+            arrays.update({name: table[name] for name in local})
         by_measure: dict[str, list[str]] = {}
         for column in columns:
             name, _, field_name = column.partition(".")

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from winnow.curation.columns.table import View
 
 SCOPES = ("pool", "survivors")
-Score = Callable[[pa.Table], np.ndarray]
+ScoreFunction = Callable[[pa.Table], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Cut:
+class Threshold:
     """One of three ways to cut; the two others are None.
 
     A fraction cuts as DataComp does (Gadre et al. 2023, `baselines/apply_filter.py`): of n scores in falling order the
@@ -75,7 +75,7 @@ class Cut:
         """What it reads beside the score's columns."""
         return ("uid",) if self.budget is not None else ()
 
-    def fit(self, view: View, columns: Sequence[str], score: Score) -> State:
+    def fit(self, view: View, columns: Sequence[str], score: ScoreFunction) -> State:
         """Find the threshold.
 
         Args:

@@ -21,7 +21,7 @@ State = dict[str, np.ndarray]
 class Node:
     """A tree of filters: a filter, or `All`, `Any`, `Not` over trees. Joined in Python by `&`, `|`, `~`.
 
-    `str` gives Python that makes an equal tree again (`winnow.curation.algebra.tree.from_python`): the operators where they would,
+    `str` gives Python that makes an equal tree (`winnow.curation.algebra.tree.from_python`): operators where possible,
     else the classes by name, as in `All((a,))` or `Not(~a)`.
     """
 

@@ -17,7 +17,7 @@ class Basic(Filter):
     """English, more than 2 words, more than 5 characters, short side at least 200 px, long/short at most 3.
 
     Gadre et al. 2023 (DataComp), appendix E "Basic filtering": language by fastText, words split at whitespace, the
-    size that of the original picture.
+    size that of the original image.
 
     Args:
         language: ISO 639 code; None for any.

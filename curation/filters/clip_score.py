@@ -1,4 +1,4 @@
-"""CLIP score filtering: keep pairs whose picture and caption are alike."""
+"""CLIP score filtering: keep pairs whose image and caption are alike."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from winnow.curation.columns.threshold import Cut, scores_of
+from winnow.curation.columns.threshold import Threshold, scores_of
 from winnow.curation.filters.base import Filter, State
 from winnow.infra.registry import unknown
 
@@ -27,8 +27,9 @@ MODELS = {
 class ClipScore(Filter):
     """Keep samples whose score reaches a threshold, given or set by how many to keep.
 
-    Gadre et al. 2023 (DataComp), "CLIP score filtering" (threshold: Schuhmann et al. 2022, LAION); `winnow.curation.columns.threshold`
-    says what fractions and budgets do on ties. With a scorer trained on trusted pairs this is Data Filtering Networks
+    Gadre et al. 2023 (DataComp), "CLIP score filtering" (threshold: Schuhmann et al. 2022, LAION);
+    `winnow.curation.columns.threshold` says what fractions and budgets do on ties.
+    With a scorer trained on trusted pairs this is Data Filtering Networks
     (Fang et al. 2023).
 
     Args:
@@ -60,26 +61,26 @@ class ClipScore(Filter):
         values = {"fraction": fraction, "threshold": threshold, "model": model, "budget": keep, "of": of}
         for name, value in values.items():
             object.__setattr__(self, name, value)
-        self.cut.check(self.name)
+        self.cutoff.check(self.name)
         if model not in MODELS:
             raise unknown("model for clip_score", model, MODELS)
 
     @property
-    def cut(self) -> Cut:
-        return Cut(self.fraction, self.threshold, self.budget, self.of)
+    def cutoff(self) -> Threshold:
+        return Threshold(self.fraction, self.threshold, self.budget, self.of)
 
     @property
     def column(self) -> str:
         return MODELS[self.model]
 
     def columns(self) -> tuple[str, ...]:
-        return (self.column, *self.cut.columns)
+        return (self.column, *self.cutoff.columns)
 
     def numeric(self) -> tuple[str, ...]:
         return (self.column,)
 
     def fit(self, view: View) -> State:
-        return self.cut.fit(view, (self.column,), lambda batch: scores_of(batch, self.column))
+        return self.cutoff.fit(view, (self.column,), lambda batch: scores_of(batch, self.column))
 
     def keep(self, batch: pa.Table, state: State) -> np.ndarray:
-        return self.cut.keep(scores_of(batch, self.column), batch, state)
+        return self.cutoff.keep(scores_of(batch, self.column), batch, state)

@@ -1,4 +1,4 @@
-"""Cluster-balanced sampling: as much of rare kinds of pictures as of common ones."""
+"""Cluster-balanced sampling: as much of rare kinds of images as of common ones."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from winnow.curation.columns.pool_columns import Chosen, chosen, gather
-from winnow.curation.columns.threshold import Cut
+from winnow.curation.columns.pool_columns import SelectionFilter, as_state, collect
+from winnow.curation.columns.threshold import Threshold
 from winnow.curation.filters.base import State
 from winnow.curation.search.kmeans import assign, enough, train_centroids
 from winnow.infra.errors import UsageError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ClusterBalanced(Chosen):
+class ClusterBalanced(SelectionFilter):
     """Keep a share of the pool spread over the clusters of its embeddings.
 
     Vo et al. 2024 ("Automatic Data Curation for Self-Supervised Learning"), section 3.4, for one level of clusters:
@@ -52,7 +52,7 @@ class ClusterBalanced(Chosen):
     def __post_init__(self) -> None:
         if self.clusters < 1:
             raise UsageError("cluster_balanced: clusters start at 1")
-        Cut(self.fraction, None, None, self.of).check(self.name)
+        Threshold(self.fraction, None, None, self.of).check(self.name)
         if not 0 <= self.power <= 1:
             raise UsageError(f"cluster_balanced: power {self.power} is not in [0, 1]")
 
@@ -66,15 +66,15 @@ class ClusterBalanced(Chosen):
         enough(self.name, self.clusters, len(view))
 
     def fit(self, view: View) -> State:
-        pool = gather(view, (self.column,))
+        pool = collect(view, (self.column,))
         vectors = pool.vectors[self.column]
         label = assign(vectors, train_centroids(vectors, self.clusters, seed=self.seed))
         sizes = np.bincount(label, minlength=self.clusters)
         quota = quotas(sizes, min(int(pool.total * self.fraction), len(pool)), self.power)
         order = np.lexsort((hash_unit(pool.uids, self.seed, "cluster_balanced"), label))
-        place = np.empty(len(order), np.int64)
-        place[order] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        return chosen(pool.uids, place < quota[label])
+        rank = np.empty(len(order), np.int64)
+        rank[order] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return as_state(pool.uids, rank < quota[label])
 
 
 def quotas(sizes: np.ndarray, budget: int, power: float) -> np.ndarray:
@@ -90,14 +90,14 @@ def quotas(sizes: np.ndarray, budget: int, power: float) -> np.ndarray:
     order = np.argsort(np.where(sizes > 0, sizes / np.maximum(weight, 1e-300), -1), kind="stable")
     full = np.r_[0, np.cumsum(sizes[order])]
     open_weight = np.r_[np.cumsum(weight[order][::-1])[::-1], 0]
-    share = np.asarray(sizes, dtype=np.float64)
+    fraction = np.asarray(sizes, dtype=np.float64)
     for i, at in enumerate(order):
         if open_weight[i] > 0:
             cap = (budget - full[i]) / open_weight[i]
             if cap * weight[at] < sizes[at]:
-                share = np.minimum(sizes, cap * weight)
+                fraction = np.minimum(sizes, cap * weight)
                 break
-    whole = np.floor(share + 1e-9).astype(np.int64)
-    rest = np.argsort(whole - share, kind="stable")
+    whole = np.floor(fraction + 1e-9).astype(np.int64)
+    rest = np.argsort(whole - fraction, kind="stable")
     whole[rest[: budget - int(whole.sum())]] += 1
     return whole

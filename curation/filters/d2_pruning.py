@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from winnow.curation.columns.pool_columns import MODELS, Chosen, assign_fields, chosen, gather
-from winnow.curation.columns.threshold import Cut
+from winnow.curation.columns.pool_columns import MODELS, SelectionFilter, as_state, assign_fields, collect
+from winnow.curation.columns.threshold import Threshold
 from winnow.curation.filters.base import State
-from winnow.curation.search.neighbours import nearest
+from winnow.curation.search.neighbours import nearest_neighbours
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.registry import unknown
 
@@ -22,7 +22,7 @@ _FEATURES = {"image": slice(0, 1), "text": slice(1, 2), "both": slice(0, 2)}
 
 
 @dataclass(frozen=True, init=False)
-class D2Pruning(Chosen):
+class D2Pruning(SelectionFilter):
     """Choose samples one by one by their score and their neighbours', lowering the chosen one's neighbours.
 
     Maharana et al. 2023 (D2 Pruning), section 3. With N(i) the k nearest neighbours of i by Euclidean distance d:
@@ -75,7 +75,7 @@ class D2Pruning(Chosen):
         of: str = "pool",
     ) -> None:
         assign_fields(self, locals())
-        Cut(fraction, None, keep, of).check(self.name)
+        Threshold(fraction, None, keep, of).check(self.name)
         if neighbors < 1 or gamma_f < 0 or gamma_r < 0:
             raise UsageError("d2_pruning: neighbors start at 1 and the gammas at 0")
         if self.features not in _FEATURES:
@@ -91,18 +91,18 @@ class D2Pruning(Chosen):
 
     def fit(self, view: View) -> State:
         *vectors, score = self.numeric()
-        pool = gather(view, vectors, (score,))
+        pool = collect(view, vectors, (score,))
         if len(pool) <= self.neighbors:
             raise WinnowError(f"{len(pool)} samples have no {self.neighbors} neighbours each", do="Ask for fewer.")
         parts = list(pool.vectors.values())
         points = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-        neighbours, squared, recall = nearest(points, self.neighbors)
+        neighbours, squared, recall = nearest_neighbours(points, self.neighbors)
         budget = int(pool.total * self.fraction) if self.fraction is not None else int(self.budget or 0)
         x = forward(pool.numbers[score], neighbours, squared, self.gamma_f)
         order = select(x, neighbours, np.exp(-self.gamma_r * squared), min(budget, len(pool)))
         mask = np.zeros(len(pool), dtype=bool)
         mask[order] = True
-        return chosen(pool.uids, mask, neighbour_recall=np.array(recall))
+        return as_state(pool.uids, mask, neighbour_recall=np.array(recall))
 
 
 def forward(scores: np.ndarray, neighbours: np.ndarray, squared: np.ndarray, gamma: float) -> np.ndarray:

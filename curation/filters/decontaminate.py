@@ -1,4 +1,4 @@
-"""Decontamination: drop pictures that evaluation sets hold too."""
+"""Decontamination: drop images that evaluation sets hold too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from winnow.curation.columns.pool_columns import gather
+from winnow.curation.columns.pool_columns import collect
 from winnow.curation.filters.base import Filter, State
 from winnow.curation.filters.near_duplicates import HASH, VECTOR, check_near
 from winnow.curation.measures.clip import as_matrix
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Decontaminate(Filter):
-    """Drop a sample whose picture is too near to a picture of a target set, and count per task.
+    """Drop a sample whose image is too near to an image of a target set, and count per task.
 
     Near is, as in `near_duplicates`, a perceptual hash within `radius` bits or an embedding of a cosine of at least
     `cosine`; with both given, either. (Gadre et al. 2023, appendix F, drop by a copy-detection embedding's similarity
     of 0.604169; here a CLIP embedding and pHash stand in for that network.) A sample that lacks one of the values is
     dropped, as it cannot be cleared.
 
-    The funnel says per task how many pool samples are near one of its pictures, and how many of its pictures have a
+    The funnel says per task how many pool samples are near one of its images, and how many of its images have a
     near one in the pool. A task is a set's folder in DataComp's layout; of a plain folder of shards, the folder.
 
     Args:
@@ -69,10 +69,10 @@ class Decontaminate(Filter):
         return (*hashed, VECTOR) if self.cosine is not None else hashed
 
     def fit(self, view: View) -> State:
-        hashes, vectors, task, names = self._pictures(view)
+        hashes, vectors, task, names = self._images(view)
         if not len(task):
-            raise WinnowError("the target sets have no usable picture", where=", ".join(self.targets()))
-        pool = gather(view, [VECTOR] if vectors is not None else [], [HASH] if hashes is not None else [])
+            raise WinnowError("the target sets have no usable image", where=", ".join(self.targets()))
+        pool = collect(view, [VECTOR] if vectors is not None else [], [HASH] if hashes is not None else [])
         pairs = [np.empty((2, 0), np.int64)]
         if hashes is not None:
             assert self.radius is not None
@@ -80,19 +80,19 @@ class Decontaminate(Filter):
         if vectors is not None:
             assert self.cosine is not None
             pairs.append(np.stack(cosine_pairs(pool.vectors[VECTOR], vectors, self.cosine)))
-        sample, picture = np.concatenate(pairs, axis=1)
+        sample, image = np.concatenate(pairs, axis=1)
         kinds = len(names)
-        near = np.unique(sample * kinds + task[picture]) % kinds
+        near = np.unique(sample * kinds + task[image]) % kinds
         return {
             "near": sort_uids(pool.uids[np.unique(sample)]),
             "tasks": np.array(names),
-            "pictures": np.bincount(task, minlength=kinds),
+            "images": np.bincount(task, minlength=kinds),
             "samples": np.bincount(near, minlength=kinds),
-            "leaked": np.bincount(task[np.unique(picture)], minlength=kinds),
+            "leaked": np.bincount(task[np.unique(image)], minlength=kinds),
         }
 
-    def _pictures(self, view: View) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray, list[str]]:
-        """Hashes and embeddings of the targets' pictures, the number of each picture's task, and the tasks' names."""
+    def _images(self, view: View) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray, list[str]]:
+        """Hashes and embeddings of the targets' images, the number of each image's task, and the tasks' names."""
         hashes, vectors, numbers, names = [], [], [], []
         for target in self.targets():
             name = target.rstrip("/").rsplit("/", 1)[-1]
@@ -118,11 +118,11 @@ class Decontaminate(Filter):
         return ~is_member(decode_uids(batch["uid"]), state["near"])
 
     def report(self, state: State) -> dict[str, Any]:
-        rows = zip(*(state[name].tolist() for name in ("tasks", "pictures", "samples", "leaked")), strict=True)
+        rows = zip(*(state[name].tolist() for name in ("tasks", "images", "samples", "leaked")), strict=True)
         return {
             "tasks": {
-                task: {"pictures": pictures, "near_samples": samples, "leaked_pictures": leaked}
-                for task, pictures, samples, leaked in rows
+                task: {"images": images, "near_samples": samples, "leaked_images": leaked}
+                for task, images, samples, leaked in rows
             }
         }
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from winnow.curation.columns.pool_columns import Chosen, check_scope, chosen
+from winnow.curation.columns.pool_columns import SelectionFilter, as_state, check_scope
 from winnow.curation.filters.base import State, numbers
 from winnow.infra.errors import UsageError
 from winnow.infra.pool.uids import UID_DTYPE, decode_uids
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ExactDuplicates(Chosen):
+class ExactDuplicates(SelectionFilter):
     """Keep of samples that agree in all columns named one, the best by a score or the first.
 
-    The columns default to the sha256 of the picture's file as it lies in the shard, which the measure `content` takes;
-    a pool with DataComp's column `sha256` has that of the original picture, before it was scaled: `by: sha256`.
+    The columns default to the sha256 of the image's file as it lies in the shard, which the measure `content` takes;
+    a pool with DataComp's column `sha256` has that of the original image, before it was scaled: `by: sha256`.
     Values are compared by a 128-bit BLAKE2b of them. A sample without a value is dropped.
 
     Args:
@@ -69,7 +69,7 @@ class ExactDuplicates(Chosen):
         ordered = mark[order]
         mask = np.zeros(len(mark), dtype=bool)
         mask[order[np.r_[True, ordered[1:] != ordered[:-1]]] if len(order) else order] = True
-        return chosen(np.concatenate(uids), mask)
+        return as_state(np.concatenate(uids), mask)
 
 
 def fingerprints(columns: list[pa.ChunkedArray]) -> np.ndarray:

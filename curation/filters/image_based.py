@@ -14,11 +14,11 @@ from winnow.curation.columns.pool_columns import dimensions
 from winnow.curation.filters.base import Filter, State
 from winnow.curation.measures.clip import as_matrix
 from winnow.curation.search.kmeans import (
-    Nearest,
+    NearestCentroid,
     check_clusters,
     enough,
     fitted_state,
-    nearest_of,
+    nearest_centroid_of,
     sample_vectors,
     train_centroids,
 )
@@ -35,19 +35,19 @@ _TOKEN = r"[^ \n\r\t\v\f\x00]+"
 
 @dataclass(frozen=True)
 class ImageBased(Filter):
-    """English captions of some length, and an image embedding whose nearest centroid is also a target picture's.
+    """English captions of some length, and an image embedding whose nearest centroid is also a target image's.
 
     Gadre et al. 2023 (DataComp), "Image-based filtering": captions in English by fastText, of more than 1 fastText
     token and more than 5 characters; of k centroids the one with the largest inner product with the embedding must be
-    that of at least one target picture. DataComp releases the centroids of its pools (k = 100,000) and takes the
-    embeddings of ImageNet-1k's training pictures as targets, both by OpenAI's ViT-L/14. With `clip_score` under `all`
+    that of at least one target image. DataComp releases the centroids of its pools (k = 100,000) and takes the
+    embeddings of ImageNet-1k's training images as targets, both by OpenAI's ViT-L/14. With `clip_score` under `all`
     this is its "image-based ∩ CLIP score". `image_cluster` is the same without the captions.
 
-    Deviations: a target picture whose embedding is not finite counts as none; so does a sample's, which never passes.
+    Deviations: a target image whose embedding is not finite counts as none; so does a sample's, which never passes.
 
     Args:
         target: embeddings as a .npy file (float16 or float32, shape [m, d]), a folder of shards with the target
-            pictures, or a list of the one or of the other.
+            images, or a list of the one or of the other.
         centroids: .npy file, shape [k, d]; None to find them by k-means on the pool's embeddings.
         clusters: k, when there is no file.
         features: the pool's column of image embeddings; None for `clip.image` where a target is a folder, which the
@@ -134,17 +134,17 @@ class ImageBased(Filter):
             target = view.target(name)
             shapes[name] = (len(target), dimensions(target, self.target_columns()[0]) or 0)
         if len(known) == len(self.targets()) and not sum(rows for rows, _ in shapes.values()):
-            raise WinnowError("the target set is empty", where=", ".join(self._named()), do="Give one with pictures.")
+            raise WinnowError("the target set is empty", where=", ".join(self._named()), do="Give one with images.")
         found = {f"the pool's {self.column}": dimensions(view, self.column)}
         if self.centroids is not None:
             found[f"the centroids {self.centroids}"] = matrix_shape(self.centroids)[1]
             if not matrix_shape(self.centroids)[0]:
                 raise WinnowError("holds no centroid", where=self.centroids, do="Leave it out to cluster the pool.")
         found |= {f"the target {name}": width for name, (rows, width) in shapes.items() if rows}
-        widths = {place: width for place, width in found.items() if width}
+        widths = {source: width for source, width in found.items() if width}
         if len(set(widths.values())) > 1:
             raise WinnowError(
-                "embeddings differ in dimension: " + ", ".join(f"{place} has {n}" for place, n in widths.items()),
+                "embeddings differ in dimension: " + ", ".join(f"{source} has {n}" for source, n in widths.items()),
                 where="image_based",
                 do="All must come from one model; name the pool's column of its embeddings as `features`.",
             )
@@ -156,17 +156,17 @@ class ImageBased(Filter):
         else:
             pool = sample_vectors(view, self.column, self.clusters, self.sample, self.seed)
             centroids = train_centroids(pool, self.clusters, seed=self.seed, sample=len(pool), search=self.search)
-        nearest = Nearest(centroids, self.search)
+        nearest_centroid = NearestCentroid(centroids, self.search)
         hit = np.zeros(len(centroids), dtype=bool)
         for number, vectors in enumerate(self._target_embeddings(view)):
             if number == 0:
-                nearest.tune(vectors)
-            hit[nearest(vectors)] = True
+                nearest_centroid.tune(vectors)
+            hit[nearest_centroid(vectors)] = True
         if not hit.any():
             raise WinnowError(
-                "the target set has no usable picture", where=", ".join(self._named()), do="Give one that has."
+                "the target set has no usable image", where=", ".join(self._named()), do="Give one that has."
             )
-        return fitted_state(nearest, hit)
+        return fitted_state(nearest_centroid, hit)
 
     def _target_embeddings(self, view: View, block: int = 1 << 16) -> Any:
         for name in self.arrays():
@@ -187,7 +187,7 @@ class ImageBased(Filter):
         finite = np.isfinite(wanted).all(axis=1)
         rows, wanted = rows[finite], wanted[finite]
         mask[:] = False
-        mask[rows] = state["hit"][nearest_of(state)(wanted)]
+        mask[rows] = state["hit"][nearest_centroid_of(state)(wanted)]
         return mask
 
     def report(self, state: State) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Image-based filtering: keep the clusters of the pool that a target set's pictures fall into."""
+"""Image-based filtering: keep the clusters of the pool that a target set's images fall into."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pyarrow as pa
 from winnow.curation.filters.base import Filter, State
 from winnow.curation.measures.clip import as_matrix
 from winnow.curation.search.kmeans import (
-    Nearest,
+    NearestCentroid,
     check_clusters,
     enough,
     fitted_state,
-    nearest_of,
+    nearest_centroid_of,
     sample_vectors,
     train_centroids,
 )
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageCluster(Filter):
-    """Cluster the pool's image embeddings; keep clusters that are the nearest of at least one target picture.
+    """Cluster the pool's image embeddings; keep clusters that are the nearest of at least one target image.
 
     Gadre et al. 2023 (DataComp), "image-based filtering", without its caption pre-filter. DataComp uses 100,000
-    clusters and the ImageNet training pictures as targets; nearest is by inner product.
+    clusters and the ImageNet training images as targets; nearest is by inner product.
 
     Args:
-        target: folder of shards with the target pictures, or a list of folders.
+        target: folder of shards with the target images, or a list of folders.
         clusters: k.
-        min_hits: target pictures that a cluster needs to be kept (DataComp: 1).
+        min_hits: target images that a cluster needs to be kept (DataComp: 1).
         seed: of k-means.
         sample: pool embeddings to train k-means on; None for 256 a cluster, fewer if those took more than 8 GiB.
         iterations: of k-means.
@@ -82,26 +82,26 @@ class ImageCluster(Filter):
         if all(name in view.targets for name in self.targets()) and not sum(
             len(view.target(name)) for name in self.targets()
         ):
-            raise WinnowError("the target set is empty", where=", ".join(self.targets()), do="Give one with pictures.")
+            raise WinnowError("the target set is empty", where=", ".join(self.targets()), do="Give one with images.")
 
     def fit(self, view: View) -> State:
         pool = sample_vectors(view, self.column, self.clusters, self.sample, self.seed)
         centroids = train_centroids(
             pool, self.clusters, seed=self.seed, iterations=self.iterations, sample=len(pool), search=self.search
         )
-        nearest = Nearest(centroids, self.search)
-        nearest.tune(pool)
+        nearest_centroid = NearestCentroid(centroids, self.search)
+        nearest_centroid.tune(pool)
         hits = np.zeros(self.clusters, np.int64)
         for name in self.targets():
             for batch in view.target(name).batches((self.column,)):
-                hits += np.bincount(nearest(_embeddings(batch[self.column])), minlength=self.clusters)
+                hits += np.bincount(nearest_centroid(_embeddings(batch[self.column])), minlength=self.clusters)
         if not hits.any():
-            raise WinnowError("the target set has no usable picture", where=", ".join(self.targets()))
-        return fitted_state(nearest, hits)
+            raise WinnowError("the target set has no usable image", where=", ".join(self.targets()))
+        return fitted_state(nearest_centroid, hits)
 
     def keep(self, batch: pa.Table, state: State) -> np.ndarray:
         vectors, present = as_matrix(batch[self.column])
-        return (state["hit"] >= self.min_hits)[nearest_of(state)(vectors)] & present
+        return (state["hit"] >= self.min_hits)[nearest_centroid_of(state)(vectors)] & present
 
     def report(self, state: State) -> dict[str, Any]:
         return {

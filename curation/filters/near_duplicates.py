@@ -1,4 +1,4 @@
-"""Near duplicates: of pictures that are almost the same, one stays."""
+"""Near duplicates: of images that are almost the same, one stays."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from winnow.curation.columns.pool_columns import Chosen, check_scope, chosen, gather
+from winnow.curation.columns.pool_columns import SelectionFilter, as_state, check_scope, collect
 from winnow.curation.filters.base import State
 from winnow.curation.search.hamming import hamming_pairs
 from winnow.curation.search.neighbours import cosine_pairs, first_of_groups
@@ -22,11 +22,11 @@ _JOIN = ("greedy", "components")
 
 
 @dataclass(frozen=True)
-class NearDuplicates(Chosen):
-    """Keep of pictures near each other one, the best by a score or the first.
+class NearDuplicates(SelectionFilter):
+    """Keep of images near each other one, the best by a score or the first.
 
-    Two pictures are near when their perceptual hashes (measure `image_hash`, 64 bits) differ in at most `radius` bits,
-    or when the cosine of their embeddings is at least `cosine`. Nearness does not carry on from picture to picture, so
+    Two images are near when their perceptual hashes (measure `image_hash`, 64 bits) differ in at most `radius` bits,
+    or when the cosine of their embeddings is at least `cosine`. Nearness does not carry on from image to image, so
     there are two ways to thin out: `greedy` goes through the samples from the best, and keeps one when it is near none
     kept before, so every sample dropped has a near one kept, and no two kept are near; `components` keeps the best of
     each connected component, and may drop what is like its neighbour's neighbour alone.
@@ -69,12 +69,12 @@ class NearDuplicates(Chosen):
 
     def fit(self, view: View) -> State:
         vectors, scalars = ((), (HASH,)) if self.cosine is None else ((VECTOR,), ())
-        pool = gather(view, vectors, scalars, (self.score,) if self.score else ())
+        pool = collect(view, vectors, scalars, (self.score,) if self.score else ())
         score = pool.numbers[self.score] if self.score else np.zeros(len(pool))
         rank = _ranks(-np.nan_to_num(score, nan=-np.inf))
         if self.cosine is not None:
             near = cosine_pairs(pool.vectors[VECTOR], None, self.cosine)
-            return chosen(pool.uids, first_of_groups(*near, rank, self.join))
+            return as_state(pool.uids, first_of_groups(*near, rank, self.join))
         assert self.radius is not None
         # Equal hashes are as one: what is near one of them is near all, and the best of them speaks for them.
         values, owner = np.unique(pool.numbers[HASH], return_inverse=True)
@@ -82,7 +82,7 @@ class NearDuplicates(Chosen):
         np.minimum.at(lead, owner, rank)
         near = hamming_pairs(values, None, self.radius)
         stays = first_of_groups(*near, _ranks(lead), self.join)
-        return chosen(pool.uids, stays[owner] & (rank == lead[owner]))
+        return as_state(pool.uids, stays[owner] & (rank == lead[owner]))
 
 
 def _ranks(keys: np.ndarray) -> np.ndarray:
@@ -95,6 +95,6 @@ def _ranks(keys: np.ndarray) -> np.ndarray:
 def check_near(name: str, radius: int | None, cosine: float | None) -> None:
     """Raises UsageError for a radius or a cosine that cannot be meant."""
     if radius is not None and not 0 <= radius <= 16:
-        raise UsageError(f"{name}: radius {radius} is not in 0 to 16", do="Unrelated pictures differ in some 32 bits.")
+        raise UsageError(f"{name}: radius {radius} is not in 0 to 16", do="Unrelated images differ in some 32 bits.")
     if cosine is not None and not 0 < cosine <= 1:
         raise UsageError(f"{name}: cosine {cosine} is not in (0, 1]")

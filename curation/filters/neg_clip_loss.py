@@ -9,13 +9,13 @@ import numpy as np
 
 from winnow.curation.columns.pool_columns import (
     MODELS,
-    Chosen,
+    SelectionFilter,
+    as_state,
     assign_fields,
-    chosen,
-    gather,
+    collect,
     passing,
 )
-from winnow.curation.columns.threshold import Cut
+from winnow.curation.columns.threshold import Threshold
 from winnow.curation.filters.base import State
 from winnow.infra.errors import UsageError
 from winnow.infra.registry import unknown
@@ -27,7 +27,7 @@ _ROWS = 2048
 
 
 @dataclass(frozen=True, init=False)
-class NegClipLoss(Chosen):
+class NegClipLoss(SelectionFilter):
     """Keep samples whose negative CLIP loss, averaged over random batches, is largest.
 
     Wang et al. 2024 ("CLIPLoss and Norm-Based Data Selection Methods"), section 3.1: for sample i in a batch B, with
@@ -74,15 +74,15 @@ class NegClipLoss(Chosen):
         of: str = "pool",
     ) -> None:
         assign_fields(self, locals())
-        self.cut.check(self.name)
+        self.cutoff.check(self.name)
         if tau <= 0 or batch_size < 1 or batches < 1:
             raise UsageError("neg_clip_loss: tau is above 0, batch_size and batches start at 1")
         if self.model not in MODELS:
             raise unknown("model for neg_clip_loss", self.model, MODELS)
 
     @property
-    def cut(self) -> Cut:
-        return Cut(self.fraction, self.threshold, self.budget, self.of)
+    def cutoff(self) -> Threshold:
+        return Threshold(self.fraction, self.threshold, self.budget, self.of)
 
     def columns(self) -> tuple[str, ...]:
         return ("uid", *self.numeric())
@@ -91,12 +91,12 @@ class NegClipLoss(Chosen):
         return MODELS[self.model][:2]
 
     def fit(self, view: View) -> State:
-        pool = gather(view, self.numeric())
+        pool = collect(view, self.numeric())
         rng = np.random.default_rng(self.seed)
         divisions = [rng.permutation(len(pool)) for _ in range(self.batches)]
         image, text = (pool.vectors[name] for name in self.numeric())
         scores = neg_clip_loss(image, text, divisions, self.tau, self.batch_size)
-        return chosen(pool.uids, passing(self.cut, pool.uids, scores, pool.total))
+        return as_state(pool.uids, passing(self.cutoff, pool.uids, scores, pool.total))
 
 
 def neg_clip_loss(
@@ -125,8 +125,8 @@ def neg_clip_loss(
             g = torch.from_numpy(np.asarray(text[rows], np.float32)).to(device)
             over_images = torch.full((len(rows),), -torch.inf, device=device)
             over_texts = []
-            for some in f.split(_ROWS):
-                logits = some @ g.T / tau
+            for batch in f.split(_ROWS):
+                logits = batch @ g.T / tau
                 over_texts.append(torch.logsumexp(logits, 1))
                 over_images = torch.logaddexp(over_images, torch.logsumexp(logits, 0))
             norm[rows] += (torch.cat(over_texts) + over_images).double().cpu().numpy()

@@ -1,4 +1,4 @@
-"""NormSim: keep samples whose picture is like the pictures of a target set."""
+"""NormSim: keep samples whose image is like the images of a target set."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from winnow.curation.columns.pool_columns import (
-    Chosen,
+    SelectionFilter,
+    as_state,
     assign_fields,
-    chosen,
     dimensions,
     passing,
     split_targets,
     target_vectors,
 )
-from winnow.curation.columns.threshold import Cut
+from winnow.curation.columns.threshold import Threshold
 from winnow.curation.filters.base import State
 from winnow.curation.measures.clip import as_matrix
 from winnow.infra.errors import UsageError, WinnowError
@@ -30,8 +30,8 @@ _ROWS = 1024
 
 
 @dataclass(frozen=True, init=False)
-class NormSim(Chosen):
-    """Keep samples whose p-norm of the cosines with all target pictures is largest.
+class NormSim(SelectionFilter):
+    """Keep samples whose p-norm of the cosines with all target images is largest.
 
     Wang et al. 2024 ("CLIPLoss and Norm-Based Data Selection Methods"), section 3.2, with f the image embedding:
 
@@ -41,7 +41,7 @@ class NormSim(Chosen):
     what negCLIPLoss or the CLIP score has kept, which a tree says.
 
     Args:
-        target: folder of shards with the target pictures, .npy file of their embeddings, or a list of such.
+        target: folder of shards with the target images, .npy file of their embeddings, or a list of such.
         p: 2 or "inf".
         fraction, threshold, keep, of: where to cut, as for `clip_score` (the paper: threshold 0.7 for p = inf).
         column: the pool's embeddings, by the model that embedded the targets (`l14_img` in DataComp's metadata).
@@ -71,15 +71,15 @@ class NormSim(Chosen):
         of: str = "pool",
     ) -> None:
         assign_fields(self, locals())
-        self.cut.check(self.name)
+        self.cutoff.check(self.name)
         if not target:
             raise UsageError("norm_sim: the target is empty")
         if p not in (2, "inf"):
             raise UsageError(f'norm_sim: p is 2 or "inf", not {p!r}')
 
     @property
-    def cut(self) -> Cut:
-        return Cut(self.fraction, self.threshold, self.budget, self.of)
+    def cutoff(self) -> Threshold:
+        return Threshold(self.fraction, self.threshold, self.budget, self.of)
 
     def columns(self) -> tuple[str, ...]:
         return ("uid", self.column)
@@ -98,7 +98,7 @@ class NormSim(Chosen):
         for name in split_targets(self.target)[1]:
             rows, dim = matrix_shape(name)
             if not rows:
-                raise WinnowError("the target set is empty", where=name, do="Give one with pictures.")
+                raise WinnowError("the target set is empty", where=name, do="Give one with images.")
             if width is not None and dim != width:
                 raise WinnowError(
                     f'the pool\'s "{self.column}" has {width} dimensions, the targets {dim}',
@@ -120,7 +120,7 @@ class NormSim(Chosen):
             uids.append(decode_uids(batch["uid"]))
         values = np.concatenate(scores)
         found = np.concatenate(uids)
-        return chosen(found, passing(self.cut, found, values, len(values)))
+        return as_state(found, passing(self.cutoff, found, values, len(values)))
 
 
 def norm_sim(vectors: np.ndarray, target: np.ndarray, p: int | str) -> np.ndarray:

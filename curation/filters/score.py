@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from winnow.curation.columns.threshold import Cut, scores_of
+from winnow.curation.columns.threshold import Threshold, scores_of
 from winnow.curation.filters.base import Filter, State
 from winnow.curation.filters.clip_score import MODELS
 from winnow.curation.measures import MEASURES
@@ -66,7 +66,7 @@ class Score(Filter):
         values = {"weights": pairs, "fraction": fraction, "threshold": threshold, "budget": keep, "of": of}
         for name, value in values.items():
             object.__setattr__(self, name, value)
-        self.cut.check(self.name)
+        self.cutoff.check(self.name)
         if not pairs:
             raise UsageError("score has no weights", do="Write them as `score: {clip: 0.5, aesthetic: 0.5, …}`.")
         for name, weight in pairs:
@@ -79,20 +79,20 @@ class Score(Filter):
 
     @classmethod
     def read(cls, params: Mapping[str, Any]) -> dict[str, Any]:
-        own = {key: value for key, value in params.items() if key in (*_OWN, "weights")}
-        weights = {key: value for key, value in params.items() if key not in own}
-        return own if "weights" in own and not weights else own | {"weights": weights}
+        local = {key: value for key, value in params.items() if key in (*_OWN, "weights")}
+        weights = {key: value for key, value in params.items() if key not in local}
+        return local if "weights" in local and not weights else local | {"weights": weights}
 
     def arguments(self) -> dict[str, Any]:
         return super().arguments() | {"weights": dict(self.weights)}
 
     def given(self) -> dict[str, Any]:
-        own = super().given()
-        return {**own.pop("weights"), **own}
+        local = super().given()
+        return {**local.pop("weights"), **local}
 
     @property
-    def cut(self) -> Cut:
-        return Cut(self.fraction, self.threshold, self.budget, self.of)
+    def cutoff(self) -> Threshold:
+        return Threshold(self.fraction, self.threshold, self.budget, self.of)
 
     def scores(self) -> dict[str, float]:
         """The weight of each column."""
@@ -103,7 +103,7 @@ class Score(Filter):
         return weights
 
     def columns(self) -> tuple[str, ...]:
-        return (*self.scores(), *self.cut.columns)
+        return (*self.scores(), *self.cutoff.columns)
 
     def numeric(self) -> tuple[str, ...]:
         return tuple(self.scores())
@@ -111,16 +111,16 @@ class Score(Filter):
     def fit(self, view: View) -> State:
         columns = tuple(self.scores())
         pool = view.whole
-        share = min(1.0, RANKED / max(len(pool), 1))
+        fraction = min(1.0, RANKED / max(len(pool), 1))
         found: dict[str, list[np.ndarray]] = {column: [] for column in columns}
-        for batch in pool.batches(columns if share == 1 else ("uid", *columns)):
-            if share < 1:
-                batch = batch.filter(mask_array(hash_unit(decode_uids(batch["uid"]), 0, "rank") < share))
+        for batch in pool.batches(columns if fraction == 1 else ("uid", *columns)):
+            if fraction < 1:
+                batch = batch.filter(mask_array(hash_unit(decode_uids(batch["uid"]), 0, "rank") < fraction))
             for column in columns:
                 values = scores_of(batch, column).astype(np.float64)
                 found[column].append(values[~np.isnan(values)])
         ranks = {f"sorted {column}": np.sort(np.concatenate(parts)) for column, parts in found.items() if parts}
-        return ranks | self.cut.fit(view, columns, lambda batch: self.total(batch, ranks))
+        return ranks | self.cutoff.fit(view, columns, lambda batch: self.total(batch, ranks))
 
     def total(self, batch: pa.Table, state: State) -> np.ndarray:
         """The weighted sum of ranks; float64, NaN where a score is missing, shape [n]."""
@@ -130,7 +130,7 @@ class Score(Filter):
         return total
 
     def keep(self, batch: pa.Table, state: State) -> np.ndarray:
-        return self.cut.keep(self.total(batch, state), batch, state)
+        return self.cutoff.keep(self.total(batch, state), batch, state)
 
     def explain(self, batch: pa.Table, state: State) -> dict[str, Any]:
         total = float(self.total(batch, state)[0])

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from winnow.curation.columns.pool_columns import Chosen, chosen, gather, passing
-from winnow.curation.columns.threshold import Cut
+from winnow.curation.columns.pool_columns import SelectionFilter, as_state, collect, passing
+from winnow.curation.columns.threshold import Threshold
 from winnow.curation.filters.base import State
 from winnow.curation.search.kmeans import assign, enough, train_centroids
 from winnow.curation.search.neighbours import runs
@@ -24,7 +24,7 @@ _BLOCK = 4096
 
 
 @dataclass(frozen=True)
-class SemDeDup(Chosen):
+class SemDeDup(SelectionFilter):
     """Drop a sample whose cosine with one before it in its cluster exceeds 1 - epsilon.
 
     Abbas et al. 2023 (SemDeDup), section 3 and algorithm A7. The embeddings are clustered by spherical k-means;
@@ -61,17 +61,17 @@ class SemDeDup(Chosen):
             raise UsageError("semdedup takes either an epsilon or a fraction", do="Give exactly one.")
         if self.epsilon is not None and not 0 <= self.epsilon <= 1:
             raise UsageError(f"semdedup: epsilon {self.epsilon} is not in [0, 1]", do="It is 1 minus a cosine.")
-        self.cut.check(self.name)
+        self.cutoff.check(self.name)
         if self.clusters < 1:
             raise UsageError("semdedup: clusters start at 1")
         if self.which_to_keep not in _KEEP:
             raise unknown("which_to_keep for semdedup", self.which_to_keep, _KEEP)
 
     @property
-    def cut(self) -> Cut:
+    def cutoff(self) -> Threshold:
         """Of minus the likeness."""
         threshold = None if self.epsilon is None else self.epsilon - 1
-        return Cut(self.fraction, threshold, None, self.of if self.fraction is not None else "pool")
+        return Threshold(self.fraction, threshold, None, self.of if self.fraction is not None else "pool")
 
     def columns(self) -> tuple[str, ...]:
         return ("uid", self.column)
@@ -83,17 +83,17 @@ class SemDeDup(Chosen):
         enough(self.name, self.clusters, len(view))
 
     def fit(self, view: View) -> State:
-        pool = gather(view, (self.column,))
+        pool = collect(view, (self.column,))
         vectors = pool.vectors[self.column]
         centroids = train_centroids(vectors, self.clusters, seed=self.seed)
         label = assign(vectors, centroids)
         if self.which_to_keep == "random":
-            place = hash_unit(pool.uids, self.seed, "semdedup")
+            sort_key = hash_unit(pool.uids, self.seed, "semdedup")
         else:
-            place = _similarity(vectors, centroids, label) * (1 if self.which_to_keep == "hard" else -1)
-        likeness = likeness_before(vectors, label, place)
-        mask = passing(self.cut, pool.uids, -likeness, pool.total)
-        return chosen(pool.uids, mask, epsilon=np.array(1 - likeness[mask].max(initial=0)))
+            sort_key = _similarity(vectors, centroids, label) * (1 if self.which_to_keep == "hard" else -1)
+        likeness = likeness_before(vectors, label, sort_key)
+        mask = passing(self.cutoff, pool.uids, -likeness, pool.total)
+        return as_state(pool.uids, mask, epsilon=np.array(1 - likeness[mask].max(initial=0)))
 
 
 def _similarity(vectors: np.ndarray, centroids: np.ndarray, label: np.ndarray) -> np.ndarray:
@@ -105,7 +105,7 @@ def _similarity(vectors: np.ndarray, centroids: np.ndarray, label: np.ndarray) -
     return result
 
 
-def likeness_before(vectors: np.ndarray, label: np.ndarray, place: np.ndarray) -> np.ndarray:
+def likeness_before(vectors: np.ndarray, label: np.ndarray, sort_key: np.ndarray) -> np.ndarray:
     """Each sample's largest cosine with those of its cluster that stand before it, at least 0. float32, shape [n].
 
     Args:
@@ -113,7 +113,7 @@ def likeness_before(vectors: np.ndarray, label: np.ndarray, place: np.ndarray) -
         label: cluster of each, shape [n].
         place: what a cluster is sorted by, rising; equal ones by their number. Shape [n].
     """
-    order = np.lexsort((np.arange(len(label)), place, label))
+    order = np.lexsort((np.arange(len(label)), sort_key, label))
     result = np.zeros(len(label), np.float32)
     for low, high in runs(label[order]):
         members = order[low:high]

@@ -1,4 +1,4 @@
-"""The aesthetic score of a picture, by a head on its CLIP embedding."""
+"""The aesthetic score of an image, by a head on its CLIP embedding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from winnow.infra.io.storage import digest_file
 class Aesthetic(Measure):
     """`aesthetic.score`: about 1 to 10, float32.
 
-    Schuhmann et al. 2022 (LAION-5B), LAION-Aesthetics: a head trained on ratings of pictures over their L2-normalised
+    Schuhmann et al. 2022 (LAION-5B), LAION-Aesthetics: a head trained on ratings of images over their L2-normalised
     CLIP embedding. LAION's are for OpenAI's ViT-L/14: the linear one (`sa_0_4_vit_l_14_linear`) and "improved aesthetic
     predictor" (`sac+logos+ava1-l14-linearMSE`), five linear layers with nothing between them at inference; convert the
     published .pth to .safetensors with the same names. The recipe's scorer must be the model of the head.

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from winnow.infra.errors import UsageError
 from winnow.infra.io.storage import digest_json
+from winnow.infra.stages.resources import Resources
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,8 +23,8 @@ class Samples:
 
     Attributes:
         table: the wanted columns, of the pool and of other measures (`clip.image`), shape [n].
-        images: decoded RGB pictures, None where undecodable; empty when no measure wants pixels. Length n.
-        encoded: the pictures' files as bytes; empty when no measure wants them. Length n.
+        images: decoded RGB images, None where undecodable; empty when no measure wants pixels. Length n.
+        encoded: the images' files as bytes; empty when no measure wants them. Length n.
     """
 
     table: pa.Table
@@ -41,11 +42,11 @@ class Measure(abc.ABC):
     Class attributes:
         name: what columns are called by: `clip.score` is column `score` of measure `clip`.
         version: raise it when the values change.
-        pixels: whether it wants decoded pictures.
-        encoded: whether it wants the pictures' files as they are.
+        pixels: whether it wants decoded images.
+        encoded: whether it wants the images' files as they are.
         reads: pool columns it wants.
         derived: columns of other measures it wants (`clip.image`); those measures run before it. A measure that has
-            any gets no pictures.
+            any gets no images.
         summary: one line for `winnow ls measures`.
     """
 
@@ -72,9 +73,9 @@ class Measure(abc.ABC):
         return tuple(dict.fromkeys(column.partition(".")[0] for column in cls.derived))
 
     @property
-    def gpus(self) -> float:
-        """GPUs it asks for; negative: if there are any."""
-        return 0
+    def resources(self) -> Resources:
+        """What it takes beside decoding."""
+        return Resources(0)
 
     @abc.abstractmethod
     def schema(self) -> pa.Schema:

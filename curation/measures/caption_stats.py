@@ -21,7 +21,7 @@ class CaptionStats(Measure):
     Columns: `digits`, `punctuation`, `upper`: decimal digits, punctuation and upper-case letters (Unicode categories
     Nd, P, Lu) over all characters, float32, 0 for an empty caption; `word_length`: characters that are not white space
     per whitespace-separated word, float32, 0 without words; `file_name`: the trimmed caption is one word ending in a
-    picture's extension, or a camera's numbered name, bool.
+    image's extension, or a camera's numbered name, bool.
     """
 
     name: ClassVar[str] = "caption_stats"
@@ -30,13 +30,13 @@ class CaptionStats(Measure):
     summary: ClassVar[str] = "shares of digits, punctuation, upper case; word length; whether it is a file name"
 
     def schema(self) -> pa.Schema:
-        shares = [(name, pa.float32()) for name in ("digits", "punctuation", "upper", "word_length")]
-        return pa.schema([*shares, ("file_name", pa.bool_())])
+        fractions = [(name, pa.float32()) for name in ("digits", "punctuation", "upper", "word_length")]
+        return pa.schema([*fractions, ("file_name", pa.bool_())])
 
     def compute(self, samples: Samples) -> pa.Table:
         text = samples.table["text"].combine_chunks().cast(pa.string())
         length = pc.max_element_wise(pc.utf8_length(text), 1, skip_nulls=False)
-        shares = [
+        fractions = [
             pc.divide(pc.count_substring_regex(text, pattern).cast(pa.float32()), length.cast(pa.float32()))
             for pattern in (r"\p{Nd}", r"\p{P}", r"\p{Lu}")
         ]
@@ -49,5 +49,5 @@ class CaptionStats(Measure):
         )
         trimmed = pc.utf8_trim_whitespace(text)
         file = pc.or_(pc.match_substring_regex(trimmed, _FILE), pc.match_substring_regex(trimmed, _CAMERA))
-        columns = [column.cast(pa.float32()) for column in (*shares, word_length)]
+        columns = [column.cast(pa.float32()) for column in (*fractions, word_length)]
         return pa.table([*columns, file], schema=self.schema())

@@ -1,4 +1,4 @@
-"""CLIP embeddings of picture and caption, and their cosine (Radford et al. 2021; Hessel et al. 2021, CLIPScore)."""
+"""CLIP embeddings of image and caption, and their cosine (Radford et al. 2021; Hessel et al. 2021, CLIPScore)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from winnow.curation.measures.base import Measure, Samples
+from winnow.infra.stages.resources import Resources
 
 if TYPE_CHECKING:
     from winnow.pretrain.encoder import Encoder
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 class Clip(Measure):
     """`clip.image`, `clip.text`: L2-normalised embeddings, float16 lists of fixed size; `clip.score`: their cosine.
 
-    The score is the float32 inner product of the float32 embeddings, before they are rounded to float16. A picture
+    The score is the float32 inner product of the float32 embeddings, before they are rounded to float16. An image
     without a caption (a target set's) has an image embedding alone.
 
     Args:
@@ -41,8 +42,8 @@ class Clip(Measure):
         return {"encoder": self.digest}
 
     @property
-    def gpus(self) -> float:
-        return {"cuda": 1, "auto": -1}.get(self.device, 0)
+    def resources(self) -> Resources:
+        return Resources(gpus=0 if self.device == "cpu" else 1, gpu_optional=self.device == "auto")
 
     def _encoder(self) -> Encoder:
         from winnow.pretrain.encoder import load_encoder
@@ -63,7 +64,7 @@ class Clip(Measure):
         read = np.array([text is not None for text in captions], dtype=bool)
         image, text = np.zeros((n, dim), np.float32), np.zeros((n, dim), np.float32)
         if seen.any():
-            crops = torch.stack([encoder.crop(picture) for picture in samples.images if picture is not None])
+            crops = torch.stack([encoder.crop(shown) for shown in samples.images if shown is not None])
             image[seen] = encoder.encode_images(encoder.normalise(crops))
         if read.any() and encoder.has_text:
             text[read] = encoder.encode_texts([caption for caption in captions if caption is not None])

@@ -1,4 +1,4 @@
-"""The digest of the picture's file."""
+"""The digest of the image's file."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from winnow.curation.measures.base import Measure, Samples
 
 @dataclass(frozen=True)
 class Content(Measure):
-    """`content.sha256`: of the picture's file as it lies in the shard, 64 hexadecimal digits."""
+    """`content.sha256`: of the image's file as it lies in the shard, 64 hexadecimal digits."""
 
     name: ClassVar[str] = "content"
     version: ClassVar[int] = 1
     encoded: ClassVar[bool] = True
-    summary: ClassVar[str] = "sha256 of the picture's file"
+    summary: ClassVar[str] = "sha256 of the image's file"
 
     def schema(self) -> pa.Schema:
         return pa.schema([("sha256", pa.string())])

@@ -31,7 +31,8 @@ class Entity(Measure):
     or adverb shares with a listed noun matches too, as it does in DataComp.
 
     Args:
-        dictionary: folder of WordNet 3.0's dictionary files; None to look for it (`winnow.curation.measures.wordnet.places`).
+        dictionary: folder of WordNet 3.0's dictionary files; None to search for it
+            (`winnow.curation.measures.wordnet.candidate_folders`).
         synsets: text file with one synset a line, as n01440764; None for ImageNet-21k's 21,843, which timm brings.
     """
 
@@ -112,13 +113,13 @@ def _list_url(path: str | None) -> str:
             raise WinnowError("no such list of synsets", where=path)
         return path
     spec = importlib.util.find_spec("timm")  # without importing it
-    place = Path(spec.origin if spec and spec.origin else "").parent / "data/_info/imagenet21k_goog_synsets.txt"
-    if not place.is_file():
+    shipped = Path(spec.origin if spec and spec.origin else "").parent / "data/_info/imagenet21k_goog_synsets.txt"
+    if not shipped.is_file():
         raise WinnowError(
             "ImageNet-21k's list of synsets comes with timm, which is not here",
             do="Install timm, or give the measure `entity` a list as `synsets`.",
         )
-    return str(place)
+    return str(shipped)
 
 
 @functools.lru_cache(maxsize=2)

@@ -97,7 +97,7 @@ def apply_head(path: str, vectors: np.ndarray, relu: bool = False, sigmoid: bool
 
 
 def prompt_probability(vectors: np.ndarray, yes: np.ndarray, no: np.ndarray, logit_scale: float) -> np.ndarray:
-    """How much a picture goes with a prompt rather than its opposite, averaged over pairs of prompts.
+    """How much an image goes with a prompt rather than its opposite, averaged over pairs of prompts.
 
     Wang, Chan & Loy 2023 (CLIP-IQA), equations 1 and 2: with s the scaled cosines, exp(s_yes) / (exp(s_yes) +
     exp(s_no)); several pairs are averaged.

@@ -1,4 +1,4 @@
-"""A perceptual hash of the picture (pHash)."""
+"""A perceptual hash of the image (pHash)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SIDE, _LOW = 32, 8
 
 @dataclass(frozen=True)
 class ImageHash(Measure):
-    """`image_hash.phash`: 64-bit pHash, uint64; near pictures differ in few bits.
+    """`image_hash.phash`: 64-bit pHash, uint64; near images differ in few bits.
 
     Zauner 2010 ("Implementation and Benchmarking of Perceptual Image Hash Functions"), the DCT hash, as the Python
     package ImageHash computes it: luma (ITU-R 601), scaled to 32 x 32 by Lanczos, DCT-II along both axes, of which the
@@ -28,7 +28,7 @@ class ImageHash(Measure):
     name: ClassVar[str] = "image_hash"
     version: ClassVar[int] = 1
     pixels: ClassVar[bool] = True
-    summary: ClassVar[str] = "64-bit perceptual hash (pHash) of the picture"
+    summary: ClassVar[str] = "64-bit perceptual hash (pHash) of the image"
 
     def schema(self) -> pa.Schema:
         return pa.schema([("phash", pa.uint64())])
@@ -47,7 +47,7 @@ def _luma(image: Image.Image) -> np.ndarray:
 
 
 def phash(luma: np.ndarray) -> np.ndarray:
-    """pHash of pictures of 32 x 32 luma, shape [n, 32, 32]; uint64, shape [n]."""
+    """pHash of images of 32 x 32 luma, shape [n, 32, 32]; uint64, shape [n]."""
     basis = _cosines()
     low = (basis @ luma @ basis.T).reshape(len(luma), _LOW * _LOW)
     bits = low > np.median(low, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Whether a picture is not safe for work."""
+"""Whether an image is not safe for work."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ class Nsfw(Prompted):
     summary: ClassVar[str] = "probability of sexual content, by a head or prompts on the CLIP embedding"
     prompts: ClassVar[tuple[tuple[str, str], ...]] = (
         ("a photo of a naked person", "a photo of a dressed person"),
-        ("pornography", "a picture for all ages"),
+        ("pornography", "an image for all ages"),
         ("an explicit sexual image", "an image without sexual content"),
     )

@@ -1,4 +1,4 @@
-"""How sharp a picture is, and how much is in it."""
+"""How sharp an image is, and how much is in it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from winnow.curation.measures.base import Measure, Samples
 class Quality(Measure):
     """`quality.sharpness`: variance of the luma's Laplacian; `quality.entropy`: of its histogram, in bits. float32.
 
-    Luma is ITU-R 601, 0 to 255, at the picture's own size, on which sharpness depends. The Laplacian is the kernel
+    Luma is ITU-R 601, 0 to 255, at the image's own size, on which sharpness depends. The Laplacian is the kernel
     [[0, 1, 0], [1, -4, 1], [0, 1, 0]] over all pixels with four neighbours (Pech-Pacheco et al. 2000; OpenCV's also
-    takes the border, mirrored); a picture narrower than 3 pixels has none and is null. The entropy is
+    takes the border, mirrored); an image narrower than 3 pixels has none and is null. The entropy is
     -sum p log2 p over 256 bins of one grey level each, 0 to 8.
     """
 
@@ -37,7 +37,7 @@ class Quality(Measure):
 
 
 def quality(image: Image.Image) -> tuple[float | None, float]:
-    """(sharpness, entropy) of a picture."""
+    """(sharpness, entropy) of an image."""
     grey = image.convert("L")
     counts = np.asarray(grey.histogram(), dtype=np.float64)
     p = counts[counts > 0] / counts.sum()

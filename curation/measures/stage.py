@@ -1,4 +1,4 @@
-"""The measure stage: columns for every shard, each picture decoded once for all measures that want it."""
+"""The measure stage: columns for every shard, each image decoded once for all measures that want it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from winnow.curation.columns.table import View
 from winnow.curation.measures.base import Measure, Samples
 from winnow.infra.errors import UsageError
 from winnow.infra.io import storage
-from winnow.infra.io.images import PictureError, decode_picture
+from winnow.infra.io.images import ImageError, decode_image
 from winnow.infra.io.storage import digest_json
 from winnow.infra.pool.pool import Pool, Shard
+from winnow.infra.stages.resources import Resources
 from winnow.infra.stages.stage import (
     Output,
     Record,
-    SetAside,
+    Skipped,
     Stage,
     Unit,
     read_manifest,
@@ -36,7 +37,7 @@ class MeasureStage(Stage):
     """Compute measures over an indexed pool.
 
     Each (measure, shard) is a unit with a file of its own, `MEASURE-ID/SHARD.parquet`, rows as in the shard's view;
-    the units of a shard form a group, so what is missing of it is computed from one reading of its pictures. Measures
+    the units of a shard form a group, so what is missing of it is computed from one reading of its images. Measures
     of other measures' columns come after those and read their files; what they read is part of their id.
 
     Args:
@@ -55,15 +56,12 @@ class MeasureStage(Stage):
 
     name = "measure"
     version = 1
-    keep_orphans = True
+    keep_stale = True
 
     @property
-    def cpus(self) -> float:
-        return self.threads
-
-    @property
-    def gpus(self) -> float:
-        return max((measure.gpus for measure in self.measures), key=abs, default=0)
+    def resources(self) -> Resources:
+        wanted = max((measure.resources for measure in self.measures), key=lambda item: item.gpus, default=Resources())
+        return replace(wanted, cpus=self.threads)
 
     def params(self) -> dict[str, Any]:
         return {}
@@ -72,10 +70,10 @@ class MeasureStage(Stage):
         others = {f"columns/{name}": digest for name, (_, digest) in self.others.items()}
         return {"pool": Pool.open(self.pool).digest} | others
 
-    def places(self) -> dict[str, str]:
+    def locations(self) -> dict[str, str]:
         return {"pool": storage.absolute(self.pool)}
 
-    def beside_others(self) -> MeasureStage:
+    def with_existing(self) -> MeasureStage:
         """The same, keeping in its manifest the columns that were measured there on this pool before."""
         before = read_manifest(self.out)
         if before is None or before.stage != self.name or before.parents.get("pool") != Pool.open(self.pool).digest:
@@ -129,12 +127,12 @@ class MeasureStage(Stage):
 
     def run_group(self, units: list[Unit]) -> Iterator[tuple[Unit, Output]]:
         ids = self.ids()
-        wanted = {unit.args["measure"]: unit for unit in units}
+        wanted = {unit.runtime["measure"]: unit for unit in units}
         measures = [measure for measure in self.ordered() if measure.name in wanted]
-        shard = Pool.open(self.pool).shard(units[0].args["shard"])
+        shard = Pool.open(self.pool).shard(units[0].runtime["shard"])
         direct = [measure for measure in measures if not measure.derived]
         for together in filter(None, [direct, *([measure] for measure in measures if measure.derived)]):
-            aside: list[SetAside] = []
+            skipped: list[Skipped] = []
             with contextlib.ExitStack() as files:
                 writers = {}
                 for measure in together:
@@ -147,19 +145,19 @@ class MeasureStage(Stage):
                             compression_level=1,
                         )
                     )
-                for samples in self._samples(shard, together, ids, aside):
+                for samples in self._samples(shard, together, ids, skipped):
                     for measure in together:
                         writers[measure.name].write_table(measure.compute(samples))
             for measure in together:
-                left_out = aside if measure.pixels else []
+                left_out = skipped if measure.pixels else []
                 unit = wanted[measure.name]
                 yield unit, Output([f"{unit.name}.parquet"], shard.rows - len(left_out), left_out)
 
     def _samples(
-        self, shard: Shard, measures: list[Measure], ids: dict[str, str], aside: list[SetAside]
+        self, shard: Shard, measures: list[Measure], ids: dict[str, str], skipped: list[Skipped]
     ) -> Iterator[Samples]:
         if not any(measure.derived for measure in measures):
-            yield from read_samples(shard, measures, self.threads, aside)
+            yield from read_samples(shard, measures, self.threads, skipped)
             return
         (measure,) = measures
         view = View(Pool.open(self.pool), self.out)
@@ -178,8 +176,8 @@ class MeasureStage(Stage):
         return Output(values={"columns": columns, "digests": dict(sorted(by_id.items()))})
 
 
-def read_samples(shard: Shard, measures: list[Measure], threads: int, aside: list[SetAside]) -> Iterator[Samples]:
-    """A shard's samples in order, in batches; pictures are read and decoded ahead of the one who computes."""
+def read_samples(shard: Shard, measures: list[Measure], threads: int, skipped: list[Skipped]) -> Iterator[Samples]:
+    """A shard's samples in order, in batches; images are read and decoded ahead of the one who computes."""
     pixels = any(measure.pixels for measure in measures)
     encoded = any(measure.encoded for measure in measures)
     columns = ["uid", *dict.fromkeys(name for measure in measures for name in measure.reads)]
@@ -190,16 +188,16 @@ def read_samples(shard: Shard, measures: list[Measure], threads: int, aside: lis
             yield Samples(part, [])
         return
 
-    def load(part: pa.Table) -> tuple[list[Any], list[bytes], list[SetAside]]:
+    def load(part: pa.Table) -> tuple[list[Any], list[bytes], list[Skipped]]:
         images: list[Any] = []
-        bad: list[SetAside] = []
+        bad: list[Skipped] = []
         files = shard.image_bytes(part)
         for uid, data in zip(part["uid"].to_pylist(), files if pixels else [], strict=pixels):
             try:
-                images.append(decode_picture(data))
-            except PictureError as error:
+                images.append(decode_image(data))
+            except ImageError as error:
                 images.append(None)
-                bad.append(SetAside(uid, error.what))
+                bad.append(Skipped(uid, error.what))
         return images, files if encoded else [], bad
 
     with ThreadPoolExecutor(threads) as workers:
@@ -209,5 +207,5 @@ def read_samples(shard: Shard, measures: list[Measure], threads: int, aside: lis
             ahead[number] = None  # type: ignore[call-overload]
             if number + threads + 1 < len(slices):
                 ahead.append(workers.submit(load, slices[number + threads + 1]))
-            aside.extend(bad)
+            skipped.extend(bad)
             yield Samples(part, images, files)

@@ -1,4 +1,4 @@
-"""Whether a picture has a watermark."""
+"""Whether an image has a watermark."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def _bound(size: int, where: str) -> None:
         raise WinnowError(f"has {size:,} bytes, too many for a file of WordNet's", where=where)
 
 
-def places() -> Iterator[str]:
+def candidate_folders() -> Iterator[str]:
     """Where a dictionary may lie: WNSEARCHDIR, WNHOME and WORDNET, Debian's folder, NLTK's data folders."""
     for variable in ("WNSEARCHDIR", "WNHOME", "WORDNET"):
         if os.environ.get(variable):
@@ -177,9 +177,9 @@ def find(path: str | None = None) -> str:
         if storage.exists(storage.join(inner, "index.noun")):
             return inner
         raise WinnowError("has no index.noun", where=path, do="Give the folder of WordNet's dictionary files.")
-    for place in places():
-        if storage.exists(place if place.endswith(".zip") else storage.join(place, "index.noun")):
-            return place
+    for folder in candidate_folders():
+        if storage.exists(folder if folder.endswith(".zip") else storage.join(folder, "index.noun")):
+            return folder
     raise WinnowError(
         "WordNet's dictionary is not installed",
         do="Install the package `wordnet-base` (Debian, Ubuntu) or NLTK's `wordnet`, or give the measure `entity` its "

@@ -1,4 +1,4 @@
-"""What noise looks like: captions that are none, and pictures spoilt in known ways. Pure functions of uniform draws."""
+"""What noise looks like: captions that are none, and images spoilt in known ways. Pure functions of uniform draws."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import product
 
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
-# Uniform draws in [0, 1) that a picture's alteration may use.
+# Uniform draws in [0, 1) that an image's alteration may use.
 DRAWS = 4
 Draws = tuple[float, ...]
 
@@ -167,8 +167,8 @@ def foreign_sentence(at: float) -> str:
 
 def file_name(at: float) -> str:
     """A file name as cameras, phones and shops give them, for a place in [0, 1)."""
-    place = at * len(_FILE_NAMES)
-    return _FILE_NAMES[int(place)].format(int(place % 1 * 10_000))
+    position = at * len(_FILE_NAMES)
+    return _FILE_NAMES[int(position)].format(int(position % 1 * 10_000))
 
 
 def near_duplicates(image: Image.Image, draws: Draws) -> Image.Image:
@@ -201,7 +201,7 @@ def extreme_aspect(image: Image.Image, draws: Draws) -> Image.Image:
 
 
 def watermark(image: Image.Image, draws: Draws) -> Image.Image:
-    """A word laid over the picture in three rows, half transparent, white or black."""
+    """A word laid over the image in three rows, half transparent, white or black."""
     word = _MARKS[int(draws[0] * len(_MARKS))]
     tone = 255 if draws[1] < 0.7 else 0
     layer = Image.new("RGBA", image.size, (tone, tone, tone, 0))
@@ -209,8 +209,8 @@ def watermark(image: Image.Image, draws: Draws) -> Image.Image:
     font = _font(image.width)
     for row in range(3):
         shift = ((draws[2] + row / 3) % 1 - 0.5) * 0.3
-        place = image.width * (0.05 + shift), image.height * (row + 0.25) / 3
-        draw.text(place, word, fill=(tone, tone, tone, 150), font=font)
+        position = image.width * (0.05 + shift), image.height * (row + 0.25) / 3
+        draw.text(position, word, fill=(tone, tone, tone, 150), font=font)
     return Image.alpha_composite(image.convert("RGBA"), layer).convert("RGB")
 
 

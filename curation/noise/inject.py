@@ -1,7 +1,7 @@
 """The inject stage: known noise on any pool, drawn from (seed, uid), recorded per sample, never in the source.
 
 The result is a pool of its own: views with the columns `noise` (kind, null when clean) and `noise_of` (the uid a copy
-was made of), pictures where the source has them, and one overlay tar a shard with the altered ones. Filters can then
+was made of), images where the source has them, and one overlay tar a shard with the altered ones. Filters can then
 be judged by how much of each noise they remove.
 """
 
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from winnow.curation.noise import corrupt
 from winnow.infra.io import storage
-from winnow.infra.io.images import PictureError, decode_picture
+from winnow.infra.io.images import ImageError, decode_image
 from winnow.infra.io.storage import digest_bytes
 from winnow.infra.io.tar import TarWriter
 from winnow.infra.pool.pool import (
@@ -31,12 +31,12 @@ from winnow.infra.pool.pool import (
 )
 from winnow.infra.pool.uids import decode_uids, derived_uid, hash_unit
 from winnow.infra.stages.stage import (
-    PLACES,
     Output,
     Record,
     Stage,
     Unit,
     need_manifest,
+    read_locations,
 )
 
 KINDS = (
@@ -51,7 +51,7 @@ KINDS = (
 )
 _COPIES = ("duplicates", "near_duplicates")
 _ALTERED = ("near_duplicates", "tiny", "extreme_aspect", "watermark")
-# Columns that tell of a picture and its caption together, or of places in the picture; they do not hold for noise.
+# Columns that tell of an image and its caption together, or of places in the image; they do not hold for noise.
 _UNTRUE = ("clip_b32_similarity_score", "clip_l14_similarity_score", "face_bboxes")
 
 
@@ -64,9 +64,9 @@ class InjectConfig(BaseModel):
         near_duplicates: such a copy, slightly cropped, lighter or darker, and encoded again.
         foreign_language: a sentence in another language for a caption.
         file_name: a file name for a caption.
-        tiny: a picture of 8 to 14 pixels on the short side.
-        extreme_aspect: a picture cropped to a ratio of 4 to 8.
-        watermark: text laid over the picture.
+        tiny: an image of 8 to 14 pixels on the short side.
+        extreme_aspect: an image cropped to a ratio of 4 to 8.
+        watermark: text laid over the image.
         seed: of the draw.
     """
 
@@ -131,14 +131,14 @@ class InjectStage(Stage):
     def parents(self) -> dict[str, str]:
         return {"pool": Pool.open(self.pool).digest}
 
-    def places(self) -> dict[str, str]:
-        places = storage.read_json(storage.join(self.pool, PLACES))
-        return places | {_source_place(places): storage.absolute(self.pool)}
+    def locations(self) -> dict[str, str]:
+        locations = read_locations(self.pool)
+        return locations | {_source_location(locations): storage.absolute(self.pool)}
 
     def plan(self) -> list[Unit]:
         pool = Pool.open(self.pool)
         entries = need_manifest(self.pool, "pool").values["shards"]
-        source = _source_place(storage.read_json(storage.join(self.pool, PLACES)))
+        source = _source_location(read_locations(self.pool))
         units = []
         for shard, entry in zip(pool.shards, entries, strict=True):
             references = [
@@ -152,7 +152,7 @@ class InjectStage(Stage):
         return units
 
     def run(self, unit: Unit) -> Output:
-        args = unit.args
+        args = unit.runtime
         digest = unit.inputs["shard"]
         shard = Shard(unit.name, args["view"], tuple(args["tars"]), args["rows"], digest, tuple(args["dropped"]))
         table = shard.table()
@@ -198,8 +198,8 @@ class _Noise:
                 table = table.append_column(name, pa.nulls(table.num_rows, pa.string()))
         self.schema = table.schema
         self.rows: list[dict[str, Any]] = table.to_pylist()
-        self.own = len(self.rows)
-        # (row of the source sample, row of the new view that gets the altered picture, kind)
+        self.n_rows = len(self.rows)
+        # (row of the source sample, row of the new view that gets the altered image, kind)
         self.alters: list[tuple[int, int, str]] = []
         self._mismatch()
         self._replace_captions()
@@ -253,33 +253,33 @@ class _Noise:
         row.update({name: None for name in _UNTRUE if name in row} | changes | {"noise": kind})
 
     def alter(self, tar: TarWriter) -> None:
-        """Write the altered pictures and point their rows to them. A picture that cannot be decoded stays as it is."""
+        """Write the altered images and point their rows to them. An image that cannot be decoded stays as it is."""
         rows = [source for source, _, _ in self.alters]
-        places = pa.Table.from_pylist([self.rows[row] for row in rows], schema=self.schema).select(LOCATION.names)
-        random = [self._unit(f"picture {i}") for i in range(corrupt.DRAWS)]
+        locations = pa.Table.from_pylist([self.rows[row] for row in rows], schema=self.schema).select(LOCATION.names)
+        random = [self._unit(f"image {i}") for i in range(corrupt.DRAWS)]
         failed = []
-        for (source, at, kind), data in zip(self.alters, self.shard.image_bytes(places), strict=True):
+        for (source, at, kind), data in zip(self.alters, self.shard.image_bytes(locations), strict=True):
             row = self.rows[at]
             try:
-                picture = decode_picture(data)
-            except PictureError:
+                image = decode_image(data)
+            except ImageError:
                 failed.append(at)
                 continue
             draws = tuple(float(column[source]) for column in random)
-            altered = getattr(corrupt, kind)(picture, draws)
+            altered = getattr(corrupt, kind)(image, draws)
             encoded = corrupt.encode(altered, draws)
             changes = dict.fromkeys(LOCATION.names) | {"tar": len(self.shard.tars), "other": []}
             changes |= {"image_ext": "jpg", "image_size": len(encoded)}
             changes["image_offset"] = tar.add(f"{row['key']}.jpg", encoded)
-            self._mark(row, kind, changes | self._facts(row, kind, picture, altered, encoded))
-        # A copy without an altered picture would be an unmarked exact copy.
-        unmade = {at for at in failed if at >= self.own}
+            self._mark(row, kind, changes | self._facts(row, kind, image, altered, encoded))
+        # A copy without an altered image would be an unmarked exact copy.
+        unmade = {at for at in failed if at >= self.n_rows}
         self.rows = [row for at, row in enumerate(self.rows) if at not in unmade]
 
     def _facts(
         self, row: dict[str, Any], kind: str, before: Image.Image, after: Image.Image, encoded: bytes
     ) -> dict[str, Any]:
-        """The columns that tell of the picture, made true again."""
+        """The columns that tell of the image, made true again."""
         facts: dict[str, Any] = {"width": after.width, "height": after.height, "sha256": digest_bytes(encoded)}
         facts = {name: value for name, value in facts.items() if row.get(name) is not None}
         if kind == "tiny":
@@ -300,9 +300,9 @@ def _absolute(args: dict[str, Any]) -> dict[str, Any]:
     return args | {"view": storage.absolute(args["view"]), "tars": [storage.absolute(tar) for tar in args["tars"]]}
 
 
-def _source_place(places: dict[str, str]) -> str:
+def _source_location(locations: dict[str, str]) -> str:
     """A name for the source pool's own directory that none of its places has."""
     name = "source"
-    while name in places:
+    while name in locations:
         name += "-source"
     return name

@@ -121,8 +121,8 @@ def train_centroids(
     enough("k-means", clusters, len(vectors))
     size = sample_size(clusters, vectors.shape[1], sample)
     if len(vectors) > size:
-        chosen = np.random.default_rng(seed).choice(len(vectors), size, replace=False, shuffle=False)
-        vectors = vectors[np.sort(chosen)]
+        selected = np.random.default_rng(seed).choice(len(vectors), size, replace=False, shuffle=False)
+        vectors = vectors[np.sort(selected)]
     dim = vectors.shape[1]
     kmeans = faiss.Clustering(dim, clusters)
     kmeans.niter, kmeans.seed, kmeans.spherical = iterations, seed, True
@@ -145,7 +145,7 @@ def is_exact(clusters: int, search: str) -> bool:
 
 
 @dataclass
-class Nearest:
+class NearestCentroid:
     """Finds the nearest centroid of vectors, by inner product.
 
     Args:
@@ -202,7 +202,7 @@ class Nearest:
         if self.exact or not len(vectors):
             return
         tested = vectors[np.unique(np.linspace(0, len(vectors) - 1, TESTED).astype(np.int64))]
-        truth = Nearest(self.centroids, "exact")(tested)
+        truth = NearestCentroid(self.centroids, "exact")(tested)
         probes = 8
         while True:
             self.probes = self._index.nprobe = min(probes, self._index.nlist)
@@ -231,25 +231,25 @@ def _exhaustive(vectors: np.ndarray, centroids: np.ndarray, batch: int, result: 
 
 
 def assign(vectors: np.ndarray, centroids: np.ndarray, batch: int = _BATCH, search: str = "exact") -> np.ndarray:
-    """The nearest centroid of each vector, as `Nearest` finds it; int64, shape [n]."""
-    nearest = Nearest(centroids, search)
-    nearest.tune(vectors)
-    return nearest(vectors, batch)
+    """The nearest centroid of each vector, as `NearestCentroid` finds it; int64, shape [n]."""
+    nearest_centroid = NearestCentroid(centroids, search)
+    nearest_centroid.tune(vectors)
+    return nearest_centroid(vectors, batch)
 
 
-_last: list[tuple[np.ndarray, int, Nearest]] = []
+_last: list[tuple[np.ndarray, int, NearestCentroid]] = []
 
 
-def fitted_state(nearest: Nearest, hit: np.ndarray) -> State:
+def fitted_state(nearest_centroid: NearestCentroid, hit: np.ndarray) -> State:
     """What a filter by clusters keeps of its fit: `centroids`, which of them were `hit`, and how they are searched."""
-    found = {"centroids": nearest.centroids, "hit": hit, "recall": np.array(nearest.recall)}
-    return found if nearest.exact else {**found, "probes": np.array(nearest.probes)}
+    found = {"centroids": nearest_centroid.centroids, "hit": hit, "recall": np.array(nearest_centroid.recall)}
+    return found if nearest_centroid.exact else {**found, "probes": np.array(nearest_centroid.probes)}
 
 
-def nearest_of(state: State) -> Nearest:
+def nearest_centroid_of(state: State) -> NearestCentroid:
     """The search that `fitted_state` describes; the last one is kept, as a pool comes shard by shard."""
     probes = int(state["probes"]) if "probes" in state else 0
     if not (_last and _last[0][0] is state["centroids"] and _last[0][1] == probes):
-        made = Nearest(state["centroids"], "coarse" if probes else "exact", probes or None)
+        made = NearestCentroid(state["centroids"], "coarse" if probes else "exact", probes or None)
         _last[:] = [(state["centroids"], probes, made)]
     return _last[0][2]

@@ -15,7 +15,7 @@ _PROBES = 64
 _TESTED = 1000
 
 
-def nearest(vectors: np.ndarray, k: int, exact: int = EXACT) -> tuple[np.ndarray, np.ndarray, float]:
+def nearest_neighbours(vectors: np.ndarray, k: int, exact: int = EXACT) -> tuple[np.ndarray, np.ndarray, float]:
     """The k nearest other vectors of each, by Euclidean distance.
 
     Args:
@@ -94,9 +94,9 @@ def _index(vectors: np.ndarray, metric: int, exact: int) -> Any:
     else:
         lists = int(4 * n**0.5)
         index = faiss.IndexIVFFlat(faiss.IndexFlat(dim, metric), dim, lists, metric)
-        chosen = np.sort(np.random.default_rng(0).choice(n, min(n, 64 * lists), replace=False))
+        selected = np.sort(np.random.default_rng(0).choice(n, min(n, 64 * lists), replace=False))
         index.cp.min_points_per_centroid = 1
-        index.train(_float(vectors[chosen]))
+        index.train(_float(vectors[selected]))
         index.nprobe = _PROBES
     for start in range(0, n, 1 << 16):
         index.add(_float(vectors[start : start + (1 << 16)]))
@@ -105,9 +105,9 @@ def _index(vectors: np.ndarray, metric: int, exact: int) -> Any:
 
 def _others(found: np.ndarray, first: int, k: int) -> np.ndarray:
     """Without each row's own number; where that is not among the found, without the last."""
-    own = found == (first + np.arange(len(found)))[:, None]
-    own[:, -1] |= ~own.any(axis=1)
-    return found[~own].reshape(len(found), k)
+    itself = found == (first + np.arange(len(found)))[:, None]
+    itself[:, -1] |= ~itself.any(axis=1)
+    return found[~itself].reshape(len(found), k)
 
 
 def components(n: int, i: np.ndarray, j: np.ndarray) -> np.ndarray:

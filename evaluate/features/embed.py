@@ -1,4 +1,4 @@
-"""Pictures to features: each decoded once for all encoders and embedded once by each, while the next are decoded."""
+"""Images to features: each decoded once for all encoders and embedded once by each, while the next are decoded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from winnow.infra.io.images import PictureError, decode_picture
+from winnow.infra.io.images import ImageError, decode_image
 from winnow.infra.io.prefetch import cores
 
 if TYPE_CHECKING:
@@ -22,15 +22,15 @@ BATCHES_AHEAD = 2
 
 @dataclass
 class Embedded:
-    """The features of some pictures.
+    """The features of some images.
 
     Attributes:
-        images: for each encoder float32 [n, dim], of the pictures that could be decoded.
-        aside: reason for each place of a picture that could not.
+        images: for each encoder float32 [n, dim], of the images that could be decoded.
+        aside: reason for each place of an image that could not.
     """
 
     images: list[np.ndarray]
-    aside: dict[int, str] = field(default_factory=dict)
+    skipped: dict[int, str] = field(default_factory=dict)
 
 
 def decode_threads(device: str = "auto") -> int:
@@ -48,39 +48,39 @@ def decode_threads(device: str = "auto") -> int:
 
 
 def embed(
-    pictures: Iterable[bytes],
+    encoded: Iterable[bytes],
     encoders: Sequence[Encoder],
     batch_size: int = 256,
     threads: int = 2,
     on_batch: Callable[[int], None] | None = None,
 ) -> Embedded:
-    """Embed pictures with every encoder.
+    """Embed images with every encoder.
 
     Args:
-        pictures: encoded; read in order, a few batches ahead of the encoders.
-        encoders: those with equal `preprocess_key` share the prepared pictures.
-        batch_size: pictures an encoder sees at once.
+        images: encoded; read in order, a few batches ahead of the encoders.
+        encoders: those with equal `preprocess_key` share the prepared images.
+        batch_size: images an encoder sees at once.
         threads: that decode; 0 to decode in this one.
-        on_batch: called with the number of pictures done so far.
+        on_batch: called with the number of images done so far.
     """
     import torch
 
     prepare = {encoder.preprocess_key: encoder for encoder in encoders}
 
-    def decode(picture: bytes) -> dict[str, Any] | str:
+    def decode(data: bytes) -> dict[str, Any] | str:
         try:
             # What lies under transparency is seen, as by webdataset's decoder and open_clip's transform.
-            image = decode_picture(picture, flatten=False)
-        except PictureError as error:
+            image = decode_image(data, flatten=False)
+        except ImageError as error:
             return error.what
         return {key: encoder.crop(image) for key, encoder in prepare.items()}
 
     parts: list[list[np.ndarray]] = [[] for _ in encoders]
-    aside: dict[int, str] = {}
+    skipped: dict[int, str] = {}
     done = 0
-    for batch in _ahead(decode, pictures, batch_size, threads):
+    for batch in _ahead(decode, encoded, batch_size, threads):
         ready = [result for result in batch if not isinstance(result, str)]
-        aside |= {done + i: result for i, result in enumerate(batch) if isinstance(result, str)}
+        skipped |= {done + i: result for i, result in enumerate(batch) if isinstance(result, str)}
         if ready:
             tensors = {
                 key: encoder.normalise(torch.stack([result[key] for result in ready]))
@@ -95,16 +95,16 @@ def embed(
         np.concatenate(part) if part else np.empty((0, encoder.dim), np.float32)
         for part, encoder in zip(parts, encoders, strict=True)
     ]
-    return Embedded(images, aside)
+    return Embedded(images, skipped)
 
 
 def _ahead(
-    function: Callable[[bytes], Any], pictures: Iterable[bytes], batch_size: int, threads: int
+    function: Callable[[bytes], Any], encoded: Iterable[bytes], batch_size: int, threads: int
 ) -> Iterator[list[Any]]:
     """The function's results in order, in batches; with threads the next `BATCHES_AHEAD` are in the making."""
-    stream = iter(pictures)
+    stream = iter(encoded)
     if not threads:
-        while batch := [function(picture) for picture in islice(stream, batch_size)]:
+        while batch := [function(data) for data in islice(stream, batch_size)]:
             yield batch
         return
     waiting: deque[list[Future]] = deque()
@@ -112,7 +112,7 @@ def _ahead(
         try:
             while True:
                 while len(waiting) <= BATCHES_AHEAD:
-                    futures = [pool.submit(function, picture) for picture in islice(stream, batch_size)]
+                    futures = [pool.submit(function, data) for data in islice(stream, batch_size)]
                     if not futures:
                         break
                     waiting.append(futures)

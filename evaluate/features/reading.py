@@ -10,7 +10,7 @@ import numpy as np
 
 from winnow.evaluate.features.stage import EmbedStage, captions_in
 from winnow.evaluate.sets.layout import EvalSet, FoundTask, Sample, TaskError
-from winnow.evaluate.sets.shards import Part, read_pictures
+from winnow.evaluate.sets.shards import Part, read_images
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.parquet import read_parquet
@@ -23,12 +23,12 @@ class NotEmbedded(WinnowError):
 
 @dataclass(frozen=True)
 class LoadedSplit:
-    """A split of a set with one encoder's features, without the pictures that cannot be decoded.
+    """A split of a set with one encoder's features, without the images that cannot be decoded.
 
     Attributes:
-        samples: without their pictures.
+        samples: without their images.
         images: float32 [n, dim], L2-normalised.
-        aside: (key, reason) of the pictures that cannot be decoded.
+        aside: (key, reason) of the images that cannot be decoded.
         texts: for a retrieval set, the embedding of each caption.
         has_text: whether the encoder reads text.
         parts: of the split.
@@ -37,19 +37,19 @@ class LoadedSplit:
 
     samples: list[Sample]
     images: np.ndarray
-    aside: list[tuple[str, str]]
+    skipped: list[tuple[str, str]]
     texts: dict[str, np.ndarray]
     has_text: bool
     parts: list[Part]
-    places: np.ndarray
+    indices: np.ndarray
 
     def labels(self) -> np.ndarray:
         """int64 [n], -1 where there is none."""
         return np.array([sample.label for sample in self.samples], np.int64)
 
-    def pictures(self, wanted: Sequence[int]) -> list[bytes]:
-        """The encoded pictures of some samples, read now."""
-        return read_pictures(self.parts, [int(self.places[i]) for i in wanted])
+    def image_bytes(self, wanted: Sequence[int]) -> list[bytes]:
+        """The encoded images of some samples, read now."""
+        return read_images(self.parts, [int(self.indices[i]) for i in wanted])
 
 
 def load_split(stage: EmbedStage, found: FoundTask, test_set: EvalSet, split: str, encoder: str) -> LoadedSplit:
@@ -67,35 +67,35 @@ def load_split(stage: EmbedStage, found: FoundTask, test_set: EvalSet, split: st
         NotEmbedded: its features are not there.
     """
     parts = stage.parts(found, split)
-    samples, images, aside, places = [], [], [], []
+    samples, images, skipped, indices = [], [], [], []
     texts: dict[str, np.ndarray] = {}
-    has_text, place = True, itertools.count()
+    has_text, counter = True, itertools.count()
     for part in parts:
         unit = stage.samples_unit(part)
         table = _table(stage, unit, _record(stage, unit, part.tar))
-        unit = stage.pictures_unit(part, encoder, found)
+        unit = stage.images_unit(part, encoder, found)
         record = _record(stage, unit, part.tar)
         has_text = has_text and record.values["text"]
         captions: list[str] = []
         for row in table:
             members = dict(row["members"])
             sample = test_set.sample(part.tar, row["key"], members)
-            here = next(place)
+            here = next(counter)
             captions += captions_in(members)
-            if row["aside"] is not None:
-                aside.append((row["key"], row["aside"]))
+            if row["skipped"] is not None:
+                skipped.append((row["key"], row["skipped"]))
                 continue
             samples.append(sample)
-            places.append(here)
+            indices.append(here)
         images.append(_array(stage, f"{unit.name}.npy"))
         if f"{unit.name}-texts.npy" in record.files:
             texts |= zip(captions, _array(stage, f"{unit.name}-texts.npy"), strict=True)
     if not samples:
-        reason = "none of its pictures can be decoded" if aside else "holds no sample"
+        reason = "none of its images can be decoded" if skipped else "holds no sample"
         raise TaskError(reason, where=storage.join(found.url, split))
     everything = np.concatenate(images)
     assert len(everything) == len(samples), f"{len(everything)} features of {len(samples)} samples"
-    return LoadedSplit(samples, everything, aside, texts, has_text, parts, np.array(places, np.int64))
+    return LoadedSplit(samples, everything, skipped, texts, has_text, parts, np.array(indices, np.int64))
 
 
 def load_class_weights(stage: EmbedStage, found: FoundTask, encoder: str) -> np.ndarray | None:

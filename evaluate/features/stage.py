@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,13 +18,14 @@ from winnow.evaluate.sets.shards import (
     PART_SAMPLES,
     Part,
     Raw,
-    cut,
     has_split,
     read_part,
+    split_into_parts,
 )
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
 from winnow.infra.stages.progress import write_note
+from winnow.infra.stages.resources import Resources
 from winnow.infra.stages.runner import note_url
 from winnow.infra.stages.stage import Output, Stage, Unit
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from winnow.pretrain.encoder import Encoder
 
 PROMPTS_AT_ONCE = 8192  # of a unit
-SAMPLES = pa.schema([("key", pa.string()), ("members", pa.map_(pa.string(), pa.binary())), ("aside", pa.string())])
+SAMPLES = pa.schema([("key", pa.string()), ("members", pa.map_(pa.string(), pa.binary())), ("skipped", pa.string())])
 
 # The encoders of the last group in this process: the next part mostly wants the same.
 _ENCODERS: dict[tuple[str, str, str, str], Any] = {}
@@ -92,11 +93,11 @@ class SetsStage(Stage):
         tasks: "all" for every set in the folder, or keys or names.
         protocols: which of `winnow.evaluate.protocols.base.PROTOCOLS`; some need no training set, some no prompts.
         device: for encoders and probes; "auto" takes a GPU where there is one.
-        batch_size: pictures an encoder sees at once.
-        precision: of the encoders' matrix products, "float32" or "bfloat16"; see `winnow.pretrain.encoder.load_encoder`.
+        batch_size: images an encoder sees at once.
+        precision: of the encoders' matrix products, "float32" or "bfloat16" (`winnow.pretrain.encoder.load_encoder`).
         threads: CPU threads of an encoder; None leaves it to torch.
         part_samples: samples of a set that are embedded in one piece, about.
-        unit_cpus, unit_gpus: what a unit asks of the cluster; -1: a GPU where there is one.
+        unit_resources: what a unit asks of the cluster.
     """
 
     checkpoints: tuple[tuple[str, str, str], ...]
@@ -109,19 +110,14 @@ class SetsStage(Stage):
     precision: str = "float32"
     threads: int | None = None
     part_samples: int = PART_SAMPLES
-    unit_cpus: float = 1
-    unit_gpus: float = -1
+    unit_resources: Resources = field(default_factory=lambda: Resources(gpus=1, gpu_optional=True))
 
-    keep_orphans = True
-    tolerates = True
-
-    @property
-    def cpus(self) -> float:
-        return self.unit_cpus
+    keep_stale = True
+    allow_failures = True
 
     @property
-    def gpus(self) -> float:
-        return self.unit_gpus
+    def resources(self) -> Resources:
+        return self.unit_resources
 
     def params(self) -> dict[str, Any]:
         return {}
@@ -138,21 +134,22 @@ class SetsStage(Stage):
 class EmbedStage(SetsStage):
     """Embed sets with checkpoints.
 
-    The pictures of a set are cut into parts (`winnow.evaluate.sets.shards`). A unit is one encoder on one part; the units of one
-    part run together, so that its pictures are decoded once, with one more that keeps what lies beside the pictures.
+    The images of a set are split into parts (`winnow.evaluate.sets.shards`). A unit is one encoder on one part; the
+    units of one
+    part run together, so that its images are decoded once, with one more that keeps what lies beside the images.
     Prompts are embedded in units of some thousand. Files are named and keyed by content: a new checkpoint embeds
-    alone, a changed class name embeds no picture, and one folder serves any number of evaluations.
+    alone, a changed class name embeds no image, and one folder serves any number of evaluations.
 
     A part that is broken leaves a record that says so. An encoder that cannot be loaded leaves none, and is tried
-    again by the next run. Nothing is set aside here; the evaluate stage counts what it could not use.
+    again by the next run. Nothing is skipped here; the evaluate stage counts what it could not use.
 
     Files:
-        ENCODER/SHARD/I-of-N.npy: float32 [n, dim], L2-normalised, the pictures of a part that can be decoded. ENCODER
+        ENCODER/SHARD/I-of-N.npy: float32 [n, dim], L2-normalised, the images of a part that can be decoded. ENCODER
             is its digest's beginning, with the precision behind it where that is not float32.
         ENCODER/SHARD/I-of-N-captions.npy, …-texts.npy: the same for a retrieval set, and float32 [m, dim], the captions
             of the part's samples, one after the other.
         ENCODER/prompts/DIGEST.npy: float32 [classes, dim], the class weights of some classes.
-        samples/SHARD/I-of-N.parquet: key, members, and why a picture cannot be decoded, of each sample.
+        samples/SHARD/I-of-N.parquet: key, members, and why an image cannot be decoded, of each sample.
     """
 
     name = "embed"
@@ -175,7 +172,7 @@ class EmbedStage(SetsStage):
                 for part in parts:
                     group = f"{storage.name_of(found.url)}/{split} {storage.name_of(part.tar)} {part.index}"
                     mine = [self.samples_unit(part)]
-                    mine += [self.pictures_unit(part, digest, found) for digest in self.encoders()]
+                    mine += [self.images_unit(part, digest, found) for digest in self.encoders()]
                     for unit in mine:
                         units.setdefault(unit.name, replace(unit, group=group))
             for unit in self.prompt_units(found):
@@ -191,23 +188,23 @@ class EmbedStage(SetsStage):
 
     def parts(self, found: FoundTask, split: str) -> list[Part]:
         """The parts of a split. Raises TaskError."""
-        return cut(found.url, split, self.part_samples)
+        return split_into_parts(found.url, split, self.part_samples)
 
     def samples_unit(self, part: Part) -> Unit:
         return Unit(
             f"samples/{part.name}",
             inputs={"shard": part.digest},
             params={"part": [part.index, part.count], "members": list(MEMBERS)},
-            args={"part": part.values()},
+            runtime={"part": part.values()},
         )
 
-    def pictures_unit(self, part: Part, encoder: str, found: FoundTask) -> Unit:
+    def images_unit(self, part: Part, encoder: str, found: FoundTask) -> Unit:
         captions = found.task.kind == "retrieval"
         return Unit(
             f"{self._folder(encoder)}/{part.name}{'-captions' if captions else ''}",
             inputs={"encoder": encoder, "shard": part.digest},
             params={"part": [part.index, part.count], "captions": captions, "precision": self.precision},
-            args={"part": part.values(), "spec": self.encoders()[encoder]},
+            runtime={"part": part.values(), "spec": self.encoders()[encoder]},
             items=part.samples,
         )
 
@@ -228,15 +225,15 @@ class EmbedStage(SetsStage):
         step = max(1, PROMPTS_AT_ONCE // len(test_set.templates))
         units = []
         for low in range(0, len(prompts), step):
-            some = prompts[low : low + step]
-            content = storage.digest_json(some)
+            batch = prompts[low : low + step]
+            content = storage.digest_json(batch)
             for digest, spec in self.encoders().items():
                 units.append(
                     Unit(
                         f"{self._folder(digest)}/prompts/{content[:24]}",
                         inputs={"encoder": digest, "prompts": content},
                         params={"precision": self.precision},
-                        args={"prompts": some, "spec": spec},
+                        runtime={"prompts": batch, "spec": spec},
                         group=f"{storage.name_of(found.url)} prompts {low}",
                     )
                 )
@@ -245,51 +242,51 @@ class EmbedStage(SetsStage):
     def run_group(self, units: list[Unit]) -> Iterator[tuple[Unit, Output]]:
         mine = [unit for unit in units if "encoder" in unit.inputs]
         encoders = encoders_of(
-            [(unit.args["spec"], unit.inputs["encoder"]) for unit in mine], self.device, self.threads, self.precision
+            [(unit.runtime["spec"], unit.inputs["encoder"]) for unit in mine], self.device, self.threads, self.precision
         )
         ready = [(u, encoder) for u, encoder in zip(mine, encoders, strict=True) if not isinstance(encoder, str)]
         if "prompts" in units[0].inputs:
             for unit, encoder in ready:
                 yield unit, self._prompts(unit, encoder)
             return
-        yield from self._pictures(ready, [unit for unit in units if "encoder" not in unit.inputs], units[0])
+        yield from self._images(ready, [unit for unit in units if "encoder" not in unit.inputs], units[0])
 
     def _prompts(self, unit: Unit, encoder: Encoder) -> Output:
         from winnow.evaluate.protocols.zeroshot import prompt_weights
 
         if not encoder.has_text:
             return Output(values={"text": False})
-        weights = prompt_weights(encoder.encode_texts, unit.args["prompts"])
+        weights = prompt_weights(encoder.encode_texts, unit.runtime["prompts"])
         if fault := _not_finite(prompts=weights):
             return Output(values={"error": fault})
         return Output([self._save(unit, weights)], values={"text": True})
 
-    def _pictures(
+    def _images(
         self, ready: Sequence[tuple[Unit, Encoder]], samples: Sequence[Unit], first: Unit
     ) -> Iterator[tuple[Unit, Output]]:
-        part = Part(**first.args["part"])
+        part = Part(**first.runtime["part"])
         raws: list[Raw] = []
 
-        def pictures() -> Iterator[bytes]:
+        def encoded() -> Iterator[bytes]:
             for raw in read_part(part):
                 raws.append(Raw(raw.key, None, raw.members))
                 yield raw.image or b""
 
         try:
             threads = decode_threads(self.device)
-            made = embed(pictures(), [encoder for _, encoder in ready], self.batch_size, threads, self._notes(first))
+            made = embed(encoded(), [encoder for _, encoder in ready], self.batch_size, threads, self._notes(first))
         except TaskError as error:
             # By content: the shard may lie elsewhere, too, when this is read.
             for unit in [*samples, *(unit for unit, _ in ready)]:
                 yield unit, Output(values={"broken": [error.what, error.do]})
             return
         for unit in samples:
-            yield unit, self._samples(unit, raws, made.aside)
+            yield unit, self._samples(unit, raws, made.skipped)
         for (unit, encoder), images in zip(ready, made.images, strict=True):
             texts = np.empty((0, encoder.dim), np.float32)
             if with_texts := unit.params["captions"] and encoder.has_text:
                 texts = encoder.encode_texts([text for raw in raws for text in captions_in(raw.members)])
-            if fault := _not_finite(pictures=images, captions=texts):
+            if fault := _not_finite(encoded=images, captions=texts):
                 yield unit, Output(values={"error": fault})
                 continue
             files = [self._save(unit, images)]
@@ -297,9 +294,10 @@ class EmbedStage(SetsStage):
                 files.append(self._save(unit, texts, "-texts"))
             yield unit, Output(files, len(images), values={"text": encoder.has_text})
 
-    def _samples(self, unit: Unit, raws: Sequence[Raw], aside: dict[int, str]) -> Output:
+    def _samples(self, unit: Unit, raws: Sequence[Raw], skipped: dict[int, str]) -> Output:
         rows = [
-            {"key": raw.key, "members": list(raw.members.items()), "aside": aside.get(i)} for i, raw in enumerate(raws)
+            {"key": raw.key, "members": list(raw.members.items()), "skipped": skipped.get(i)}
+            for i, raw in enumerate(raws)
         ]
         file = f"{unit.name}.parquet"
         with storage.writing(self.url(file)) as path:
@@ -320,6 +318,6 @@ class EmbedStage(SetsStage):
             now = time.monotonic()
             if now - last > 2:
                 last = now
-                write_note(note_url(self, unit), f"{unit.group}: {done:,} pictures {done / (now - started):,.0f}/s")
+                write_note(note_url(self, unit), f"{unit.group}: {done:,} images {done / (now - started):,.0f}/s")
 
         return note

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def _labelled(function: str) -> Registry:
-    """The table of a protocol that learns from labels, for the kinds of task that have a label a picture."""
+    """The table of a protocol that learns from labels, for the kinds of task that have a label an image."""
     return Registry("kind", {"zeroshot_classification": function, "grouped_classification": function})
 
 
@@ -59,12 +59,12 @@ class Split:
     Attributes:
         images: float32 [n, dim], L2-normalised.
         labels: int64 [n].
-        pictures: the encoded pictures at the given places, read when called.
+        images: the encoded images at the given places, read when called.
     """
 
     images: np.ndarray
     labels: np.ndarray
-    pictures: Callable[[Sequence[int]], list[bytes]]
+    image_bytes: Callable[[Sequence[int]], list[bytes]]
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ class Features:
     Attributes:
         images: float32 [n, dim], L2-normalised.
         labels: int64 [n]; empty for retrieval.
-        captions: for retrieval, those of each picture.
+        captions: for retrieval, those of each image.
         encode_texts: strings to float32 [m, dim], L2-normalised.
         class_weights: float32 [classes, dim], where the prompts were embedded before.
         splits: "test", and for protocols in `NEED_TRAIN` "train" and where there is one "val".
         encoder: loads it.
         seed: of what the protocol draws.
         device: for torch; "auto" takes a GPU where there is one.
-        keys: of the samples, in the order of the pictures (`Sample.key`).
+        keys: of the samples, in the order of the images (`Sample.key`).
         metadata: float64 [n, fields], `Sample.metadata` of each; [n, 0] where there is none.
     """
 

@@ -49,5 +49,5 @@ def faces(features: Features, test_set: EvalSet) -> list[Row]:
 
 
 def _over_all(name: str, correct: np.ndarray) -> Row:
-    share, n = float(correct.mean()), len(correct)
-    return Row(f"{name}_avg", share, n, metrics.binomial_stderr(share, n))
+    fraction, n = float(correct.mean()), len(correct)
+    return Row(f"{name}_avg", fraction, n, metrics.binomial_stderr(fraction, n))

@@ -1,6 +1,7 @@
 """The linear probe with 1 % and 10 % of the labels, the same number from each class.
 
-Chen et al. 2020 (SimCLR), section 6 and appendix B.5, samples so, and fine-tunes (`winnow.evaluate.protocols.fine_tune`).
+Chen et al. 2020 (SimCLR), section 6 and appendix B.5, samples so, and fine-tunes
+(`winnow.evaluate.protocols.fine_tune`).
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from winnow.evaluate.protocols.zeroshot import classification_rows
 from winnow.evaluate.sets.layout import EvalSet
 
 
-def few_labels(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+def few_labels(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """Places of a class-balanced part of a train split: int64, ascending.
 
     Each class that occurs gives `share` of an equal part of the split, rounded, at least one sample and at most all its
     own. With unequal classes that is less than `share` of all.
     """
     present = np.unique(labels)
-    each = max(1, round(share * len(labels) / len(present)))
+    each = max(1, round(fraction * len(labels) / len(present)))
     rng = np.random.default_rng(seed)
-    chosen = [rng.permutation(np.flatnonzero(labels == label))[:each] for label in present]
-    return np.sort(np.concatenate(chosen))
+    selected = [rng.permutation(np.flatnonzero(labels == label))[:each] for label in present]
+    return np.sort(np.concatenate(selected))
 
 
 def linear_1pct(features: Features, test_set: EvalSet) -> list[Row]:
@@ -36,13 +37,13 @@ def linear_10pct(features: Features, test_set: EvalSet) -> list[Row]:
     return linear_few(features, test_set, 0.1)
 
 
-def linear_few(features: Features, test_set: EvalSet, share: float) -> list[Row]:
+def linear_few(features: Features, test_set: EvalSet, fraction: float) -> list[Row]:
     """The test set's figures by the probe on a part of the train split drawn from the seed.
 
     No other label is looked at: the strength is chosen on a fifth of that part, or 1 where that is nothing.
     """
     train = train_split(features, test_set)
-    places = few_labels(train.labels, share, features.seed)
-    part = Split(train.images[places], train.labels[places], train.pictures)
+    indices = few_labels(train.labels, fraction, features.seed)
+    part = Split(train.images[indices], train.labels[indices], train.image_bytes)
     scores = probe(part, None, features.images, len(test_set.classnames), features.device)
     return classification_rows(scores, features, test_set)

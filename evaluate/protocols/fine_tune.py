@@ -25,7 +25,7 @@ from winnow.evaluate.protocols.linear import torch_device, train_split
 from winnow.evaluate.protocols.zeroshot import classification_rows
 from winnow.evaluate.sets.layout import EvalSet
 from winnow.evaluate.tasks.task import NotApplicable
-from winnow.infra.io.images import decode_picture
+from winnow.infra.io.images import decode_image
 from winnow.infra.io.prefetch import ahead
 
 RATE = 0.05
@@ -34,26 +34,26 @@ MOMENTUM = 0.9
 CLIP_NORM = 1.0
 EPOCHS = {0.01: 60, 0.1: 30}
 MIN_STEPS = 200
-KEEP_BYTES = 1 << 30  # of decoded pictures
+KEEP_BYTES = 1 << 30  # of decoded images
 
 Prepare = Callable[[Image.Image], torch.Tensor]
 
 
-def loader(split: Split, places: np.ndarray, prepare: Prepare, threads: int) -> Callable[[np.ndarray], torch.Tensor]:
-    """A function of some of the places that gives their pictures, float32 [b, 3, H, W].
+def loader(split: Split, indices: np.ndarray, prepare: Prepare, threads: int) -> Callable[[np.ndarray], torch.Tensor]:
+    """A function of some of the places that gives their images, float32 [b, 3, H, W].
 
     Decoded in threads when asked for; once and for all where they fit into `KEEP_BYTES`.
     """
 
-    def load(some: np.ndarray) -> torch.Tensor:
-        pictures = split.pictures([int(place) for place in some])
-        ready = ahead(lambda picture: prepare(decode_picture(picture, flatten=False)), pictures, threads)
+    def load(batch: np.ndarray) -> torch.Tensor:
+        image_bytes = split.image_bytes([int(place) for place in batch])
+        ready = ahead(lambda image: prepare(decode_image(image, flatten=False)), image_bytes, threads)
         return torch.stack(list(ready))
 
-    if load(places[:1]).nbytes * len(places) > KEEP_BYTES:
+    if load(indices[:1]).nbytes * len(indices) > KEEP_BYTES:
         return load
-    kept = load(places)
-    return lambda some: kept[np.searchsorted(places, some)]
+    kept = load(indices)
+    return lambda batch: kept[np.searchsorted(indices, batch)]
 
 
 def tune(
@@ -61,7 +61,7 @@ def tune(
     dim: int,
     classes: int,
     split: Split,
-    places: np.ndarray,
+    indices: np.ndarray,
     prepare: Prepare,
     epochs: int,
     seed: int,
@@ -70,18 +70,18 @@ def tune(
     """Train a copy of an image tower with a linear classifier on it.
 
     Args:
-        tower: pictures [n, 3, H, W] to features [n, dim], on the device to train on; is changed.
+        tower: images [n, 3, H, W] to features [n, dim], on the device to train on; is changed.
         dim: of its features.
         classes: number of classes.
         split: to learn from.
         places: of the samples in it that are learned from; int64, ascending.
-        prepare: a picture to what the tower takes.
+        prepare: an image to what the tower takes.
         epochs: of those samples; more where that gives fewer than `MIN_STEPS` steps.
         seed: of the order.
         threads: that decode.
 
     Returns:
-        pictures to scores [n, classes].
+        images to scores [n, classes].
     """
     device = next(tower.parameters()).device
     head = torch.nn.Linear(dim, classes, device=device)
@@ -89,15 +89,15 @@ def tune(
     torch.nn.init.zeros_(head.bias)
     model = torch.nn.Sequential(tower, head).eval()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    per_epoch = math.ceil(len(places) / BATCH)
+    per_epoch = math.ceil(len(indices) / BATCH)
     steps = max(epochs * per_epoch, MIN_STEPS)
     optimiser = torch.optim.SGD(parameters, lr=RATE, momentum=MOMENTUM, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     rng = np.random.default_rng(seed)
-    epoch = (chunk for _ in itertools.count() for chunk in np.array_split(rng.permutation(places), per_epoch))
-    load, labels = loader(split, places, prepare, threads), torch.as_tensor(split.labels)
-    for some in itertools.islice(epoch, steps):
-        loss = F.cross_entropy(model(load(some).to(device)).float(), labels[some].to(device))
+    epoch = (chunk for _ in itertools.count() for chunk in np.array_split(rng.permutation(indices), per_epoch))
+    load, labels = loader(split, indices, prepare, threads), torch.as_tensor(split.labels)
+    for batch in itertools.islice(epoch, steps):
+        loss = F.cross_entropy(model(load(batch).to(device)).float(), labels[batch].to(device))
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
@@ -109,10 +109,10 @@ def tune(
 def scores_of(model: torch.nn.Module, split: Split, prepare: Prepare, threads: int = 2) -> np.ndarray:
     """A tuned model's scores of a split: float32 [n, classes]."""
     device = next(model.parameters()).device
-    places = np.arange(len(split.labels))
-    load = loader(split, places, prepare, threads)
+    indices = np.arange(len(split.labels))
+    load = loader(split, indices, prepare, threads)
     with torch.inference_mode():
-        found = [model(load(some).to(device)).float().cpu() for some in np.split(places, places[BATCH::BATCH])]
+        found = [model(load(batch).to(device)).float().cpu() for batch in np.split(indices, indices[BATCH::BATCH])]
     scores: np.ndarray = torch.cat(found).numpy()
     return scores
 
@@ -127,17 +127,19 @@ def finetune_10pct(features: Features, test_set: EvalSet) -> list[Row]:
     return finetune(features, test_set, 0.1)
 
 
-def finetune(features: Features, test_set: EvalSet, share: float) -> list[Row]:
+def finetune(features: Features, test_set: EvalSet, fraction: float) -> list[Row]:
     """The test set's figures by the encoder tuned on a class-balanced part of the train split drawn from the seed."""
     train = train_split(features, test_set)
     assert features.encoder is not None
     encoder = features.encoder()
-    places = few_labels(train.labels, share, features.seed)
+    indices = few_labels(train.labels, fraction, features.seed)
     tower = encoder.image_tower().to(torch_device(features.device))
     if not any(True for _ in tower.parameters()):
         raise NotApplicable("the encoder has nothing to tune")
     threads = max(1, decode_threads(features.device))
     classes = len(test_set.classnames)
-    model = tune(tower, encoder.dim, classes, train, places, encoder.preprocess, EPOCHS[share], features.seed, threads)
+    model = tune(
+        tower, encoder.dim, classes, train, indices, encoder.preprocess, EPOCHS[fraction], features.seed, threads
+    )
     scores = scores_of(model, features.splits["test"], encoder.preprocess, threads)
     return classification_rows(scores, features, test_set)

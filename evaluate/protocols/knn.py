@@ -1,7 +1,7 @@
 """Weighted k-nearest neighbours on frozen features.
 
 Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", section 3.4: the k = 200
-train pictures with the highest cosine vote for their class with the weight exp(cosine / 0.07). Here k is at most the
+train images with the highest cosine vote for their class with the weight exp(cosine / 0.07). Here k is at most the
 size of the train split.
 """
 
@@ -17,7 +17,7 @@ from winnow.evaluate.sets.layout import EvalSet
 
 K = 200
 TEMPERATURE = 0.07
-_BLOCK = 1024  # test pictures at once
+_BLOCK = 1024  # test images at once
 
 
 def votes(
@@ -34,7 +34,7 @@ def votes(
     Args:
         test: float32 [n, d], L2-normalised.
         train: float32 [m, d], L2-normalised.
-        labels: int64 [m], of the train pictures.
+        labels: int64 [m], of the train images.
         classes: number of classes.
         k: neighbours that vote; m if that is less.
         temperature: of the weights.
@@ -43,15 +43,15 @@ def votes(
     Returns:
         float64 [n, classes].
     """
-    place = torch_device(device)
-    bank, owner = torch.as_tensor(train, device=place), torch.as_tensor(labels, device=place)
+    on = torch_device(device)
+    bank, owner = torch.as_tensor(train, device=on), torch.as_tensor(labels, device=on)
     found = []
     for low in range(0, len(test), _BLOCK):
-        cosines = torch.as_tensor(test[low : low + _BLOCK], device=place) @ bank.T
-        nearest, places = cosines.topk(min(k, len(train)), dim=1)
+        cosines = torch.as_tensor(test[low : low + _BLOCK], device=on) @ bank.T
+        nearest, indices = cosines.topk(min(k, len(train)), dim=1)
         weights = (nearest.double() / temperature).exp()
-        scores = torch.zeros(len(nearest), classes, dtype=torch.float64, device=place)
-        found.append(scores.scatter_add_(1, owner[places], weights).cpu().numpy())
+        scores = torch.zeros(len(nearest), classes, dtype=torch.float64, device=on)
+        found.append(scores.scatter_add_(1, owner[indices], weights).cpu().numpy())
     return np.concatenate(found)
 
 

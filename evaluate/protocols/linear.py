@@ -42,8 +42,8 @@ def torch_device(device: str) -> torch.device:
 def to_torch(images: np.ndarray, device: str) -> torch.Tensor:
     """Features to fit on: float64 on the CPU, where the result then hardly depends on the number of threads, else
     float32."""
-    place = torch_device(device)
-    return torch.as_tensor(images).to(place, torch.float64 if place.type == "cpu" else torch.float32)
+    on = torch_device(device)
+    return torch.as_tensor(images).to(on, torch.float64 if on.type == "cpu" else torch.float32)
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def sweep(score: Callable[[float], float]) -> float:
     return float(10.0**best)
 
 
-def carve(labels: np.ndarray, share: float = VALIDATION, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def split_labels(labels: np.ndarray, fraction: float = VALIDATION, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Cut a train split in two, class by class; the same samples each time.
 
     Every class keeps a sample to train on. Those with two or more give at least one to validation.
@@ -192,8 +192,8 @@ def carve(labels: np.ndarray, share: float = VALIDATION, seed: int = 0) -> tuple
     rng = np.random.default_rng(seed)
     held: list[np.ndarray] = []
     for label in np.unique(labels):
-        places = rng.permutation(np.flatnonzero(labels == label))
-        held.append(places[: min(len(places) - 1, max(1, round(share * len(places))))])
+        indices = rng.permutation(np.flatnonzero(labels == label))
+        held.append(indices[: min(len(indices) - 1, max(1, round(fraction * len(indices))))])
     validation = np.sort(np.concatenate(held))
     return np.setdiff1d(np.arange(len(labels)), validation), validation
 
@@ -225,12 +225,12 @@ def probe(train: Split, val: Split | None, test_images: np.ndarray, classes: int
     images = np.concatenate([split.images for split in splits])
     labels = np.concatenate([split.labels for split in splits])
     if val is None or len(np.unique(val.labels)) < 2:
-        own, held = carve(labels)
+        train_part, held = split_labels(labels)
     else:
-        own, held = np.split(np.arange(len(labels)), [len(train.labels)])
+        train_part, held = np.split(np.arange(len(labels)), [len(train.labels)])
     x = to_torch(images, device)
     y = torch.as_tensor(labels, device=x.device)
-    l2 = best_l2(x[own], y[own], x[held], y[held], classes) if len(held) else FALLBACK_L2
+    l2 = best_l2(x[train_part], y[train_part], x[held], y[held], classes) if len(held) else FALLBACK_L2
     return logits_of(fit(x, y, classes, l2), to_torch(test_images, device))
 
 

@@ -1,4 +1,4 @@
-"""Zero-shot classification of pictures with several labels, CLIP_benchmark's `dataset_type.txt` = "multilabel": a
+"""Zero-shot classification of images with several labels, CLIP_benchmark's `dataset_type.txt` = "multilabel": a
 sample's `KEY.npy` holds a 1 for each class that it has, else 0."""
 
 from __future__ import annotations

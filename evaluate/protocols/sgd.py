@@ -1,7 +1,7 @@
 """The linear classifier of self-supervised learning's evaluations, by stochastic gradient descent on frozen features.
 
 He et al. 2020 (MoCo), section 4.1: learning rate 30 at batch 256, divided by ten after 60 and 80 of 100 epochs,
-momentum 0.9, no weight decay. Deviations: the features are those of the whole picture, L2-normalised, and not of
+momentum 0.9, no weight decay. Deviations: the features are those of the whole image, L2-normalised, and not of
 random crops; the steps of small sets are no fewer than `MIN_STEPS`, for the schedule is ImageNet's.
 """
 
@@ -42,8 +42,8 @@ def fit_sgd(x: torch.Tensor, y: torch.Tensor, classes: int, seed: int = 0, rate:
         for _ in range(steps):
             if not order:
                 order = np.array_split(rng.permutation(len(x)), per_epoch)
-            places = torch.as_tensor(order.pop(), device=x.device)
-            loss = F.cross_entropy(layer(x[places]), y[places])
+            indices = torch.as_tensor(order.pop(), device=x.device)
+            loss = F.cross_entropy(layer(x[indices]), y[indices])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

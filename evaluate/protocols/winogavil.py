@@ -1,6 +1,6 @@
-"""WinoGAViL (Bitton et al. 2022): which pictures belong to a cue.
+"""WinoGAViL (Bitton et al. 2022): which images belong to a cue.
 
-As in DataComp's evaluation the cue reads "A cat" or "An owl", in lower case; as many pictures are chosen as belong to
+As in DataComp's evaluation the cue reads "A cat" or "An owl", in lower case; as many images are chosen as belong to
 it, those nearest to it, and the score is the Jaccard index of the chosen and the right ones. DataComp embeds in half
 precision on a GPU and leaves equal scores to the sorting routine; here it is full precision, and of equals the first
 candidate.
@@ -33,22 +33,22 @@ def prompt(cue: str) -> str:
 
 
 def winogavil(features: Features, test_set: EvalSet) -> list[Row]:
-    """Mean Jaccard index by number of candidates. Associations with a picture that cannot be decoded are left out of
+    """Mean Jaccard index by number of candidates. Associations with an image that cannot be decoded are left out of
     `n`; a number of candidates that does not occur has no row."""
-    place = {key: i for i, key in enumerate(features.keys)}
-    cues = [one for one in test_set.associations() if place.keys() >= set(one.candidates)]
+    index = {key: i for i, key in enumerate(features.keys)}
+    cues = [one for one in test_set.associations() if index.keys() >= set(one.candidates)]
     prompts = list(dict.fromkeys(prompt(one.cue) for one in cues))
     texts = dict(zip(prompts, features.encode_texts(prompts), strict=True)) if prompts else {}
 
     def score(one: Association) -> float:
-        images = features.images[[place[key] for key in one.candidates]]
-        right = np.array([key in one.chosen for key in one.candidates])
+        images = features.images[[index[key] for key in one.candidates]]
+        right = np.array([key in one.selected for key in one.candidates])
         return metrics.jaccard(metrics.first(images @ texts[prompt(one.cue)], int(right.sum())), right)
 
     scores, sizes = np.array([score(one) for one in cues]), np.array([len(one.candidates) for one in cues])
     rows = []
     for name, (low, high) in SETTINGS.items():
-        some = scores[(sizes >= low) & (sizes <= (high or sizes))]
-        if len(some):
-            rows.append(Row(name, float(some.mean()), len(some), metrics.mean_stderr(some, SEED)))
+        batch = scores[(sizes >= low) & (sizes <= (high or sizes))]
+        if len(batch):
+            rows.append(Row(name, float(batch.mean()), len(batch), metrics.mean_stderr(batch, SEED)))
     return rows

@@ -25,9 +25,9 @@ def prompt_weights(encode_texts: Callable[[list[str]], np.ndarray], prompts: Seq
     step = max(1, TEXTS_AT_ONCE // max(len(texts) for texts in prompts))
     weights = []
     for low in range(0, len(prompts), step):
-        some = prompts[low : low + step]
-        embeddings = encode_texts([prompt for texts in some for prompt in texts])
-        counts = np.array([len(texts) for texts in some])
+        batch = prompts[low : low + step]
+        embeddings = encode_texts([prompt for texts in batch for prompt in texts])
+        counts = np.array([len(texts) for texts in batch])
         sums = np.add.reduceat(embeddings, np.cumsum(counts) - counts, axis=0)
         weights.append(sums / counts[:, None].astype(sums.dtype))
     mean = np.concatenate(weights)
@@ -41,7 +41,7 @@ def zeroshot(features: Features, test_set: EvalSet) -> list[Row]:
 
 def classification_rows(scores: np.ndarray, features: Features, test_set: EvalSet) -> list[Row]:
     """acc1, acc5 (from five classes up) and mean per-class recall; macro F1 where it is the task's main metric;
-    accuracy by group where the task has groups. Pictures whose label is -1 do not count.
+    accuracy by group where the task has groups. Images whose label is -1 do not count.
 
     Args:
         scores: float [n, classes], the higher the likelier.
@@ -55,8 +55,8 @@ def classification_rows(scores: np.ndarray, features: Features, test_set: EvalSe
     rows = []
     for k in (1, 5):
         if k == 1 or len(test_set.classnames) >= 5:
-            share = metrics.accuracy(ranks, k)
-            rows.append(Row(f"acc{k}", share, n, metrics.binomial_stderr(share, n)))
+            fraction = metrics.accuracy(ranks, k)
+            rows.append(Row(f"acc{k}", fraction, n, metrics.binomial_stderr(fraction, n)))
     rows.append(
         Row(
             "mean_per_class_recall",
@@ -87,8 +87,8 @@ def group_rows(metric: str, field: str, correct: np.ndarray, groups: np.ndarray,
         worst: name of the lowest.
     """
     rows = [
-        Row(f"{metric}_{field}:{group}", share, size, metrics.binomial_stderr(share, size))
-        for group, (share, size) in metrics.group_accuracies(correct, groups).items()
+        Row(f"{metric}_{field}:{group}", fraction, size, metrics.binomial_stderr(fraction, size))
+        for group, (fraction, size) in metrics.group_accuracies(correct, groups).items()
     ]
     lowest = metrics.worst_group_accuracy(correct, groups)
     return [*rows, Row(worst, lowest, len(groups), metrics.worst_group_stderr(correct, groups, SEED))]

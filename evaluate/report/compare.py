@@ -19,7 +19,7 @@ from winnow.evaluate.report.pool_view import (
 )
 from winnow.evaluate.report.tables import comparison_csv, comparison_text
 from winnow.evaluate.stage import SCORES
-from winnow.evaluate.statistics.aggregate import Score, SubsetScores, compare, headline
+from winnow.evaluate.statistics.aggregate import Estimate, SubsetScores, compare, headline
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.parquet import read_parquet
@@ -46,8 +46,8 @@ class SubsetEntry:
         name: as it is called in tables.
         url: its directory: subset.npy, funnel.json and perhaps reasons.parquet.
         checkpoints: (seed, name in the scores) of each model trained on it.
-        pool: directory of the indexed pool it was taken from; "" to show no pictures and no noise.
-        drawn: (what, URL of a PNG) of each picture that a model trained on it has drawn.
+        pool: directory of the indexed pool it was taken from; "" to show no images and no noise.
+        drawn: (what, URL of a PNG) of each image that a model trained on it has drawn.
     """
 
     name: str
@@ -75,7 +75,7 @@ class CompareStage(Stage):
 
     name = "compare"
     version = 1
-    light = True
+    run_on_driver = True
 
     def params(self) -> dict[str, Any]:
         return {"baseline": self._baseline()}
@@ -113,13 +113,13 @@ class CompareStage(Stage):
         return [Unit("comparison", inputs, {"checkpoints": checkpoints}, args)]
 
     def run(self, unit: Unit) -> Output:
-        scores_url, places = unit.args["scores"], unit.args["subsets"]
+        scores_url, entries = unit.runtime["scores"], unit.runtime["subsets"]
         manifest = need_manifest(scores_url, "scores")
         protocol, by_checkpoint = _main_scores(scores_url, manifest.values["tasks"], manifest.values["protocols"])
         scored = {key for scores in by_checkpoint.values() for key in scores}
         tasks = {key: facts for key, facts in manifest.values["tasks"].items() if key in scored}
-        funnels = {name: read_funnel(place["url"]) for name, place in places.items()}
-        uids = {name: load_subset(storage.join(place["url"], SUBSET)) for name, place in places.items()}
+        funnels = {name: read_funnel(entry["url"]) for name, entry in entries.items()}
+        uids = {name: load_subset(storage.join(entry["url"], SUBSET)) for name, entry in entries.items()}
         subsets = []
         for name, pairs in unit.params["checkpoints"]:
             for _, checkpoint in pairs:
@@ -133,15 +133,15 @@ class CompareStage(Stage):
         used = {checkpoint for _, pairs in unit.params["checkpoints"] for _, checkpoint in pairs}
         result["missing"] = [entry for entry in manifest.values["missing"] if entry["checkpoint"] in used]
         views: dict[str, SubsetView] = {}
-        for pool in sorted({place["pool"] for place in places.values()} - {""}):
-            inside = {name: (uids[name], place["url"]) for name, place in places.items() if place["pool"] == pool}
+        for pool in sorted({entry["pool"] for entry in entries.values()} - {""}):
+            inside = {name: (uids[name], entry["url"]) for name, entry in entries.items() if entry["pool"] == pool}
             views |= look(Pool.open(pool), inside)
         result["noise"] = {name: table for name, view in views.items() if (table := view.noise()) is not None}
         result["headline"] = headline(result)
         drawn = [
-            (name, what, storage.read_bytes(url)) for name, place in places.items() for what, url in place["drawn"]
+            (name, what, storage.read_bytes(url)) for name, entry in entries.items() for what, url in entry["drawn"]
         ]
-        page = render(result, funnels, views, _provenance(unit, manifest, places), drawn)
+        page = render(result, funnels, views, _provenance(unit, manifest, entries), drawn)
         storage.write_bytes(self.url(TABLE), comparison_text(result).encode())
         storage.write_bytes(self.url(CSV), comparison_csv(result).encode())
         storage.write_json(self.url(JSON), result)
@@ -152,7 +152,9 @@ class CompareStage(Stage):
         return Output(values=dict(records[0].values))
 
 
-def _main_scores(url: str, tasks: dict[str, Any], protocols: Sequence[str]) -> tuple[str, dict[str, dict[str, Score]]]:
+def _main_scores(
+    url: str, tasks: dict[str, Any], protocols: Sequence[str]
+) -> tuple[str, dict[str, dict[str, Estimate]]]:
     """The protocol compared by, which is the run's first that gave scores, and by it the main metric of each checkpoint
     on each task that has one; the mean over the protocol's own seeds."""
     rows = read_parquet(storage.join(url, SCORES)).to_pylist()
@@ -162,14 +164,14 @@ def _main_scores(url: str, tasks: dict[str, Any], protocols: Sequence[str]) -> t
     for row in rows:
         if row["protocol"] == protocol and row["metric"] == tasks[row["task"]]["metric"]:
             found.setdefault((row["checkpoint"], row["task"]), []).append(row)
-    scores: dict[str, dict[str, Score]] = {}
-    for (checkpoint, task), some in found.items():
-        stderr = math.sqrt(mean(row["stderr"] ** 2 for row in some))
-        scores.setdefault(checkpoint, {})[task] = Score(mean(row["value"] for row in some), stderr)
+    scores: dict[str, dict[str, Estimate]] = {}
+    for (checkpoint, task), batch in found.items():
+        stderr = math.sqrt(mean(row["stderr"] ** 2 for row in batch))
+        scores.setdefault(checkpoint, {})[task] = Estimate(mean(row["value"] for row in batch), stderr)
     return protocol, scores
 
 
-def _provenance(unit: Unit, scores: Any, places: dict[str, Any]) -> list[tuple[str, str]]:
+def _provenance(unit: Unit, scores: Any, entries: dict[str, Any]) -> list[tuple[str, str]]:
     """What the page was made from, by digest."""
     lines = [("scores", scores.digest)]
     for name, pairs in unit.params["checkpoints"]:
@@ -178,7 +180,7 @@ def _provenance(unit: Unit, scores: Any, places: dict[str, Any]) -> list[tuple[s
             for key in unit.inputs
             if key.rpartition("/")[0] == name
         ]
-        stage = read_manifest(places[name]["url"])
+        stage = read_manifest(entries[name]["url"])
         if stage is not None:
             lines.append((f"{name}: manifest of {stage.stage}", stage.digest))
         lines += [

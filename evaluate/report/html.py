@@ -30,7 +30,7 @@ def render(
         funnels: `funnel.json` of each subset.
         views: each subset against its pool, where the pool is at hand.
         provenance: (what, digest).
-        drawn: (subset, what, PNG) of pictures that models have drawn.
+        drawn: (subset, what, PNG) of images that models have drawn.
     """
     import jinja2
     from markupsafe import Markup
@@ -40,7 +40,7 @@ def render(
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"number": number, "share": _share, "count": _count}
+    environment.filters |= {"number": number, "share": _fraction, "count": _count}
     names = list(funnels)
     ranked = [row["subset"] for row in result["rows"]]
     colour = plots.colours(names, result["baseline"])
@@ -63,7 +63,7 @@ def render(
         scatter=Markup(scatter),
         funnels=[{**funnels[name], "name": name, "rows": funnel_rows(funnels[name]["tree"])} for name in ranked],
         noise={name: table for name, table in noise.items() if table and table["noisy"]},
-        pictures=[(name, views[name]) for name in ranked if name in views],
+        images=[(name, views[name]) for name in ranked if name in views],
         drawn=[(name, what, base64.b64encode(png).decode()) for name, what, png in drawn],
         provenance=provenance,
         colour=colour,
@@ -76,7 +76,7 @@ def _best(result: Mapping[str, Any], where: str, key: str) -> list[str]:
     return [name for name, value in values.items() if value == max(values.values())]
 
 
-def _share(value: float | None) -> str:
+def _fraction(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 

@@ -29,7 +29,7 @@ class MergeScoresStage(Stage):
 
     name = "merge"
     version = 1
-    light = True
+    run_on_driver = True
 
     def params(self) -> dict[str, Any]:
         return {"runs": [name for name, _ in self.runs]}

@@ -1,4 +1,4 @@
-"""What curation left in a subset's directory, seen against its pool: noise removed, pictures kept and dropped."""
+"""What curation left in a subset's directory, seen against its pool: noise removed, images kept and dropped."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ import pyarrow.compute as pc
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
-from winnow.infra.io.images import PictureError, decode_picture
+from winnow.infra.io.images import ImageError, decode_image
 from winnow.infra.io.parquet import open_parquet
 from winnow.infra.pool.pool import Pool
 from winnow.infra.pool.uids import decode_uids, hash_unit, is_member
 
-PICTURES = 12
+IMAGES = 12
 THUMBNAIL = 96  # px
 CAPTION = 300  # characters
 SUBSET, FUNNEL, REASONS = "subset.npy", "funnel.json", "reasons.parquet"
 
 
 @dataclass(frozen=True)
-class Picture:
+class GalleryImage:
     """A sample to show. `jpeg` is base64; empty when it cannot be decoded."""
 
     uid: str
@@ -44,14 +44,14 @@ class SubsetView:
     Attributes:
         present, removed: samples of each noise kind in the pool and, of those, not in the subset; key "" is clean.
         has_noise: whether the pool says what is noise.
-        kept, dropped: a few pictures of each.
+        kept, dropped: a few images of each.
     """
 
     present: Counter[str] = field(default_factory=Counter)
     removed: Counter[str] = field(default_factory=Counter)
     has_noise: bool = False
-    kept: list[Picture] = field(default_factory=list)
-    dropped: list[Picture] = field(default_factory=list)
+    kept: list[GalleryImage] = field(default_factory=list)
+    dropped: list[GalleryImage] = field(default_factory=list)
 
     def noise(self) -> dict[str, Any] | None:
         """Counts by kind, and precision, recall and the clean shares; None for a pool that does not say."""
@@ -89,17 +89,19 @@ class _Candidate:
     noise: str
 
 
-def look(pool: Pool, subsets: Mapping[str, tuple[np.ndarray, str]], pictures: int = PICTURES) -> dict[str, SubsetView]:
+def look(pool: Pool, subsets: Mapping[str, tuple[np.ndarray, str]], images: int = IMAGES) -> dict[str, SubsetView]:
     """One pass over a pool's uids for several subsets of it.
 
     Args:
         pool: where the subsets come from.
         subsets: by name: its sorted uids (dtype u8,u8) and the URL of its directory.
-        pictures: how many kept and how many dropped pictures to show; those whose uids hash lowest, so that the choice
-            is the same in every run and two subsets show the same pictures where they agree.
+        images: how many kept and how many dropped images to show; those whose uids hash lowest, so that the choice
+            is the same in every run and two subsets show the same images where they agree.
     """
     views = {name: SubsetView() for name in subsets}
-    chosen: dict[tuple[str, bool], list[_Candidate]] = {(name, kept): [] for name in subsets for kept in (True, False)}
+    selected: dict[tuple[str, bool], list[_Candidate]] = {
+        (name, kept): [] for name in subsets for kept in (True, False)
+    }
     for number, shard in enumerate(pool.shards):
         named = "noise" in shard.columns()
         table = shard.table(["uid", "noise"] if named else ["uid"])
@@ -113,20 +115,20 @@ def look(pool: Pool, subsets: Mapping[str, tuple[np.ndarray, str]], pictures: in
             view.removed.update(_count(noise.filter(pa.array(~inside))))
             for kept in (True, False):
                 rows = np.nonzero(inside == kept)[0]
-                rows = rows[np.argsort(order[rows], kind="stable")[:pictures]]
+                rows = rows[np.argsort(order[rows], kind="stable")[:images]]
                 found = [
                     _Candidate(float(order[i]), table["uid"][int(i)].as_py(), number, int(i), noise[int(i)].as_py())
                     for i in rows
                 ]
                 key = (name, kept)
-                chosen[key] = sorted([*chosen[key], *found], key=lambda item: (item.order, item.uid))[:pictures]
-    loaded = _load(pool, [item for items in chosen.values() for item in items])
+                selected[key] = sorted([*selected[key], *found], key=lambda item: (item.order, item.uid))[:images]
+    loaded = _load(pool, [item for items in selected.values() for item in items])
     for name, (_, url) in subsets.items():
-        reasons = _reasons(url, [item.uid for item in chosen[name, False]])
+        reasons = _reasons(url, [item.uid for item in selected[name, False]])
         for kept, target in ((True, views[name].kept), (False, views[name].dropped)):
-            for item in chosen[name, kept]:
+            for item in selected[name, kept]:
                 caption, jpeg = loaded[item.shard, item.row]
-                target.append(Picture(item.uid, caption, jpeg, item.noise, reasons.get(item.uid, "")))
+                target.append(GalleryImage(item.uid, caption, jpeg, item.noise, reasons.get(item.uid, "")))
     return views
 
 
@@ -156,10 +158,10 @@ def _load(pool: Pool, items: list[_Candidate]) -> dict[tuple[int, int], tuple[st
 
 
 def thumbnail(data: bytes) -> str:
-    """At most 96 px, as base64 JPEG; empty when the picture cannot be decoded."""
+    """At most 96 px, as base64 JPEG; empty when the image cannot be decoded."""
     try:
-        image = decode_picture(data)
-    except PictureError:
+        image = decode_image(data)
+    except ImageError:
         return ""
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
@@ -178,8 +180,8 @@ def _reasons(url: str, uids: list[str]) -> dict[str, str]:
         if missing := {"uid", "reason"} - set(parquet.schema_arrow.names):
             raise WinnowError(f"is no table of reasons: {', '.join(sorted(missing))} missing", where=path)
         for batch in parquet.iter_batches(columns=["uid", "reason"]):
-            some = batch.filter(pc.is_in(batch["uid"], wanted))
-            found |= {row["uid"]: row["reason"] or "" for row in some.to_pylist()}
+            rows = batch.filter(pc.is_in(batch["uid"], wanted))
+            found |= {row["uid"]: row["reason"] or "" for row in rows.to_pylist()}
     return found
 
 

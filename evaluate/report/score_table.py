@@ -11,10 +11,10 @@ from winnow.evaluate.report.tables import partial_note, text_table
 from winnow.evaluate.statistics.aggregate import (
     AGGREGATES,
     ORDER,
-    Score,
+    Estimate,
     average_name,
     averaged_tasks,
-    spread,
+    sem,
 )
 
 NOT_APPLICABLE = "n/a"
@@ -45,17 +45,17 @@ def scores_text(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) ->
             )
     over: dict[tuple[str, ...], list[str]] = {}
     for protocol in protocols:
-        judged = [c for c in checkpoints if any((c, key, protocol) in scores for key in keys)]
-        shared = [key for key in keys if all((c, key, protocol) in scores for c in judged)]
-        averaged = averaged_tasks(tasks, shared) if judged else []
+        scored = [c for c in checkpoints if any((c, key, protocol) in scores for key in keys)]
+        shared = [key for key in keys if all((c, key, protocol) in scores for c in scored)]
+        averaged = averaged_tasks(tasks, shared) if scored else []
         failed = {c for c in checkpoints if any((c, key, protocol) not in unfit for key in keys)}
         lines += _averages(protocol, averaged, tasks, checkpoints, scores, failed)
         if len(averaged) > 1 and not average_name(tasks, averaged).startswith("38-"):
             over.setdefault(tuple(averaged), []).append(protocol)
     header = ["task", "protocol", "metric", "n", *(names[checkpoint] for checkpoint in checkpoints)]
     parts = [text_table(header, lines, left=(0, 1, 2))]
-    for several, some in over.items():
-        of = f" of {', '.join(some)}" if len(over) > 1 else ""
+    for several, group in over.items():
+        of = f" of {', '.join(group)}" if len(over) > 1 else ""
         parts.append(f"The average{of} is over {', '.join(tasks[key]['name'] for key in several)}.")
     parts += partial_note(tasks)
     parts += _left_out(values["left_out"], tasks)
@@ -77,21 +77,21 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 def _main_scores(
     rows: Sequence[Mapping[str, Any]], tasks: Mapping[str, Mapping[str, Any]]
-) -> dict[tuple[str, str, str], Score]:
+) -> dict[tuple[str, str, str], Estimate]:
     """The main metric by checkpoint, task and protocol, the mean over seeds."""
     found: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["metric"] == tasks[row["task"]]["metric"]:
             found.setdefault((row["checkpoint"], row["task"], row["protocol"]), []).append(row)
     scores = {}
-    for key, some in found.items():
-        seeds = [row["value"] for row in some]
-        test = math.sqrt(mean(row["stderr"] ** 2 for row in some))
-        scores[key] = Score(mean(seeds), math.hypot(test, spread(seeds)))
+    for key, group in found.items():
+        seeds = [row["value"] for row in group]
+        test = math.sqrt(mean(row["stderr"] ** 2 for row in group))
+        scores[key] = Estimate(mean(seeds), math.hypot(test, sem(seeds)))
     return scores
 
 
-def _cell(score: Score | None, unfit: bool) -> str:
+def _cell(score: Estimate | None, unfit: bool) -> str:
     if score is None:
         return NOT_APPLICABLE if unfit else "–"
     return f"{score.value:.3f} ± {score.stderr:.3f}"
@@ -102,19 +102,19 @@ def _averages(
     averaged: Sequence[str],
     tasks: Mapping[str, Mapping[str, Any]],
     checkpoints: Sequence[str],
-    scores: Mapping[tuple[str, str, str], Score],
+    scores: Mapping[tuple[str, str, str], Estimate],
     failed: Set[str],
 ) -> list[list[str]]:
     """Rows with the average over all tasks, and over those of each of DataComp's groups that has several."""
     groups = {name: [key for key in averaged if tasks[key]["group"] == group] for group, name in AGGREGATES.items()}
     lines = []
-    for name, some in {average_name(tasks, averaged): averaged, **groups}.items():
-        if len(some) > 1:
-            title = name if some is averaged else f"{name}, average over {len(some)}"
+    for name, group in {average_name(tasks, averaged): averaged, **groups}.items():
+        if len(group) > 1:
+            title = name if group is averaged else f"{name}, average over {len(group)}"
             cells = []
             for c in checkpoints:
-                if all((c, key, protocol) in scores for key in some):
-                    cells.append(f"{mean(scores[c, key, protocol].value for key in some):.3f}")
+                if all((c, key, protocol) in scores for key in group):
+                    cells.append(f"{mean(scores[c, key, protocol].value for key in group):.3f}")
                 else:
                     cells.append("–" if c in failed else NOT_APPLICABLE)
             lines.append([title, protocol, "", "", *cells])
@@ -122,7 +122,7 @@ def _averages(
 
 
 def _left_out(left_out: Mapping[str, Mapping[str, Mapping[str, int]]], tasks: Mapping[str, Any]) -> list[str]:
-    """A sentence on the pictures that no figure rests on."""
+    """A sentence on the images that no figure rests on."""
     parts = []
     for key, splits in left_out.items():
         counts = [
@@ -131,7 +131,7 @@ def _left_out(left_out: Mapping[str, Mapping[str, Mapping[str, int]]], tasks: Ma
             for reason, n in reasons.items()
         ]
         parts.append(f"{tasks[key]['name']}, {', '.join(counts)}")
-    return [f"Pictures left out: {'; '.join(parts)}."] if parts else []
+    return [f"Images left out: {'; '.join(parts)}."] if parts else []
 
 
 def _reasons(entries: Sequence[Mapping[str, str]], names: Mapping[str, str], title: str) -> list[str]:
@@ -146,8 +146,8 @@ def _reasons(entries: Sequence[Mapping[str, str]], names: Mapping[str, str], tit
         for task, who in by_task.items():
             by_who.setdefault(tuple(who), []).append(task)
         parts = [
-            ", ".join(some) + ("" if set(who) == set(names.values()) else f" for {', '.join(who)}")
-            for who, some in by_who.items()
+            ", ".join(group) + ("" if set(who) == set(names.values()) else f" for {', '.join(who)}")
+            for who, group in by_who.items()
         ]
         lines.append(f"{title}: {f'{protocol} of ' if protocol else ''}{'; '.join(parts)} ({reason.rstrip('.')}).")
     return lines

@@ -3,7 +3,8 @@
 A file is fetched whole when it is first opened, into the hub's local cache (`HF_HUB_CACHE`, by default under
 `~/.cache/huggingface`), and read from there ever after; a revision that is a commit is then never asked for again.
 Requests that fail for a passing reason are tried again. `HF_ENDPOINT` and `HF_TOKEN` mean what they mean to
-huggingface_hub, which does the work. Importing this module makes the URLs known to fsspec, and so to `winnow.infra.io.storage`.
+huggingface_hub, which does the work. Importing this module registers the URLs with fsspec, and so with
+`winnow.infra.io.storage`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from winnow.infra.errors import UsageError, WinnowError
 DATA = "hf://datasets/"  # what a user writes: hf://datasets/OWNER or hf://datasets/OWNER@REVISION
 SCHEME = "hub://"
 MAIN = "main"
-WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each further try
+DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each further try
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})  # HTTP statuses worth another try
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAME = re.compile(r"[A-Za-z0-9_.\-]+")
@@ -39,7 +40,7 @@ class Unreachable(WinnowError):
 
 
 @dataclass(frozen=True)
-class Place:
+class HubPath:
     """A file or folder of a repository; `path` is empty for the repository itself."""
 
     repo: str
@@ -75,17 +76,17 @@ def url_of(repo: str, revision: str) -> str:
     return f"{SCHEME}{repo}@{revision.replace('/', '%2F')}"
 
 
-def parse(path: str) -> Place:
+def parse(path: str) -> HubPath:
     """Of a URL, or of what fsspec leaves of one. Raises FileNotFoundError for what is none."""
     owner, _, rest = path.removeprefix(SCHEME).strip("/").partition("/")
     head, _, inner = rest.partition("/")
     name, _, revision = head.partition("@")
     if not (_NAME.fullmatch(owner) and _NAME.fullmatch(name)) or ".." in inner.split("/"):
         raise FileNotFoundError(path)
-    return Place(f"{owner}/{name}", revision.replace("%2F", "/") or MAIN, inner)
+    return HubPath(f"{owner}/{name}", revision.replace("%2F", "/") or MAIN, inner)
 
 
-def fetch(place: Place) -> Path:
+def fetch(hub_path: HubPath) -> Path:
     """The local copy of a file.
 
     Raises:
@@ -97,16 +98,16 @@ def fetch(place: Place) -> Path:
     def download() -> str:
         return str(
             hf_hub_download(
-                place.repo,
-                place.path,
+                hub_path.repo,
+                hub_path.path,
                 repo_type="dataset",
-                revision=place.revision,
+                revision=hub_path.revision,
                 cache_dir=_cache(),
                 endpoint=_endpoint(),
             )
         )
 
-    return Path(_again(download, f"{SCHEME}{place.repo}@{place.revision}/{place.path}"))
+    return Path(_retry(download, f"{SCHEME}{hub_path.repo}@{hub_path.revision}/{hub_path.path}"))
 
 
 def listing(repo: str, revision: str) -> dict[str, tuple[int, str]]:
@@ -128,7 +129,7 @@ def _listing(repo: str, revision: str, endpoint: str | None, cache: str | None) 
         return {file.path: (file.size, file.lfs.sha256 if file.lfs else file.blob_id) for file in files}
 
     try:
-        return _again(ask, f"{SCHEME}{repo}@{revision}", ())  # huggingface_hub tries these again itself
+        return _retry(ask, f"{SCHEME}{repo}@{revision}", ())  # huggingface_hub tries these again itself
     except WinnowError:
         found = _cached(repo, revision)
         if not found:
@@ -151,7 +152,7 @@ def _cached(repo: str, revision: str) -> dict[str, tuple[int, str]]:
 def _resolve(repo: str, revision: str) -> str:
     from huggingface_hub import HfApi
 
-    info = _again(lambda: HfApi(_endpoint()).dataset_info(repo, revision=revision), f"{SCHEME}{repo}@{revision}")
+    info = _retry(lambda: HfApi(_endpoint()).dataset_info(repo, revision=revision), f"{SCHEME}{repo}@{revision}")
     return str(info.sha)
 
 
@@ -163,11 +164,11 @@ def _cache() -> str | None:
     return os.environ.get("HF_HUB_CACHE") or None
 
 
-def _again(ask: Callable[[], T], where: str, waits: Sequence[float] | None = None) -> T:
+def _retry(ask: Callable[[], T], where: str, delays: Sequence[float] | None = None) -> T:
     """What `ask` answers, tried again while it fails for a passing reason."""
     from huggingface_hub import errors
 
-    for wait in (*(WAITS if waits is None else waits), None):
+    for wait in (*(DELAYS if delays is None else delays), None):
         try:
             return ask()
         except (errors.RemoteEntryNotFoundError, errors.RevisionNotFoundError, errors.RepositoryNotFoundError) as error:
@@ -205,13 +206,13 @@ class HubFileSystem(AbstractFileSystem):
         return path.removeprefix(SCHEME).rstrip("/")
 
     def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
-        place = parse(path)
-        files = listing(place.repo, place.revision)
+        hub_path = parse(path)
+        files = listing(hub_path.repo, hub_path.revision)
         name = self._strip_protocol(path)
-        if place.path in files:
-            size, mark = files[place.path]
+        if hub_path.path in files:
+            size, mark = files[hub_path.path]
             return {"name": name, "size": size, "type": "file", "ETag": mark}
-        if place.path and not any(file.startswith(f"{place.path}/") for file in files):
+        if hub_path.path and not any(file.startswith(f"{hub_path.path}/") for file in files):
             raise FileNotFoundError(path)
         return {"name": name, "size": 0, "type": "directory"}
 
@@ -224,9 +225,9 @@ class HubFileSystem(AbstractFileSystem):
         return True
 
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
-        place = parse(path)
-        inside = f"{place.path}/" if place.path else ""
-        files = listing(place.repo, place.revision)
+        hub_path = parse(path)
+        inside = f"{hub_path.path}/" if hub_path.path else ""
+        files = listing(hub_path.repo, hub_path.revision)
         names = {file.removeprefix(inside).split("/")[0] for file in files if file.startswith(inside)}
         if not names:
             return [self.info(path)] if detail else [self._strip_protocol(path)]

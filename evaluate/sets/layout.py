@@ -31,9 +31,9 @@ from winnow.infra.pool.index import tar_samples
 CLASSNAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 TYPE = "dataset_type.txt"
-MEMBERS = ("cls", "txt", "npy")  # what is read of a sample beside its picture
-# Of several pictures in a sample, the one that DataComp's evaluation takes.
-PICTURES = ("webp", "png", "jpg", "jpeg", *(ext for ext in EXTENSIONS if ext not in ("webp", "png", "jpg", "jpeg")))
+MEMBERS = ("cls", "txt", "npy")  # what is read of a sample beside its image
+# Of several images in a sample, the one that DataComp's evaluation takes.
+IMAGES = ("webp", "png", "jpg", "jpeg", *(ext for ext in EXTENSIONS if ext not in ("webp", "png", "jpg", "jpeg")))
 FOLDERS = r"wds_[^,.\x00-\x1f][^,\x00-\x1f]*_test"
 MAX_TEXT_BYTES = 64 << 20
 MAX_SHARDS = 100_000
@@ -53,16 +53,16 @@ class FoundTask:
 
 @dataclass(frozen=True)
 class Association:
-    """A cue, the keys of the pictures shown with it, and of those among them that belong to it (WinoGAViL)."""
+    """A cue, the keys of the images shown with it, and of those among them that belong to it (WinoGAViL)."""
 
     cue: str
     candidates: tuple[str, ...]
-    chosen: frozenset[str]
+    selected: frozenset[str]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture of a test set, still encoded, with its captions, its task's `metadata` or its label, -1 for one of a
+    """One image of a test set, still encoded, with its captions, its task's `metadata` or its label, -1 for one of a
     class that does not count."""
 
     key: str
@@ -107,15 +107,15 @@ def find_tasks(data_url: str, names: Sequence[str] | str = "all") -> list[FoundT
     if names == "all":
         return list(found.values())
     known = datacomp_tasks() | {entry.task.key: entry.task for entry in found.values()}
-    chosen = {}
+    selected = {}
     for word in [names] if isinstance(names, str) else names:
         task = find_task(word, known)
         if task.key not in found:
             raise UsageError(
                 f'no data for task "{task.key}"', where=data_url, do=f"It should lie in {task.data_folder}/."
             )
-        chosen[task.key] = found[task.key]
-    return [entry for key, entry in found.items() if key in chosen]
+        selected[task.key] = found[task.key]
+    return [entry for key, entry in found.items() if key in selected]
 
 
 def is_data(data_url: str) -> bool:
@@ -126,12 +126,12 @@ def is_data(data_url: str) -> bool:
 def _on_the_hub(data_url: str, names: Sequence[str] | str) -> list[FoundTask]:
     owner, revision = hub.parse_data(data_url)
     known = {key: task for key, task in datacomp_tasks().items() if task.group != "extra"}
-    chosen = known
+    selected = known
     if names != "all":
         words = {find_task(word, known).key for word in ([names] if isinstance(names, str) else names)}
-        chosen = {key: task for key, task in known.items() if key in words}
+        selected = {key: task for key, task in known.items() if key in words}
     found = []
-    for task in chosen.values():
+    for task in selected.values():
         pinned = task.revision if task.hub or owner == DATACOMP_OWNER else None
         repo = task.hub or f"{owner}/{task.data_folder}"
         found.append(FoundTask(task, hub.url_of(repo, revision or pinned or hub.MAIN)))
@@ -179,7 +179,7 @@ class EvalSet:
     Attributes:
         task: what is evaluated.
         url: its folder.
-        classnames: in label order; empty for a set whose pictures have captions instead of labels.
+        classnames: in label order; empty for a set whose images have captions instead of labels.
         templates: prompts with {c}; empty likewise.
         tars: URLs of the shards, in order.
         kept: for a set with more classes than its task, the place of each kept class by its label there, else None.
@@ -244,7 +244,7 @@ class EvalSet:
         return [template.replace("{c}", name) for start, _, template in templates if start == objective]
 
     def samples(self) -> Iterator[Sample]:
-        """The samples in order. Raises TaskError for a cut tar, a missing picture or label, a label out of range."""
+        """The samples in order. Raises TaskError for a cut tar, a missing image or label, a label out of range."""
         count = 0
         for tar in self.tars:
             with storage.open_read(tar) as file:
@@ -268,8 +268,8 @@ class EvalSet:
                 entry = json.loads(line)
                 one = Association(entry["cue"], tuple(entry["candidates"]), frozenset(entry["associations"]))
                 # Those that were not shown do not count, as in DataComp's evaluation.
-                one = replace(one, chosen=one.chosen & set(one.candidates))
-                fault = not one.cue or not one.chosen
+                one = replace(one, selected=one.selected & set(one.candidates))
+                fault = not one.cue or not one.selected
             except (ValueError, TypeError, KeyError):
                 fault = True
             if fault:
@@ -282,9 +282,9 @@ class EvalSet:
     def sample(self, tar: str, key: str, members: Mapping[str, bytes]) -> Sample:
         """What the members of a sample (by extension) say. Raises TaskError."""
         where = f"{tar}, sample {key}"
-        ext = next((ext for ext in PICTURES if ext in members), None)
+        ext = next((ext for ext in IMAGES if ext in members), None)
         if ext is None:
-            raise TaskError("no picture", where=where)
+            raise TaskError("no image", where=where)
         if self.task.kind == "winogavil":
             return Sample(key, members[ext])
         metadata = self._metadata(members.get("npy"), where)
@@ -348,7 +348,7 @@ def _mapped(classnames: Sequence[str], mapping: str) -> tuple[list[str], dict[in
         raise TaskError("should be an object with class names for keys", where=mapping)
     wanted = {str(name).lower() for name in names}
     labels = [label for label, name in enumerate(classnames) if name.lower() in wanted]
-    return [classnames[label] for label in labels], {label: place for place, label in enumerate(labels)}
+    return [classnames[label] for label in labels], {label: index for index, label in enumerate(labels)}
 
 
 def _check_objectives(lines: Sequence[str], url: str) -> None:

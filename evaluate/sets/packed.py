@@ -1,16 +1,16 @@
-"""Sets that are kept as a table and its pictures: Flickr, MSCOCO and WinoGAViL, which DataComp takes from the hub's
+"""Sets that are kept as a table and its images: Flickr, MSCOCO and WinoGAViL, which DataComp takes from the hub's
 `nlphuji` repositories. They are brought into the layout of `winnow.evaluate.sets.layout` once, in a local cache.
 
 Two forms are read, wherever `winnow.infra.io.storage` reaches:
 
-* as in the repository: one `.csv` and one `.zip` of pictures in a folder. Columns `filename` and `raw` (a list of
-  captions), or `cue`, `candidates` and `associations` (lists of picture names, the last those that belong to the cue);
+* as in the repository: one `.csv` and one `.zip` of images in a folder. Columns `filename` and `raw` (a list of
+  captions), or `cue`, `candidates` and `associations` (lists of image names, the last those that belong to the cue);
   lists are JSON or Python literals. Rows with a `split` other than "test" are left out.
 * as the `datasets` library caches them, which is what DataComp's download script leaves in
   `hf_cache/nlphuji___NAME/**/*.arrow`: columns `image` and `caption`, or `cue`, `candidates`, `associations` and
-  `candidate_images`. A picture is a struct of `bytes` and `path`; a bare path is looked for below the same `hf_cache`.
+  `candidate_images`. An image is a struct of `bytes` and `path`; a bare path is looked for below the same `hf_cache`.
 
-A WinoGAViL set comes out with each picture once, and with `associations.jsonl` beside `test/`: one object a line with
+A WinoGAViL set comes out with each image once, and with `associations.jsonl` beside `test/`: one object a line with
 `cue`, `candidates` and `associations`, names being keys of samples.
 """
 
@@ -39,7 +39,7 @@ from winnow.infra.io.images import EXTENSIONS
 
 ASSOCIATIONS = "associations.jsonl"
 DATASETS_CACHE = "hf_cache"
-MAX_PICTURE_BYTES = 256 << 20
+MAX_IMAGE_BYTES = 256 << 20
 _DEPTH = 4  # folders below `nlphuji___NAME` that the datasets library makes
 
 
@@ -119,16 +119,16 @@ def _unpack(url: str, packed: Sequence[str], target: Path) -> None:
     associations = []
     rows = _zip_rows(url, packed) if packed[0].endswith((".csv", ".zip")) else _arrow_rows(url, packed)
     with tarfile.open(target / "test" / "0.tar", "w") as tar:
-        for where, row, pictures in rows:
+        for where, row, images in rows:
             names = [str(name) for name in row["candidates"]] if "cue" in row else [str(row["filename"])]
-            for name, picture in zip(names, pictures, strict=True):
+            for name, image in zip(names, images, strict=True):
                 key = key_of(name)
                 if key in written:
                     if "cue" in row:
                         continue
-                    raise TaskError(f'two rows name the picture "{name}"', where=where)
+                    raise TaskError(f'two rows name the image "{name}"', where=where)
                 written.add(key)
-                _add(tar, f"{key}.{_extension(picture)}", picture)
+                _add(tar, f"{key}.{_extension(image)}", image)
                 if "cue" not in row:
                     captions = [" ".join(str(text).split()) for text in row["captions"]]
                     _add(tar, f"{key}.txt", "\n".join(text for text in captions if text).encode())
@@ -142,7 +142,7 @@ def _unpack(url: str, packed: Sequence[str], target: Path) -> None:
 
 
 def key_of(name: str) -> str:
-    """The key of a picture's sample: its file name without the extension. webdataset cuts a name at its first dot, so
+    """The key of an image's sample: its file name without the extension. webdataset cuts a name at its first dot, so
     another dot in it is written as "%2E"."""
     stem, dot, ext = name.rpartition("/")[2].rpartition(".")
     if ext.lower() not in EXTENSIONS:
@@ -150,10 +150,10 @@ def key_of(name: str) -> str:
     return stem.replace("%", "%25").replace(".", "%2E")
 
 
-def _extension(picture: bytes) -> str:
-    """By the first bytes; a picture that is none of these is found out when it is decoded."""
+def _extension(image: bytes) -> str:
+    """By the first bytes; an image that is none of these is found out when it is decoded."""
     starts = {b"\x89PNG": "png", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp"}
-    return next((ext for start, ext in starts.items() if picture.startswith(start)), "jpg")
+    return next((ext for start, ext in starts.items() if image.startswith(start)), "jpg")
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -166,7 +166,7 @@ Rows = Iterator[tuple[str, Mapping[str, Any], list[bytes]]]
 
 
 def _zip_rows(url: str, packed: Sequence[str]) -> Rows:
-    """(where, row, pictures) of each row of the table."""
+    """(where, row, images) of each row of the table."""
     table = storage.join(url, next(name for name in packed if name.endswith(".csv")))
     archive = storage.join(url, next(name for name in packed if name.endswith(".zip")))
     try:
@@ -182,33 +182,33 @@ def _zip_rows(url: str, packed: Sequence[str]) -> Rows:
             raise TaskError(f'has no column "{name}"', where=table)
     with storage.open_read(archive) as file:
         try:
-            pictures = zipfile.ZipFile(file)
+            images = zipfile.ZipFile(file)
         except (zipfile.BadZipFile, OSError) as error:
             raise TaskError(f"cannot be read ({error})", where=archive) from None
-        members = {key_of(info.filename): info for info in pictures.infolist() if _is_picture(info.filename)}
+        members = {key_of(info.filename): info for info in images.infolist() if _is_image(info.filename)}
         for row in reader:
             if row.get("split") not in (None, "", "test"):
                 continue
             where = f"{table}:{reader.line_num}"
             names = _list(row["candidates"], where) if wino else [row["filename"]]
-            found = [_member(pictures, members, name, archive) for name in names]
+            found = [_member(images, members, name, archive) for name in names]
             if wino:
-                chosen = _list(row["associations"], where)
-                yield where, {"cue": row["cue"], "candidates": names, "associations": chosen}, found
+                selected = _list(row["associations"], where)
+                yield where, {"cue": row["cue"], "candidates": names, "associations": selected}, found
             else:
                 yield where, {"filename": row["filename"], "captions": _list(row["raw"], where)}, found
 
 
-def _is_picture(name: str) -> bool:
+def _is_image(name: str) -> bool:
     return name.rpartition(".")[2].lower() in EXTENSIONS and "__MACOSX" not in name
 
 
 def _member(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], name: str, where: str) -> bytes:
     info = members.get(key_of(name))
     if info is None:
-        raise TaskError(f'holds no picture "{name}"', where=where)
-    if info.file_size > MAX_PICTURE_BYTES:
-        raise TaskError(f"is larger than {MAX_PICTURE_BYTES >> 20} MiB", where=f"{where}, {info.filename}")
+        raise TaskError(f'holds no image "{name}"', where=where)
+    if info.file_size > MAX_IMAGE_BYTES:
+        raise TaskError(f"is larger than {MAX_IMAGE_BYTES >> 20} MiB", where=f"{where}, {info.filename}")
     try:
         return archive.read(info)
     except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as error:
@@ -244,18 +244,18 @@ def _arrow_rows(url: str, packed: Sequence[str]) -> Rows:
 
 
 def _arrow_row(row: Mapping[str, Any], where: str, number: int) -> tuple[str, Mapping[str, Any], list[bytes]]:
-    place = f"{where}, row {number}"
+    row_name = f"{where}, row {number}"
     try:
         if "cue" in row:
-            return place, row, [_picture(one, place) for one in row["candidate_images"]]
+            return row_name, row, [_image(one, row_name) for one in row["candidate_images"]]
         image = row["image"]
         name = row.get("filename") or image["path"] or f"{number:09d}"
-        return place, {"filename": name, "captions": row["caption"]}, [_picture(image, place)]
+        return row_name, {"filename": name, "captions": row["caption"]}, [_image(image, row_name)]
     except (KeyError, TypeError) as error:
-        raise TaskError(f"lacks a column ({error})", where=place) from None
+        raise TaskError(f"lacks a column ({error})", where=row_name) from None
 
 
-def _picture(value: Mapping[str, Any], where: str) -> bytes:
+def _image(value: Mapping[str, Any], where: str) -> bytes:
     """The bytes of an image cell. A path counts from `hf_cache` on only, so nothing outside of it is read."""
     data, path = value["bytes"], value["path"]
     if data:
@@ -263,7 +263,7 @@ def _picture(value: Mapping[str, Any], where: str) -> bytes:
     inside = f"/{DATASETS_CACHE}/"
     parts = str(path or "").replace("\\", "/").rpartition(inside)[2].split("/")
     if not path or inside not in str(path) or ".." in parts:
-        raise TaskError(f"a picture is neither there nor in {DATASETS_CACHE}: {path}", where=where)
+        raise TaskError(f"an image is neither there nor in {DATASETS_CACHE}: {path}", where=where)
     url = storage.join(where.rpartition(inside)[0], DATASETS_CACHE, *parts)
     try:
         return storage.read_bytes(url)

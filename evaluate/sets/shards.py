@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from winnow.evaluate.sets.layout import MEMBERS, PICTURES, TaskError, file_digest, split_tars
+from winnow.evaluate.sets.layout import IMAGES, MEMBERS, TaskError, file_digest, split_tars
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.images import EXTENSIONS
@@ -17,7 +17,7 @@ from winnow.infra.pool.index import Member, tar_samples
 
 SPLITS = ("test", "train", "val")
 PART_SAMPLES = 2048
-MAX_MEMBER_BYTES = 16 << 20  # of what lies beside a picture
+MAX_MEMBER_BYTES = 16 << 20  # of what lies beside an image
 _HEAD = 1 << 20
 _AT_ONCE = 64  # samples read with one request
 
@@ -54,8 +54,8 @@ class Raw:
 
     Attributes:
         key: of the sample.
-        image: the encoded picture; None where it has none.
-        members: what `data.MEMBERS` names, by extension; the picture's own extension with nothing.
+        image: the encoded image; None where it has none.
+        members: what `data.MEMBERS` names, by extension; the image's own extension with nothing.
     """
 
     key: str
@@ -68,7 +68,7 @@ def has_split(url: str, split: str) -> bool:
     return storage.is_dir(storage.join(url, split))
 
 
-def cut(url: str, split: str, part_samples: int = PART_SAMPLES) -> list[Part]:
+def split_into_parts(url: str, split: str, part_samples: int = PART_SAMPLES) -> list[Part]:
     """The parts of a split of a set, in order.
 
     A shard on a local disk is cut into parts of about `part_samples`; how many it has is reckoned from its first MiB,
@@ -112,9 +112,9 @@ def read_part(part: Part) -> Iterator[Raw]:
         return
     samples = shard_index(part.tar, storage.version_token(part.tar))
     n = len(samples)
-    chosen = samples[part.index * n // part.count : (part.index + 1) * n // part.count]
-    for low in range(0, len(chosen), _AT_ONCE):
-        yield from _read(part.tar, chosen[low : low + _AT_ONCE])
+    selected = samples[part.index * n // part.count : (part.index + 1) * n // part.count]
+    for low in range(0, len(selected), _AT_ONCE):
+        yield from _read(part.tar, selected[low : low + _AT_ONCE])
 
 
 Index = tuple[tuple[str, tuple[Member, ...]], ...]
@@ -138,16 +138,16 @@ def shard_index(tar: str, token: str) -> Index:
 
 def _read(tar: str, samples: Index) -> Iterator[Raw]:
     wanted = [_wanted(members) for _, members in samples]
-    members = [member for some in wanted for member in some]
+    members = [member for batch in wanted for member in batch]
     data = iter(storage.read_ranges(tar, [m.offset for m in members], [m.size for m in members]))
-    for (key, _), some in zip(samples, wanted, strict=True):
-        yield _raw(key, [(member.ext, next(data)) for member in some])
+    for (key, _), batch in zip(samples, wanted, strict=True):
+        yield _raw(key, [(member.ext, next(data)) for member in batch])
 
 
 def _wanted(members: Sequence[Member]) -> list[Member]:
     by_ext = {member.ext: member for member in members}
-    picture = next((ext for ext in PICTURES if ext in by_ext), None)
-    return [by_ext[ext] for ext in (picture, *MEMBERS) if ext in by_ext and _fits(ext, by_ext[ext].size)]
+    image = next((ext for ext in IMAGES if ext in by_ext), None)
+    return [by_ext[ext] for ext in (image, *MEMBERS) if ext in by_ext and _fits(ext, by_ext[ext].size)]
 
 
 def _fits(ext: str, size: int) -> bool:
@@ -170,8 +170,8 @@ def _raw(key: str, found: Sequence[tuple[str, bytes]]) -> Raw:
     return Raw(key, image, {ext: b"" if ext in EXTENSIONS else data for ext, data in found})
 
 
-def read_pictures(parts: Sequence[Part], places: Sequence[int]) -> list[bytes]:
-    """Encoded pictures of a split by their place in it, counted over its parts and over all samples.
+def read_images(parts: Sequence[Part], indices: Sequence[int]) -> list[bytes]:
+    """Encoded images of a split by their place in it, counted over its parts and over all samples.
 
     For the few that a protocol looks at again.
     """
@@ -182,10 +182,10 @@ def read_pictures(parts: Sequence[Part], places: Sequence[int]) -> list[bytes]:
     first = 0
     for tar in shards:
         samples = shard_index(tar, storage.version_token(tar))
-        here = [place for place in sorted(set(places)) if first <= place < first + len(samples)]
-        some = tuple(samples[place - first] for place in here)
-        for place, raw in zip(here, _read(tar, some), strict=True):
+        here = [index for index in sorted(set(indices)) if first <= index < first + len(samples)]
+        batch = tuple(samples[index - first] for index in here)
+        for index, raw in zip(here, _read(tar, batch), strict=True):
             if raw.image is not None:
-                found[place] = raw.image
+                found[index] = raw.image
         first += len(samples)
-    return [found[place] for place in places]
+    return [found[index] for index in indices]

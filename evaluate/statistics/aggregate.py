@@ -3,8 +3,8 @@ they are.
 
 Standard errors have two parts, added in squares:
 
-* test sets: another draw of the test pictures. The parts of the tasks are taken as independent of each other, and so
-  are those of two subsets on one task; as both saw the same pictures this overstates the error of a difference.
+* test sets: another draw of the test images. The parts of the tasks are taken as independent of each other, and so
+  are those of two subsets on one task; as both saw the same images this overstates the error of a difference.
 * seeds: another training run, from the spread over seeds (of the paired differences where both have the same seeds).
   With a single seed this part is unknown and is left out, which `seeds` in the result lets a reader see.
 """
@@ -26,7 +26,7 @@ DATACOMP_SCORED = 38
 
 
 @dataclass(frozen=True)
-class Score:
+class Estimate:
     """The main metric of one checkpoint on one task, with the standard error that its test set gives it."""
 
     value: float
@@ -49,7 +49,7 @@ class SubsetScores:
     size: int
     pool: int
     seeds: tuple[int, ...]
-    scores: tuple[Mapping[str, Score], ...]
+    scores: tuple[Mapping[str, Estimate], ...]
 
     def tasks(self) -> list[str]:
         """Tasks on which every checkpoint has a score."""
@@ -66,28 +66,28 @@ class SubsetScores:
         return [mean(scores[task].value for task in tasks) for scores in self.scores]
 
 
-def spread(values: Sequence[float]) -> float:
+def sem(values: Sequence[float]) -> float:
     """Standard error of the mean; 0 for a single value, whose spread is unknown."""
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
-def average(subset: SubsetScores, tasks: Sequence[str]) -> Score:
+def average(subset: SubsetScores, tasks: Sequence[str]) -> Estimate:
     """Unweighted mean over tasks, with its standard error."""
     by_seed = subset.over_seeds(tasks)
     test = math.sqrt(sum(subset.test_stderr(task) ** 2 for task in tasks)) / len(tasks)
-    return Score(mean(by_seed), math.hypot(test, spread(by_seed)))
+    return Estimate(mean(by_seed), math.hypot(test, sem(by_seed)))
 
 
-def difference(subset: SubsetScores, baseline: SubsetScores, tasks: Sequence[str]) -> Score:
+def difference(subset: SubsetScores, baseline: SubsetScores, tasks: Sequence[str]) -> Estimate:
     """Average of the subset minus that of the baseline, with its standard error."""
-    ours, theirs = subset.over_seeds(tasks), baseline.over_seeds(tasks)
+    ours, reference = subset.over_seeds(tasks), baseline.over_seeds(tasks)
     squares = sum(subset.test_stderr(task) ** 2 + baseline.test_stderr(task) ** 2 for task in tasks)
-    if set(subset.seeds) == set(baseline.seeds) and len(set(subset.seeds)) == len(ours) == len(theirs):
-        pairs = dict(zip(baseline.seeds, theirs, strict=True))
-        seeds = spread([value - pairs[seed] for seed, value in zip(subset.seeds, ours, strict=True)])
+    if set(subset.seeds) == set(baseline.seeds) and len(set(subset.seeds)) == len(ours) == len(reference):
+        pairs = dict(zip(baseline.seeds, reference, strict=True))
+        seeds = sem([value - pairs[seed] for seed, value in zip(subset.seeds, ours, strict=True)])
     else:
-        seeds = math.hypot(spread(ours), spread(theirs))
-    return Score(mean(ours) - mean(theirs), math.hypot(math.sqrt(squares) / len(tasks), seeds))
+        seeds = math.hypot(sem(ours), sem(reference))
+    return Estimate(mean(ours) - mean(reference), math.hypot(math.sqrt(squares) / len(tasks), seeds))
 
 
 def averaged_tasks(tasks: Mapping[str, Mapping[str, Any]], shared: Sequence[str]) -> list[str]:
@@ -116,15 +116,15 @@ def compare(subsets: Sequence[SubsetScores], tasks: Mapping[str, Mapping[str, An
         baseline: name of the subset the others are measured against.
     """
     tasks = dict(sorted(tasks.items(), key=lambda item: (ORDER.index(item[1]["group"]), item[1]["name"].lower())))
-    judged = [subset for subset in subsets if subset.tasks()]
-    shared = [key for key in tasks if all(key in subset.tasks() for subset in judged)]
+    scored = [subset for subset in subsets if subset.tasks()]
+    shared = [key for key in tasks if all(key in subset.tasks() for subset in scored)]
     averaged = averaged_tasks(tasks, shared)
     groups = {
         group: [key for key in averaged if tasks[key]["group"] == group]
         for group in AGGREGATES
         if any(tasks[key]["group"] == group for key in averaged)
     }
-    base = next((subset for subset in judged if subset.name == baseline), None)
+    base = next((subset for subset in scored if subset.name == baseline), None)
     rows = [_row(subset, base, averaged, groups) for subset in subsets]
     rows.sort(key=lambda row: -row["average"]["value"] if row["average"] else math.inf)
     for rank, row in enumerate(rows, start=1):
@@ -159,7 +159,7 @@ def _row(
     per_task = {}
     for key in subset.tasks():
         values = [scores[key].value for scores in subset.scores]
-        stderr = math.hypot(subset.test_stderr(key), spread(values))
+        stderr = math.hypot(subset.test_stderr(key), sem(values))
         per_task[key] = {"value": mean(values), "stderr": stderr, "by_seed": values}
     return {
         "subset": subset.name,
@@ -176,7 +176,7 @@ def _row(
     }
 
 
-def _pair(score: Score) -> dict[str, float]:
+def _pair(score: Estimate) -> dict[str, float]:
     return {"value": score.value, "stderr": score.stderr}
 
 
@@ -185,7 +185,7 @@ def _known_mean(values: Sequence[float | None]) -> float | None:
     return mean(known) if known and len(known) == len(values) else None
 
 
-def certainty(value: float, stderr: float) -> str:
+def significance(value: float, stderr: float) -> str:
     """What a difference of so many standard errors lets one say."""
     ratio = abs(value) / stderr if stderr > 0 else math.inf
     if ratio < 1:
@@ -211,7 +211,7 @@ def headline(result: Mapping[str, Any]) -> str:
         delta = rival["difference"]
         text = (
             f"No subset beat {baseline}. The best of them, {rival['subset']}, lies {-delta['value']:.3f} "
-            f"± {delta['stderr']:.3f} below it ({name}; {certainty(delta['value'], delta['stderr'])})."
+            f"± {delta['stderr']:.3f} below it ({name}; {significance(delta['value'], delta['stderr'])})."
         )
         pair = (best, rival)
     elif best["difference"] is None:
@@ -221,7 +221,7 @@ def headline(result: Mapping[str, Any]) -> str:
         verb = "beat" if delta["value"] >= 2 * delta["stderr"] else "is ahead of"
         text = (
             f"{best['subset']} {verb} {baseline} by {delta['value']:.3f} ± {delta['stderr']:.3f} "
-            f"({name}; {certainty(delta['value'], delta['stderr'])})."
+            f"({name}; {significance(delta['value'], delta['stderr'])})."
         )
         pair = (best, next(row for row in ranked if row["subset"] == baseline))
     if any(len(row["seeds"]) < 2 for row in pair):

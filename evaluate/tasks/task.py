@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from winnow.infra.errors import WinnowError
-from winnow.infra.registry import nearest, unknown
+from winnow.infra.registry import closest_word, unknown
 
 FOLDER = Path(__file__).parent
 Group = Literal["imagenet", "shift", "vtab", "retrieval", "other", "extra"]
@@ -40,7 +40,7 @@ class Task(BaseModel):
         folder: name of its data folder; by rule `wds_<key>_test`, with "-" for "/".
         metadata: names of what a sample's `.npy` holds, from the first on.
         group_by: which of them to report accuracy by, each value of it being a group.
-        top: a picture counts as right in a group's accuracy when its class is among so many first.
+        top: an image counts as right in a group's accuracy when its class is among so many first.
         mapping: file in the data folder (ObjectNet's own `objectnet_to_imagenet_1k.json`) whose keys are the names of
             the classes to keep, where `classnames.txt` has more than `classes`.
         hub: its repository on the Hugging Face hub; by rule the data folder's name, of the owner that is asked for.
@@ -128,7 +128,7 @@ def read_task(path: Path) -> Task:
         field = str(fault["loc"][0]) if fault["loc"] else ""
         where = f"{path}:{lines.get(field, 1)}"
         if fault["type"] == "extra_forbidden":
-            near = nearest(field, Task.model_fields)
+            near = closest_word(field, Task.model_fields)
             raise WinnowError(
                 f'unknown key "{field}"', where=where, do=f'Did you mean "{near}"?' if near else None
             ) from None
@@ -157,7 +157,7 @@ def datacomp_tasks() -> dict[str, Task]:
 
 def extra_task(folder: str, kind: str, classes: int | None) -> Task:
     """A task for a folder that is none of the 40: named after the folder, judged by acc1, mean recall@1 or, with
-    several labels a picture, mean average precision."""
+    several labels an image, mean average precision."""
     key = folder.removeprefix("wds_").removesuffix("_test")
     retrieval = kind == "retrieval"
     metric = {"retrieval": "mean_recall@1", "multilabel": "mean_average_precision"}.get(kind, "acc1")

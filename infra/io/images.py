@@ -1,4 +1,4 @@
-"""Decoding pictures that strangers made: sizes are bounded before pixels are."""
+"""Decoding images that strangers made: sizes are bounded before pixels are."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ MAX_ASPECT = 500  # longer side over shorter; what resizes the shorter side make
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 
-class PictureError(WinnowError):
-    """A picture that cannot be used; `what` is a short fixed phrase, fit for counting."""
+class ImageError(WinnowError):
+    """An image that cannot be used; `what` is a short fixed phrase, fit for counting."""
 
 
-def picture_size(data: bytes) -> tuple[int, int]:
-    """(width, height) in pixels out of the header, without decoding. Raises PictureError."""
+def image_size_of(data: bytes) -> tuple[int, int]:
+    """(width, height) in pixels out of the header, without decoding. Raises ImageError."""
     image = _open(data)
     return image.size
 
 
-def decode_picture(data: bytes, flatten: bool = True) -> Image.Image:
+def decode_image(data: bytes, flatten: bool = True) -> Image.Image:
     """Decode to RGB.
 
     Args:
@@ -34,11 +34,11 @@ def decode_picture(data: bytes, flatten: bool = True) -> Image.Image:
             `convert("RGB")` does.
 
     Raises:
-        PictureError: the bytes are no whole picture, or one too large or too thin.
+        ImageError: the bytes are no whole image, or one too large or too thin.
     """
     image = _open(data)
     if max(image.size) > MAX_ASPECT * min(image.size):
-        raise PictureError("picture too thin")
+        raise ImageError("image too thin")
     try:
         if not flatten:
             return image.convert("RGB")
@@ -48,10 +48,10 @@ def decode_picture(data: bytes, flatten: bool = True) -> Image.Image:
             return Image.alpha_composite(white, image).convert("RGB")
         return image.convert("RGB")
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more on broken data
-        raise PictureError("undecodable picture") from error
+        raise ImageError("undecodable image") from error
 
 
-def write_picture(url: str, pixels: np.ndarray) -> None:
+def write_image(url: str, pixels: np.ndarray) -> None:
     """Write uint8 [H, W, 3] as PNG."""
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, "PNG")
@@ -62,12 +62,12 @@ def _open(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError:
-        raise PictureError("picture too large") from None
+        raise ImageError("image too large") from None
     except Exception as error:
-        raise PictureError("undecodable picture") from error
+        raise ImageError("undecodable image") from error
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise PictureError("picture too large")
+        raise ImageError("image too large")
     if width < 1 or height < 1:
-        raise PictureError("undecodable picture")
+        raise ImageError("undecodable image")
     return image

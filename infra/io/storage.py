@@ -97,7 +97,7 @@ def read_ranges(url: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[
     Ranges that lie nearly side by side are read as one, in which at most an eighth is not asked for. A range the file
     is too short for comes back shorter than asked.
     """
-    spans, places = _spans([int(offset) for offset in offsets], [int(size) for size in sizes])
+    spans, positions = _spans([int(offset) for offset in offsets], [int(size) for size in sizes])
     if is_local(url):
         with open_read(url) as file:
             handle = file.fileno()
@@ -106,13 +106,13 @@ def read_ranges(url: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[
         fs, path = _fs(url)
         starts, ends = [start for start, _ in spans], [end for _, end in spans]
         data = list(fs.cat_ranges([path] * len(spans), starts, ends))
-    return [data[span][first : first + size] for (span, first), size in zip(places, sizes, strict=True)]
+    return [data[span][first : first + size] for (span, first), size in zip(positions, sizes, strict=True)]
 
 
 def _spans(offsets: list[int], sizes: list[int]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """The spans (start, end) to read for ranges of a file, and for each range (number of its span, offset in it)."""
     spans: list[list[int]] = []
-    places = [(0, 0)] * len(offsets)
+    positions = [(0, 0)] * len(offsets)
     before = 0
     for i in sorted(range(len(offsets)), key=offsets.__getitem__):
         start, end = offsets[i], offsets[i] + sizes[i]
@@ -122,8 +122,8 @@ def _spans(offsets: list[int], sizes: list[int]) -> tuple[list[tuple[int, int]],
         else:
             spans.append([start, end])
         before = sizes[i]
-        places[i] = (len(spans) - 1, start - spans[-1][0])
-    return [(start, end) for start, end in spans], places
+        positions[i] = (len(spans) - 1, start - spans[-1][0])
+    return [(start, end) for start, end in spans], positions
 
 
 def size_of(url: str) -> int:

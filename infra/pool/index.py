@@ -2,7 +2,7 @@
 
 Layouts (img2dataset's and DataComp's): `NAME.tar` of `KEY.jpg|png|webp`, `KEY.txt`, `KEY.json`, with `NAME.parquet`
 beside it; or bare tars in webdataset's convention, where `KEY.cls` becomes the column `label`. What
-cannot be used is set aside with its reason.
+cannot be used is skipped with its reason.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import pyarrow.compute as pc
 
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
-from winnow.infra.io.images import EXTENSIONS, PictureError, picture_size
+from winnow.infra.io.images import EXTENSIONS, ImageError, image_size_of
 from winnow.infra.io.parquet import read_parquet
 from winnow.infra.io.storage import digest_bytes
 from winnow.infra.pool.pool import IDENTITY, LOCATION, shard_entry, write_view
 from winnow.infra.pool.uids import decode_uids, derived_uid
-from winnow.infra.stages.stage import Output, Record, SetAside, Stage, Unit
+from winnow.infra.stages.stage import Output, Record, Skipped, Stage, Unit
 
 # Columns of img2dataset that tell of the download, not of the sample.
 _DOWNLOAD = {"status", "error_message", "exif"}
@@ -177,7 +177,7 @@ class IndexStage(Stage):
         out: the pool's directory.
         only: names of shards to take; empty for all.
         skip: names of shards to leave out.
-        captions: whether a sample must have a caption; False for picture-only sets (targets).
+        captions: whether a sample must have a caption; False for image-only sets (targets).
     """
 
     sources: tuple[str, ...]
@@ -188,13 +188,13 @@ class IndexStage(Stage):
 
     name = "index"
     version = 3
-    tolerates = True
+    allow_failures = True
     _shards: list[tuple[str, int, str]] = field(default_factory=list, repr=False)
 
     def params(self) -> dict[str, Any]:
         return {"captions": self.captions}
 
-    def places(self) -> dict[str, str]:
+    def locations(self) -> dict[str, str]:
         return {f"pool{i}": storage.absolute(source) for i, source in enumerate(self.sources)}
 
     def shards(self) -> list[tuple[str, int, str]]:
@@ -230,55 +230,55 @@ class IndexStage(Stage):
             if storage.exists(parquet):
                 inputs["parquet"] = storage.version_token(parquet)
                 args["parquet"] = parquet
-            units.append(Unit(name, inputs, args=args))
+            units.append(Unit(name, inputs, runtime=args))
         return units
 
     def run(self, unit: Unit) -> Output:
-        aside: list[SetAside] = []
-        with storage.open_read(unit.args["tar"]) as raw:
+        skipped: list[Skipped] = []
+        with storage.open_read(unit.runtime["tar"]) as raw:
             file = _Hashing(raw)
-            rows = list(self._rows(file, unit.name, aside))
+            rows = list(self._rows(file, unit.name, skipped))
             while file.read(8 << 20):
                 pass
         digest = file.state.hexdigest()
         for row in rows:
             row["uid"] = row["uid"] or derived_uid(digest, row["key"])
-        if "parquet" in unit.args:
-            table = self._join(rows, _read_parquet(unit.args["parquet"], aside, unit.name), unit.name, aside)
+        if "parquet" in unit.runtime:
+            table = self._join(rows, _read_parquet(unit.runtime["parquet"], skipped, unit.name), unit.name, skipped)
         else:
             table = _view(rows)
-        table = _without_duplicates(table, unit.name, aside)
+        table = _without_duplicates(table, unit.name, skipped)
         view = f"{unit.name}.parquet"
         with storage.writing(self.url(view)) as path:
             write_view(str(path), table)
-        values = {"tars": [[unit.args["place"], digest]], "rows": table.num_rows, "bytes": file.count}
-        return Output([view], table.num_rows, aside, values)
+        values = {"tars": [[unit.runtime["place"], digest]], "rows": table.num_rows, "bytes": file.count}
+        return Output([view], table.num_rows, skipped, values)
 
-    def _rows(self, file: _Hashing, shard: str, aside: list[SetAside]) -> Iterator[dict[str, Any]]:
+    def _rows(self, file: _Hashing, shard: str, skipped: list[Skipped]) -> Iterator[dict[str, Any]]:
         seen: set[str] = set()
         try:
             for key, members in tar_samples(file, (*EXTENSIONS, "txt", "json", "cls")):
-                place = f"{shard}/{key.encode('utf-8', 'backslashreplace').decode()}"
+                sample_id = f"{shard}/{key.encode('utf-8', 'backslashreplace').decode()}"
                 if key in seen:
-                    aside.append(SetAside(place, "key met twice in the tar"))
+                    skipped.append(Skipped(sample_id, "key met twice in the tar"))
                     continue
                 seen.add(key)
                 try:
                     yield self._row(key, members)
                 except WinnowError as error:
-                    aside.append(SetAside(place, error.what))
+                    skipped.append(Skipped(sample_id, error.what))
         except WinnowError as error:
-            aside.append(SetAside(shard, error.what, error.do or ""))
+            skipped.append(Skipped(shard, error.what, error.do or ""))
 
     def _row(self, key: str, members: dict[str, Member]) -> dict[str, Any]:
         """One row out of a sample's members. Raises WinnowError with a short fixed phrase."""
         ext = next((ext for ext in EXTENSIONS if ext in members), None)
         if ext is None:
-            raise WinnowError("no picture")
+            raise WinnowError("no image")
         image = members[ext]
         try:
-            width, height = picture_size(image.data)
-        except PictureError as error:
+            width, height = image_size_of(image.data)
+        except ImageError as error:
             raise WinnowError(error.what) from None
         facts: dict[str, Any] = {}
         if "json" in members:
@@ -334,40 +334,40 @@ class IndexStage(Stage):
         return row
 
     def _join(
-        self, rows: list[dict[str, Any]], parquet: pa.Table | None, shard: str, aside: list[SetAside]
+        self, rows: list[dict[str, Any]], parquet: pa.Table | None, shard: str, skipped: list[Skipped]
     ) -> pa.Table:
-        """The tar's rows with the parquet's columns beside them; what the two disagree on is set aside."""
+        """The tar's rows with the parquet's columns beside them; what the two disagree on is skipped."""
         if parquet is None:
             return _view(rows)
         names = parquet.column_names
         if "key" in names:
-            by, own = "key", [row["key"].rpartition("/")[2] for row in rows]
-            theirs = [str(value) for value in parquet["key"].to_pylist()]
+            by, tar_values = "key", [row["key"].rpartition("/")[2] for row in rows]
+            parquet_values = [str(value) for value in parquet["key"].to_pylist()]
         elif "uid" in names and all("uid" in row["from_json"] for row in rows):
-            by, own = "uid", [row["uid"] for row in rows]
-            theirs = parquet["uid"].to_pylist()
+            by, tar_values = "uid", [row["uid"] for row in rows]
+            parquet_values = parquet["uid"].to_pylist()
         elif parquet.num_rows == len(rows):
-            by, own = "order", [str(i) for i in range(len(rows))]
-            theirs = own
+            by, tar_values = "order", [str(i) for i in range(len(rows))]
+            parquet_values = tar_values
         else:
             raise WinnowError(
                 f"parquet has {parquet.num_rows} rows, the tar {len(rows)} samples, and no column to join them by",
                 where=shard,
             )
-        position = {value: i for i, value in enumerate(theirs)}
-        left_aside = {item.id for item in aside}
+        position = {value: i for i, value in enumerate(parquet_values)}
+        left_out = {item.id for item in skipped}
         take, kept = [], []
         uids = parquet["uid"].to_pylist() if "uid" in names else None
         texts = parquet["text"].to_pylist() if "text" in names else None
-        for row, value in zip(rows, own, strict=True):
+        for row, value in zip(rows, tar_values, strict=True):
             at = position.pop(value, None)
-            place = f"{shard}/{row['key']}"
+            sample_id = f"{shard}/{row['key']}"
             if at is None:
-                aside.append(SetAside(place, "in the tar but not in the parquet"))
+                skipped.append(Skipped(sample_id, "in the tar but not in the parquet"))
             elif uids is not None and "uid" in row["from_json"] and row["uid"] != uids[at]:
-                aside.append(SetAside(place, "uid differs between tar and parquet"))
+                skipped.append(Skipped(sample_id, "uid differs between tar and parquet"))
             elif texts is not None and row["text"] is not None and texts[at] is not None and row["text"] != texts[at]:
-                aside.append(SetAside(place, "caption differs between tar and parquet"))
+                skipped.append(Skipped(sample_id, "caption differs between tar and parquet"))
             else:
                 if uids is not None and uids[at]:
                     row["uid"] = uids[at]
@@ -376,23 +376,23 @@ class IndexStage(Stage):
                 take.append(at)
                 kept.append(row)
         for value in position:
-            if f"{shard}/{value}" not in left_aside:
-                aside.append(SetAside(f"{shard}/{value}", f"in the parquet but not in the tar (by {by})"))
+            if f"{shard}/{value}" not in left_out:
+                skipped.append(Skipped(f"{shard}/{value}", f"in the parquet but not in the tar (by {by})"))
         table = _view(kept)
-        chosen = parquet.take(pa.array(take, pa.int64()))
+        selected = parquet.take(pa.array(take, pa.int64()))
         for name in ("original_width", "original_height"):
             if name in names:
                 index = table.column_names.index(name)
-                # Where the parquet says nothing, the picture's own.
-                sizes = pc.coalesce(chosen[name].cast(pa.int32()), table[name].cast(pa.int32()))
+                # Where the parquet says nothing, the image's own.
+                sizes = pc.coalesce(selected[name].cast(pa.int32()), table[name].cast(pa.int32()))
                 table = table.set_column(index, name, sizes)
         for name in names:
             dull = name in _DOWNLOAD or name in IDENTITY.names or name in LOCATION.names
-            if dull or pa.types.is_null(chosen[name].type):
+            if dull or pa.types.is_null(selected[name].type):
                 continue
             if name in table.column_names:
                 table = table.drop_columns([name])
-            table = table.append_column(name, chosen[name])
+            table = table.append_column(name, selected[name])
         return table
 
     def finish(self, records: list[Record]) -> Output:
@@ -413,8 +413,8 @@ class IndexStage(Stage):
                     dropped.get(name, []),
                 )
             )
-        aside = [SetAside(f"{name}/row {row}", "duplicated uid") for name, rows in dropped.items() for row in rows]
-        return Output(set_aside=aside, values={"shards": entries})
+        skipped = [Skipped(f"{name}/row {row}", "duplicated uid") for name, rows in dropped.items() for row in rows]
+        return Output(skipped=skipped, values={"shards": entries})
 
     def _met_before(self, names: list[str]) -> dict[str, list[int]]:
         """Row numbers, by shard, of uids that an earlier shard has."""
@@ -444,12 +444,12 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _read_parquet(url: str, aside: list[SetAside], shard: str) -> pa.Table | None:
+def _read_parquet(url: str, skipped: list[Skipped], shard: str) -> pa.Table | None:
     """The parquet beside a tar without the rows whose download failed; None, and a note, when it cannot be read."""
     try:
         table = read_parquet(url)
     except WinnowError as error:
-        aside.append(SetAside(shard, "unreadable parquet", error.what))
+        skipped.append(Skipped(shard, "unreadable parquet", error.what))
         return None
     if "status" in table.column_names:
         table = table.filter(pa.compute.equal(table["status"], "success"))
@@ -465,16 +465,16 @@ def _view(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
 
 
-def _without_duplicates(table: pa.Table, shard: str, aside: list[SetAside]) -> pa.Table:
+def _without_duplicates(table: pa.Table, shard: str, skipped: list[Skipped]) -> pa.Table:
     """Without rows whose uid is no uid, or was met before in the shard."""
     seen: set[str] = set()
     keep = []
     for uid, key in zip(table["uid"].to_pylist(), table["key"].to_pylist(), strict=True):
         good = isinstance(uid, str) and len(uid) == 32 and all(c in "0123456789abcdef" for c in uid)
         if not good:
-            aside.append(SetAside(f"{shard}/{key}", "uid is not 32 hex characters"))
+            skipped.append(Skipped(f"{shard}/{key}", "uid is not 32 hex characters"))
         elif uid in seen:
-            aside.append(SetAside(f"{shard}/{key}", "duplicated uid"))
+            skipped.append(Skipped(f"{shard}/{key}", "duplicated uid"))
         keep.append(good and uid not in seen)
         if good:
             seen.add(uid)

@@ -1,6 +1,6 @@
 """DataComp's metadata folder: `NAME.parquet` with captions, sizes and scores, `NAME.npz` with CLIP features; no tars.
 
-A pool without pictures. Nothing is copied or indexed: the parquets are the views, their rows are counted when asked
+A pool without images. Nothing is copied or indexed: the parquets are the views, their rows are counted when asked
 for, and what a file is called, its size and its time stand for its content.
 """
 
@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
-from winnow.infra.stages.stage import MANIFEST, PLACES, RECORDS
+from winnow.infra.stages.stage import LOCATIONS, MANIFEST, RECORDS
 
 # Members of the .npz (DataComp's names): L2-normalised CLIP ViT-L/14 and ViT-B/32 embeddings, float16.
 FEATURES = ("l14_img", "l14_txt", "b32_img", "b32_txt")
@@ -23,7 +23,7 @@ FEATURES = ("l14_img", "l14_txt", "b32_img", "b32_txt")
 def is_metadata(url: str) -> bool:
     """Whether a directory holds parquets, no tars, and is not the output of a stage."""
     names = storage.list_names(url)
-    if {MANIFEST, PLACES, RECORDS} & set(names) or any(name.endswith(".tar") for name in names):
+    if {MANIFEST, LOCATIONS, RECORDS} & set(names) or any(name.endswith(".tar") for name in names):
         return False
     return any(name.endswith(".parquet") for name in names)
 

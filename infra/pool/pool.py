@@ -1,4 +1,4 @@
-"""Pools of samples in tar shards as later stages see them: one view parquet a shard, pictures by byte range."""
+"""Pools of samples in tar shards as later stages see them: one view parquet a shard, images by byte range."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from winnow.infra.io.prefetch import ahead
 from winnow.infra.io.storage import digest_json
 from winnow.infra.pool.metadata import FEATURES, feature_dims, is_metadata, metadata_files, read_feature
 from winnow.infra.pool.uids import decode_uids
-from winnow.infra.stages.stage import PLACES, need_manifest
+from winnow.infra.stages.stage import need_manifest, read_locations
 
 # Where the members of a sample lie. `tar` counts in the shard's list of tars; sizes in bytes; null where there is none.
 LOCATION = pa.schema(
@@ -58,7 +58,7 @@ class Shard:
         tars: URLs of the tars the view's `tar` column counts in; none in a metadata folder.
         count: samples, without the dropped ones; None to count them when `rows` is asked for.
         digest: of the view and of the tars' content.
-        dropped: row numbers in the view that are set aside (uids met before in another shard).
+        dropped: row numbers in the view that are skipped (uids met before in another shard).
         features: URL of the .npz beside a metadata parquet; its arrays are columns too.
     """
 
@@ -134,7 +134,7 @@ class Shard:
         return decode_uids(self.table(["uid"])["uid"])
 
     def image_bytes(self, table: pa.Table) -> list[bytes]:
-        """The encoded pictures of rows of the view, which must hold `tar`, `image_offset` and `image_size`."""
+        """The encoded images of rows of the view, which must hold `tar`, `image_offset` and `image_size`."""
         return read_members(self.tars, table, "image")
 
 
@@ -187,13 +187,13 @@ class Pool:
         manifest = need_manifest(url, "pool")
         if "shards" not in manifest.values:
             raise WinnowError(f"is the output of {manifest.stage}, not a pool", where=url)
-        places = storage.read_json(storage.join(url, PLACES)) | {HERE: url}
+        locations = read_locations(url) | {HERE: url}
         shards = []
         for entry in manifest.values["shards"]:
             tars = []
             for reference in entry["tars"]:
-                place, _, path = reference.partition("/")
-                tars.append(storage.join(places[place], path))
+                location, _, path = reference.partition("/")
+                tars.append(storage.join(locations[location], path))
             shards.append(
                 Shard(
                     name=entry["name"],
@@ -215,8 +215,8 @@ class Pool:
         return all(shard.count is not None for shard in self.shards)
 
     @property
-    def pictures(self) -> bool:
-        """Whether the pool has pictures; a folder of metadata has not."""
+    def images(self) -> bool:
+        """Whether the pool has images; a folder of metadata has not."""
         return all(shard.tars for shard in self.shards)
 
     def shard(self, name: str) -> Shard:
@@ -250,7 +250,7 @@ def shard_entry(
         view_digest: sha256 of that file.
         tars: for each tar, in the order that the view counts them, its "place/path" and a digest of its content.
         rows: rows of the view.
-        dropped: row numbers set aside.
+        dropped: row numbers skipped.
     """
     return {
         "name": name,

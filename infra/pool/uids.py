@@ -86,8 +86,8 @@ def sort_uids(uids: np.ndarray) -> np.ndarray:
     pairs = np.ascontiguousarray(uids).view(np.complex128)
     ordered = pairs.take(keys.view(np.int64)).view(UID_DTYPE)
     if len(tied):
-        some = ordered[tied]
-        ordered[tied] = some[np.lexsort((some["f1"], some["f0"]))]
+        rows = ordered[tied]
+        ordered[tied] = rows[np.lexsort((rows["f1"], rows["f0"]))]
     return ordered
 
 

@@ -114,23 +114,25 @@ class RayExecutor:
         return ray
 
     def results(self, stage: Stage, groups: list[tuple[int, list[Unit]]]) -> Iterator[Result | None]:
-        if stage.light and len(groups) == 1 and self._would_start():
+        if stage.run_on_driver and len(groups) == 1 and self._would_start():
             yield from SerialExecutor().results(stage, groups)
             return
         ray = self.connect()
         total = ray.cluster_resources()
-        gpus = stage.gpus if stage.gpus >= 0 else min(-stage.gpus, total.get("GPU", 0))
-        for resource, wanted in (("CPU", stage.cpus), ("GPU", gpus)):
-            if wanted > total.get(resource, 0):
-                raise UsageError(
-                    f"a unit of {stage.name} wants {wanted:g} {resource}, the cluster has {total.get(resource, 0):g}",
-                    do="Ask for less in the recipe, or connect to a larger cluster with --address.",
-                )
-        if stage.waits:
-            fit = [total.get(name, 0) // wanted for name, wanted in (("CPU", stage.cpus), ("GPU", gpus)) if wanted]
+        cpus, gpus = total.get("CPU", 0), total.get("GPU", 0)
+        wanted = stage.resources.within(cpus, gpus)
+        if (lacking := wanted.lacking(cpus, gpus)) is not None:
+            raise UsageError(
+                f"a unit of {stage.name} {lacking} in the cluster",
+                do="Ask for less in the recipe, or connect to a larger cluster with --address.",
+            )
+        if stage.launches_workers:
+            fit = [there // asked for there, asked in ((cpus, wanted.cpus), (gpus, wanted.gpus)) if asked]
             yield from self._in_threads(stage, groups, max(1, int(min(fit, default=1))))
             return
-        remote = ray.remote(max_retries=0, num_cpus=stage.cpus, num_gpus=gpus)(_remote_attempt)
+        remote = ray.remote(max_retries=0, num_cpus=wanted.cpus, num_gpus=wanted.gpus, memory=wanted.memory or None)(
+            _remote_attempt
+        )
         shared = ray.put(stage)
         waiting = deque(groups)
         # Enough in flight to feed every core; few enough that a million units do not fill the scheduler.

@@ -60,7 +60,7 @@ class Counts:
     units: int = 0
     items: int = 0
     bytes: int = 0
-    set_aside: int = 0
+    skipped: int = 0
 
 
 class StageProgress:
@@ -71,11 +71,11 @@ class StageProgress:
         self.counts = Counts()
         self.started = self.last = time.monotonic()
 
-    def add(self, *, items: int, size: int, set_aside: int) -> None:
+    def add(self, *, items: int, size: int, skipped: int) -> None:
         self.counts.units += 1
         self.counts.items += items
         self.counts.bytes += size
-        self.counts.set_aside += set_aside
+        self.counts.skipped += skipped
         self.tick()
 
     def tick(self, notes: str = "") -> None:
@@ -94,7 +94,7 @@ class StageProgress:
             "of": self.units,
             "items": self.counts.items,
             "bytes": self.counts.bytes,
-            "set_aside": self.counts.set_aside,
+            "skipped": self.counts.skipped,
             "seconds": round(seconds, 3),
             "items_per_second": round(self.counts.items / seconds, 1) if seconds > 0 else 0.0,
         }
@@ -108,8 +108,8 @@ class StageProgress:
             parts.append(f"{size_text(self.counts.bytes)} written")
         if 0 < self.counts.units < self.units:
             parts.append(f"{clock(seconds / self.counts.units * (self.units - self.counts.units))} left")
-        if self.counts.set_aside:
-            parts.append(f"{self.counts.set_aside} set aside")
+        if self.counts.skipped:
+            parts.append(f"{self.counts.skipped} skipped")
         return "  ".join([*parts, f"[{clock(seconds)}]"])
 
 

@@ -1,4 +1,4 @@
-"""Running a stage: what is finished is skipped, the rest goes to an executor, what keeps failing is set aside."""
+"""Running a stage: what is finished is skipped, the rest goes to an executor, what keeps failing is skipped."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from winnow.infra.stages.executors import Executor
 from winnow.infra.stages.progress import RunLog, StageProgress, read_note
 from winnow.infra.stages.stage import (
     INCOMPLETE,
+    LOCATIONS,
     MANIFEST,
-    PLACES,
     Manifest,
     Record,
-    SetAside,
+    Skipped,
     Stage,
     Unit,
     describe_files,
     pending_units,
+    read_locations,
     read_manifest,
-    remove_orphans,
+    remove_stale,
 )
 
 NOTES = "notes"
@@ -31,33 +32,31 @@ NOTES = "notes"
 
 @dataclass(frozen=True)
 class Budget:
-    """How much may be set aside before a run counts as failed: a share of the items when below 1, else a number.
+    """How much may be skipped before a run counts as failed: a share of the items when below 1, else a number.
 
     Raises UsageError when it is below 0.
     """
 
-    max_set_aside: float = 0.05
+    max_skipped: float = 0.05
 
     def __post_init__(self) -> None:
-        if not self.max_set_aside >= 0:
-            raise UsageError(
-                f"max_set_aside cannot be {self.max_set_aside:g}", do="Give a share, or a number from 1 up."
-            )
+        if not self.max_skipped >= 0:
+            raise UsageError(f"max_skipped cannot be {self.max_skipped:g}", do="Give a share, or a number from 1 up.")
 
     def check(self, reasons: Counter[str], items: int, where: str) -> None:
-        """Raises WinnowError when more was set aside (number by reason) than `items` that were not allow."""
+        """Raises WinnowError when more was skipped (number by reason) than `items` that were not allow."""
         count, total = reasons.total(), items + reasons.total()
-        limit = self.max_set_aside * total if self.max_set_aside < 1 else self.max_set_aside
+        limit = self.max_skipped * total if self.max_skipped < 1 else self.max_skipped
         if count > limit:
             raise WinnowError(
-                f"{count} of {total} set aside, the budget is {self} "
+                f"{count} of {total} skipped, the budget is {self} "
                 f"({', '.join(f'{reason}: {n}' for reason, n in reasons.most_common(5))})",
                 where=where,
-                do="Mend the input, or raise max_set_aside.",
+                do="Mend the input, or raise max_skipped.",
             )
 
     def __str__(self) -> str:
-        return f"{self.max_set_aside:.1%}" if self.max_set_aside < 1 else f"{self.max_set_aside:.0f}"
+        return f"{self.max_skipped:.1%}" if self.max_skipped < 1 else f"{self.max_skipped:.0f}"
 
 
 def execute(
@@ -74,7 +73,7 @@ def execute(
     Args:
         stage: what to run.
         executor: where to run it.
-        budget: how much may be set aside.
+        budget: how much may be skipped.
         log: where to tell of it.
         retries: how often a failed group is tried again.
         label: the stage's name in messages.
@@ -84,7 +83,7 @@ def execute(
 
     Raises:
         UsageError: a unit found the recipe at fault.
-        WinnowError: units kept failing, or more was set aside than the budget allows.
+        WinnowError: units kept failing, or more was skipped than the budget allows.
     """
     budget, log, label = budget or Budget(), log or RunLog(stream=None), label or stage.name
     units, done = pending_units(stage)
@@ -92,11 +91,11 @@ def execute(
     todo = [unit for unit in units if unit.name not in done]
     previous = read_manifest(stage.out)
     _refuse_inputs(stage, previous)
-    places_url = stage.url(PLACES)
-    if not storage.exists(places_url) or storage.read_json(places_url) != stage.places():
-        storage.write_json(places_url, stage.places())
+    locations_url = stage.url(LOCATIONS)
+    if not storage.exists(locations_url) or storage.read_json(locations_url) != stage.locations():
+        storage.write_json(locations_url, stage.locations())
     if not todo and previous is not None and previous.key == key and _whole(stage, previous, done):
-        budget.check(Counter(previous.set_aside["reasons"]), previous.items, label)
+        budget.check(Counter(previous.skipped["reasons"]), previous.items, label)
         log.event(event="unchanged", stage=label, units=len(units))
         log.say(f"{label:<24} unchanged ({len(units)} units)")
         return previous
@@ -114,7 +113,7 @@ def execute(
 
     records = [done[unit.name] for unit in units if unit.name in done]
     items = sum(record.items for record in records)
-    left_out = [item for record in records for item in record.set_aside]
+    left_out = [item for record in records for item in record.skipped]
     reasons = Counter(item["reason"] for item in left_out)
     for unit in lost:
         reasons[_reason(failures[unit.name])] += max(unit.items, 1)
@@ -123,12 +122,12 @@ def execute(
     finished = stage.finish(records)
     files = {path: facts for record in records for path, facts in record.files.items()}
     files |= describe_files(stage, finished.files)
-    left_out += [asdict(item) for item in finished.set_aside]
-    items -= len(finished.set_aside)
-    reasons.update(item.reason for item in finished.set_aside)
+    left_out += [asdict(item) for item in finished.skipped]
+    items -= len(finished.skipped)
+    reasons.update(item.reason for item in finished.skipped)
     budget.check(reasons, items, label)
     n_left = reasons.total()
-    remove_orphans(stage, units, files)
+    remove_stale(stage, units, files)
     manifest = Manifest(
         stage=stage.name,
         version=stage.version,
@@ -137,7 +136,7 @@ def execute(
         parents=stage.parents(),
         units=len(records),
         items=items,
-        set_aside={
+        skipped={
             "count": n_left,
             "reasons": dict(sorted(Counter(item["reason"] for item in left_out).items())),
             "samples": left_out[:1000],
@@ -148,8 +147,8 @@ def execute(
         url=stage.out,
     )
     # With units missing, the next run must try them again, so its key must not match.
-    again = bool(lost) or any(record.key == INCOMPLETE for record in records)
-    body = asdict(manifest) | {"key": INCOMPLETE if again else key}
+    retry = bool(lost) or any(record.key == INCOMPLETE for record in records)
+    body = asdict(manifest) | {"key": INCOMPLETE if retry else key}
     body.pop("url")
     storage.write_json(stage.url(MANIFEST), body)
     seconds = time.monotonic() - started
@@ -166,10 +165,10 @@ def _refuse_inputs(stage: Stage, previous: Manifest | None) -> None:
             where=stage.out,
             do="Give another directory.",
         )
-    read = list(stage.places().values())
+    read = list(stage.locations().values())
     for url in tuple(read):
-        with contextlib.suppress(WinnowError, AttributeError):  # no such file, or one of that name that is not ours
-            read += map(str, storage.read_json(storage.join(url, PLACES)).values())
+        with contextlib.suppress(WinnowError):  # no such file
+            read += map(str, read_locations(url).values())
     if storage.absolute(stage.out).rstrip("/") in (storage.absolute(url).rstrip("/") for url in read):
         raise UsageError(f"{stage.name} would write over what it reads", where=stage.out, do="Give another directory.")
 
@@ -203,7 +202,7 @@ def _run_groups(
     attempts = dict.fromkeys(range(len(groups)), 0)
     waiting = list(range(len(groups)))
     while waiting:
-        again = []
+        retry = []
         for result in executor.results(stage, [(index, groups[index]) for index in waiting]):
             if result is None:
                 progress.tick(_notes(stage))
@@ -212,7 +211,7 @@ def _run_groups(
                 for record in result.records:
                     done[record.unit] = record
                     size = sum(facts["bytes"] for facts in record.files.values())
-                    progress.add(items=record.items, size=size, set_aside=len(record.set_aside))
+                    progress.add(items=record.items, size=size, skipped=len(record.skipped))
                 continue
             if isinstance(result.error, UsageError):
                 raise result.error
@@ -220,10 +219,10 @@ def _run_groups(
             names = ", ".join(unit.name for unit in groups[result.index])
             progress.log.event(event="failure", stage=progress.label, units=names, error=str(result.error))
             if attempts[result.index] <= retries and not isinstance(result.error, WinnowError):
-                again.append(result.index)
+                retry.append(result.index)
             else:
                 failures.update({unit.name: result.error for unit in groups[result.index]})
-        waiting = again
+        waiting = retry
 
 
 def _failed_units(stage: Stage, units: list[Unit], failures: dict[str, Exception], log: RunLog) -> list[Unit]:
@@ -235,7 +234,7 @@ def _failed_units(stage: Stage, units: list[Unit], failures: dict[str, Exception
         reasons.setdefault(_reason(failures[unit.name]), []).append(unit.name)
     for reason, names in reasons.items():
         log.say(f"{stage.name}: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} failed: {reason}")
-    if not stage.tolerates or len(lost) == len(units):
+    if not stage.allow_failures or len(lost) == len(units):
         first = failures[lost[0].name]
         if len(lost) == 1 and isinstance(first, WinnowError):
             raise first
@@ -263,4 +262,4 @@ def note_url(stage: Stage, unit: Unit) -> str:
     return stage.url(NOTES, unit.name.replace("/", "-"))
 
 
-__all__ = ["Budget", "SetAside", "execute", "note_url"]
+__all__ = ["Budget", "Skipped", "execute", "note_url"]

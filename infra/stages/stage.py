@@ -19,36 +19,40 @@ from typing import Any, ClassVar
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.storage import digest_json
+from winnow.infra.stages.resources import Resources
 
 RECORDS = "units"
 MANIFEST = "manifest.json"
-PLACES = "places.json"
+LOCATIONS = "locations.json"
+# Names that files written by earlier versions use.
+_OLD_LOCATIONS = "places.json"
+_OLD_FIELDS = {"set_aside": "skipped"}
 INCOMPLETE = "incomplete"  # key of a record or manifest that the next run must make anew
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of a stage's work that is done, retried or set aside as one.
+    """A piece of a stage's work that is done, retried or skipped as one.
 
     Attributes:
         name: unique within the stage; may contain "/"; names the record's file.
         inputs: what is read, by digest. Part of the key.
         params: parameters of this unit beyond the stage's. Part of the key; JSON values.
-        args: where the inputs are and other things that do not change the result. JSON values.
+        runtime: where the inputs are and other things that do not change the result. JSON values.
         group: units of one group run in one call of `Stage.run_group`, so that work they share is done once.
-        items: how many samples (or steps) it covers, for progress and the set-aside budget.
+        items: how many samples (or steps) it covers, for progress and the skipped budget.
     """
 
     name: str
     inputs: Mapping[str, str]
     params: Mapping[str, Any] = field(default_factory=dict)
-    args: Mapping[str, Any] = field(default_factory=dict)
+    runtime: Mapping[str, Any] = field(default_factory=dict)
     group: str = ""
     items: int = 0
 
 
 @dataclass(frozen=True)
-class SetAside:
+class Skipped:
     """A sample left out, and why. `reason` is one of a few fixed phrases, so that they can be counted."""
 
     id: str
@@ -60,14 +64,14 @@ class SetAside:
 class Output:
     """What running a unit gives: files written below the stage's directory, counts, and JSON values to pass on.
 
-    With `again` the next run tries the unit anew, for what went wrong may have passed by then.
+    With `retry` the next run tries the unit anew, for what went wrong may have passed by then.
     """
 
     files: list[str] = field(default_factory=list)
     items: int = 0
-    set_aside: list[SetAside] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
-    again: bool = False
+    retry: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Record:
     key: str
     files: dict[str, dict[str, Any]]
     items: int
-    set_aside: list[dict[str, str]]
+    skipped: list[dict[str, str]]
     values: dict[str, Any]
 
 
@@ -93,7 +97,7 @@ class Manifest:
     parents: dict[str, str]
     units: int
     items: int
-    set_aside: dict[str, Any]
+    skipped: dict[str, Any]
     files: dict[str, dict[str, Any]]
     values: dict[str, Any]
     url: str = field(default="", compare=False)
@@ -104,8 +108,8 @@ class Manifest:
 
     @property
     def state(self) -> str:
-        n = self.set_aside["count"]
-        return f"complete with {n} set aside" if n else "complete"
+        n = self.skipped["count"]
+        return f"complete with {n} skipped" if n else "complete"
 
 
 class Stage(abc.ABC):
@@ -113,31 +117,31 @@ class Stage(abc.ABC):
 
     Class attributes:
         name, version: part of every key; raise the version when the meaning of the output changes.
-        keep_orphans: keep finished units that the present plan does not list (columns, checkpoints), instead of
+        keep_stale: keep finished units that the present plan does not list (columns, checkpoints), instead of
             removing their files (shards, which readers may list).
-        tolerates: whether a unit that keeps failing may be set aside within the budget, or ends the run.
-        waits: whether a unit itself asks the cluster for processes and waits for them (a training); it then runs in
-            a thread of the driver, and `cpus` and `gpus`, what those processes take, bound how many run at once.
-        light: whether a single group takes less time than starting a local Ray; it then runs in the driver.
+        allow_failures: whether a unit that keeps failing may be skipped within the budget, or ends the run.
+        launches_workers: whether a unit itself asks the cluster for processes and waits for them (a training); it then
+            runs in a thread of the driver; `resources`, what those processes take, bounds how many run at once.
+        run_on_driver: whether a single group takes less time than starting a local Ray; it then runs in the driver.
     """
 
     name: ClassVar[str]
     version: ClassVar[int]
-    keep_orphans: ClassVar[bool] = False
-    tolerates: ClassVar[bool] = False
-    waits: ClassVar[bool] = False
-    light: ClassVar[bool] = False
+    keep_stale: ClassVar[bool] = False
+    allow_failures: ClassVar[bool] = False
+    launches_workers: ClassVar[bool] = False
+    run_on_driver: ClassVar[bool] = False
     out: str
 
     @property
-    def cpus(self) -> float:
-        """CPU cores a unit asks of the cluster."""
-        return 1
+    def resources(self) -> Resources:
+        """What a unit asks of the cluster while it runs."""
+        return Resources()
 
-    @property
-    def gpus(self) -> float:
-        """GPUs a unit asks of the cluster; negative: that many if it has any, else none."""
-        return 0
+    def setup(self) -> None:
+        """Load what the units of this stage share (a model, a tokenizer). Called once in each worker process, before
+        its first unit; what it loads it keeps in the process, not in the stage."""
+        return
 
     @abc.abstractmethod
     def params(self) -> dict[str, Any]:
@@ -151,7 +155,7 @@ class Stage(abc.ABC):
     def plan(self) -> list[Unit]:
         """The units, in order. Pure: the same inputs give the same list."""
 
-    def places(self) -> dict[str, str]:
+    def locations(self) -> dict[str, str]:
         """URLs a reader of the output needs, by name. Kept beside the manifest and part of no digest, so that
         data may be moved without being made again."""
         return {}
@@ -196,10 +200,10 @@ def write_record(stage: Stage, unit: Unit, output: Output) -> Record:
     """The last act of a unit."""
     record = Record(
         unit=unit.name,
-        key=INCOMPLETE if output.again else stage.key(unit),
+        key=INCOMPLETE if output.retry else stage.key(unit),
         files=describe_files(stage, output.files),
         items=output.items,
-        set_aside=[asdict(item) for item in output.set_aside],
+        skipped=[asdict(item) for item in output.skipped],
         values=output.values,
     )
     storage.write_json(record_url(stage, unit.name), asdict(record))
@@ -213,7 +217,7 @@ def read_record(stage: Stage, unit: Unit) -> Record | None:
     if not storage.exists(url):
         return None
     try:
-        record = Record(**storage.read_json(url))
+        record = Record(**_renamed(storage.read_json(url)))
     except (WinnowError, TypeError):
         return None
     if record.key != stage.key(unit):
@@ -241,13 +245,25 @@ def read_manifest(url: str) -> Manifest | None:
     if not storage.exists(path):
         return None
     try:
-        return Manifest(**storage.read_json(path), url=url)
+        return Manifest(**_renamed(storage.read_json(path)), url=url)
     except TypeError:
         raise WinnowError(
             "is not a winnow manifest",
             where=path,
             do="Give another directory; or, if it is winnow's and damaged, remove that file and run again.",
         ) from None
+
+
+def _renamed(content: dict[str, Any]) -> dict[str, Any]:
+    return {_OLD_FIELDS.get(name, name): value for name, value in content.items()}
+
+
+def read_locations(url: str) -> dict[str, str]:
+    """The locations of a directory's inputs by name. Raises WinnowError where there are none."""
+    path = storage.join(url, LOCATIONS)
+    old = storage.join(url, _OLD_LOCATIONS)
+    found = storage.read_json(old if not storage.exists(path) and storage.exists(old) else path)
+    return found if isinstance(found, dict) else {}
 
 
 def need_manifest(url: str, what: str) -> Manifest:
@@ -262,14 +278,14 @@ def pending_units(stage: Stage) -> tuple[list[Unit], dict[str, Record]]:
     """The plan, and the records of the units in it that are finished."""
     units = stage.plan()
     names = Counter(unit.name for unit in units)
-    if twice := [name for name, count in names.items() if count > 1]:
-        raise WinnowError(f'{stage.name}: unit "{twice[0]}" is planned {names[twice[0]]} times')
+    if duplicates := [name for name, count in names.items() if count > 1]:
+        raise WinnowError(f'{stage.name}: unit "{duplicates[0]}" is planned {names[duplicates[0]]} times')
     return units, {unit.name: record for unit in units if (record := read_record(stage, unit)) is not None}
 
 
-def remove_orphans(stage: Stage, units: list[Unit], files: Iterable[str]) -> None:
+def remove_stale(stage: Stage, units: list[Unit], files: Iterable[str]) -> None:
     """Remove units of an earlier plan that the present one does not list, so that no reader finds their files."""
-    if stage.keep_orphans:
+    if stage.keep_stale:
         return
     planned = {f"{unit.name}.json" for unit in units}
     present = set(files)

@@ -1,7 +1,7 @@
-"""The demo's pictures: objects with a kind, a colour and a pattern before a scene, and charts that are none of these.
+"""The demo's images: objects with a kind, a colour and a pattern before a scene, and charts that are none of these.
 
-All drawing is Pillow on prepared masks and textures, so that one core draws well over a thousand pictures a second.
-Everything random comes from the `random.Random` handed in; the same generator state gives the same picture.
+All drawing is Pillow on prepared masks and textures, so that one core draws well over a thousand images a second.
+Everything random comes from the `random.Random` handed in; the same generator state gives the same image.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def _grain(variant: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class Thing:
-    """An object: one of KINDS, COLOURS and PATTERNS; `scale` is its size as a share of the picture's short side;
+    """An object: one of KINDS, COLOURS and PATTERNS; `scale` is its size as a share of the image's short side;
     (x, y) its centre as shares of width and height."""
 
     kind: str
@@ -228,7 +228,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class View:
-    """What is in a picture: one or two things before one of SCENES; `relation` places the first by the second."""
+    """What is in an image: one or two things before one of SCENES; `relation` places the first by the second."""
 
     things: tuple[Thing, ...]
     scene: str
@@ -240,7 +240,7 @@ _RELATIONS |= {"left of": (0.26, 0.5, 0.74, 0.5), "right of": (0.74, 0.5, 0.26, 
 
 
 def random_view(rng: Random, two: float = 0.2, **fixed: str) -> View:
-    """Draw what a picture shows. `fixed` may set kind, colour and pattern of the first thing, and the scene; `two` is
+    """Draw what an image shows. `fixed` may set kind, colour and pattern of the first thing, and the scene; `two` is
     the chance of a second thing."""
 
     def thing(x: float, y: float, scale: float, **fixed: str) -> Thing:
@@ -261,9 +261,9 @@ def random_view(rng: Random, two: float = 0.2, **fixed: str) -> View:
     return View(tuple(things), scene or rng.choice(usual), relation)
 
 
-def _shade(rng: Random, colour: Colour, spread: int) -> Colour:
-    light = rng.randint(-spread, spread)
-    red, green, blue = (min(255, max(0, value + light + rng.randint(-spread, spread))) for value in colour)
+def _shade(rng: Random, colour: Colour, sem: int) -> Colour:
+    light = rng.randint(-sem, sem)
+    red, green, blue = (min(255, max(0, value + light + rng.randint(-sem, sem))) for value in colour)
     return red, green, blue
 
 
@@ -395,7 +395,7 @@ PAPERS = tuple(_PAPERS)
 
 
 def paint_paper(rng: Random, paper: str, width: int, height: int) -> Image.Image:
-    """Paint one of PAPERS: pictures off the evaluation's topic. RGB, [height, width]."""
+    """Paint one of PAPERS: images off the evaluation's topic. RGB, [height, width]."""
     light = rng.randint(225, 255)
     image = Image.new("RGB", (width, height), (light, light, light))
     _PAPERS[paper](rng, ImageDraw.Draw(image), width, height)

@@ -1,7 +1,7 @@
 """The demo stage: a pool, trusted pairs, a target and evaluation sets drawn by code, in the layouts the real ones have.
 
 Shards as img2dataset and DataComp leave them (`NAME.tar` of `KEY.jpg`, `KEY.txt`, `KEY.json`, with `NAME.parquet`),
-evaluation sets as DataComp's (`wds_NAME_test/`). No sample is in two sets: each picture comes from a generator seeded
+evaluation sets as DataComp's (`wds_NAME_test/`). No sample is in two sets: each image comes from a generator seeded
 by its set and number.
 """
 
@@ -45,7 +45,7 @@ class DemoConfig(BaseModel):
 
     Attributes:
         pool, trusted, target: samples of each set.
-        test, train: pictures of each split of each classification set; the retrieval set has `test` alone.
+        test, train: images of each split of each classification set; the retrieval set has `test` alone.
         off_topic: share of charts, pages and tables in pool and trusted set, which no evaluation set asks about.
         min_side, max_side: bounds of width and height in pixels, each drawn by itself.
         shard_size: samples a shard.
@@ -85,17 +85,17 @@ CLASSIFICATION: dict[str, Classes] = {
     "demo-shape": Classes(
         "kind",
         {kind: names[0] for kind, names in words.KIND_WORDS.items()},
-        ("a picture of a {c}.", "a drawing of a {c}.", "an illustration of a {c}.", "a {c}."),
+        ("an image of a {c}.", "a drawing of a {c}.", "an illustration of a {c}.", "a {c}."),
     ),
     "demo-color": Classes(
         "colour",
         {colour: names[0] for colour, names in words.COLOUR_WORDS.items()},
-        ("a {c} thing.", "a picture of a {c} shape.", "a drawing of a {c} thing."),
+        ("a {c} thing.", "an image of a {c} shape.", "a drawing of a {c} thing."),
     ),
     "demo-scene": Classes(
         "scene",
         words.SCENE_NAMES,
-        ("a thing on {c}.", "a picture of a shape on {c}.", "a drawing in front of {c}."),
+        ("a thing on {c}.", "an image of a shape on {c}.", "a drawing in front of {c}."),
     ),
 }
 RETRIEVAL = "demo-retrieval"
@@ -165,7 +165,7 @@ class DemoStage(Stage):
         return Output([f"{base}.tar", f"{base}.parquet"], count)
 
     def _sample(self, part: str, number: int, key: str) -> tuple[dict[str, Any], bytes]:
-        """A row and its encoded picture. The target shows what the evaluation's pictures do: one thing, no paper."""
+        """A row and its encoded image. The target shows what the evaluation's images do: one thing, no paper."""
         rng = self._rng(part, number)
         width, height = self._size(rng)
         if part != "target" and rng.random() < self.config.off_topic:
@@ -175,7 +175,7 @@ class DemoStage(Stage):
             view = draw.random_view(rng, two=0.0 if part == "target" else 0.2)
             image, text = draw.paint(rng, view, width, height), words.describe(rng, view)
         data = _jpeg(rng, image)
-        # The stored picture stands for a larger one that was scaled down, as in DataComp's shards.
+        # The stored image stands for a larger one that was scaled down, as in DataComp's shards.
         scale = rng.uniform(210, 900) / min(width, height)
         row = {
             "uid": derived_uid("demo", str(self.config.seed), part, str(number)),

@@ -26,7 +26,7 @@ from winnow.evaluate.protocols.base import PROTOCOLS
 from winnow.evaluate.sets.layout import is_data
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.pool.index import find_shards
-from winnow.infra.registry import nearest, unknown
+from winnow.infra.registry import closest_word, unknown
 from winnow.pipeline.demo.stage import DemoConfig
 from winnow.pretrain.config import PretrainConfig
 from winnow.pretrain.models.spec import parse_spec
@@ -130,7 +130,7 @@ class Recipe(Strict):
     pretrain: PretrainSection | None = None
     evaluate: EvaluateSection | None = None
     captions: bool | None = None
-    max_set_aside: float = Field(0.05, ge=0)
+    max_skipped: float = Field(0.05, ge=0)
 
     @field_validator("pool", mode="before")
     @classmethod
@@ -193,7 +193,7 @@ class Recipe(Strict):
 
 
 @dataclass(frozen=True)
-class Source:
+class RecipeText:
     """A recipe's text and where each key stands in it, for messages."""
 
     name: str
@@ -240,7 +240,7 @@ def parse_recipe(text: str, name: str, overrides: list[str]) -> Recipe:
     return recipe
 
 
-def read_model(model: type[Model], text: str, name: str, overrides: list[str]) -> tuple[Model, Source]:
+def read_model(model: type[Model], text: str, name: str, overrides: list[str]) -> tuple[Model, RecipeText]:
     """A pydantic model out of a YAML text, with `key.path=value` over it; and where its values come from.
 
     Raises:
@@ -256,7 +256,7 @@ def read_model(model: type[Model], text: str, name: str, overrides: list[str]) -
     lines: dict[tuple[str | int, ...], int] = {}
     find_lines(root, (), lines, name)
     keys = [_override(raw, item) for item in overrides]
-    source = Source(name, lines, frozenset(keys))
+    source = RecipeText(name, lines, frozenset(keys))
     raw = _interpolate(raw, raw, source)
     try:
         return model.model_validate(raw), source
@@ -288,21 +288,21 @@ def _override(raw: dict[str, Any], item: str) -> str:
     if not equals or not key:
         raise UsageError("is not of the form key.path=value", where=f"--set {item}")
     *parents, last = key.split(".")
-    place: Any = raw
+    path_: Any = raw
     for part in parents:
-        if place.get(part) is None:
-            place[part] = {}
-        place = place[part]
-        if not isinstance(place, dict):
+        if path_.get(part) is None:
+            path_[part] = {}
+        path_ = path_[part]
+        if not isinstance(path_, dict):
             raise UsageError(f'"{part}" has no keys below it', where=f"--set {item}")
     try:
-        place[last] = yaml.safe_load(value)
+        path_[last] = yaml.safe_load(value)
     except yaml.YAMLError:
         raise UsageError("the value is not valid YAML", where=f"--set {item}") from None
     return key
 
 
-def _interpolate(value: Any, root: dict[str, Any], source: Source, path: tuple = ()) -> Any:
+def _interpolate(value: Any, root: dict[str, Any], source: RecipeText, path: tuple = ()) -> Any:
     """`${a.b}` in a string becomes the value at that key."""
     if isinstance(value, dict):
         return {key: _interpolate(item, root, source, (*path, key)) for key, item in value.items()}
@@ -337,7 +337,7 @@ def _fields_at(loc: tuple[str | int, ...], model: type[BaseModel]) -> list[str]:
     return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
 
 
-def _explain(error: ValidationError, source: Source, model: type[BaseModel]) -> UsageError:
+def _explain(error: ValidationError, source: RecipeText, model: type[BaseModel]) -> UsageError:
     """The first fault as one sentence with its line."""
     errors = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     fault = errors[0]
@@ -347,7 +347,7 @@ def _explain(error: ValidationError, source: Source, model: type[BaseModel]) -> 
     if fault["type"] == "extra_forbidden":
         return unknown("key", str(loc[-1]), _fields_at(loc[:-1], model) or ["(none)"], where)
     if fault["type"] == "missing":
-        near = nearest(str(loc[-1]), [])
+        near = closest_word(str(loc[-1]), [])
         return UsageError(f'"{dotted}" is missing', where=where, do=near)
     if fault["type"] == "value_error":
         cause = fault.get("ctx", {}).get("error")
@@ -355,7 +355,7 @@ def _explain(error: ValidationError, source: Source, model: type[BaseModel]) -> 
     return UsageError(f"{dotted}: {fault['msg'][0].lower()}{fault['msg'][1:]}, not {fault['input']!r}", where=where)
 
 
-def _check(recipe: Recipe, source: Source) -> None:
+def _check(recipe: Recipe, source: RecipeText) -> None:
     """What pydantic cannot know: filters, folders, names that refer to each other."""
     for name, tree in recipe.subsets.items():
         if not re.fullmatch(r"[\w.+-]+", name) or not name.strip("."):
@@ -402,7 +402,7 @@ def _check(recipe: Recipe, source: Source) -> None:
     _check_folders(recipe, source)
 
 
-def _check_tree(tree: Any, path: tuple[str | int, ...], source: Source) -> None:
+def _check_tree(tree: Any, path: tuple[str | int, ...], source: RecipeText) -> None:
     """Parse inner trees first, so that a fault is told of at its own line."""
     if isinstance(tree, Mapping):
         for key, body in tree.items():
@@ -415,23 +415,23 @@ def _check_tree(tree: Any, path: tuple[str | int, ...], source: Source) -> None:
         parse(tree)
     except UsageError as error:
         key = next(iter(tree)) if isinstance(tree, Mapping) and len(tree) else None
-        place = (*path, key) if key is not None else path
+        path_ = (*path, key) if key is not None else path
         inner = re.search(r'"([^"]+)"', error.what)
-        if inner and (*place, inner[1]) in source.lines:
-            place = (*place, inner[1])
-        raise UsageError(error.what, where=source.where(place), do=error.do) from None
+        if inner and (*path_, inner[1]) in source.lines:
+            path_ = (*path_, inner[1])
+        raise UsageError(error.what, where=source.where(path_), do=error.do) from None
 
 
-def _check_folders(recipe: Recipe, source: Source) -> None:
-    def shards_in(url: str, place: tuple[str | int, ...]) -> list[str]:
+def _check_folders(recipe: Recipe, source: RecipeText) -> None:
+    def shards_in(url: str, path_: tuple[str | int, ...]) -> list[str]:
         try:
             return find_shards(url)
         except WinnowError as error:
-            raise UsageError(f"{error.what}", where=f"{source.where(place)}: {url}", do=error.do) from None
+            raise UsageError(f"{error.what}", where=f"{source.where(path_)}: {url}", do=error.do) from None
 
-    def is_demo(url: str, place: tuple[str | int, ...]) -> bool:
+    def is_demo(url: str, path_: tuple[str | int, ...]) -> bool:
         if url.startswith(DEMO) and recipe.demo is None:
-            raise UsageError(f'"{url}" needs a `demo:` block', where=source.where(place))
+            raise UsageError(f'"{url}" needs a `demo:` block', where=source.where(path_))
         return url.startswith(DEMO)
 
     stems: set[str] = set()
@@ -441,14 +441,14 @@ def _check_folders(recipe: Recipe, source: Source) -> None:
             stems.update(found if len(recipe.pool) == 1 else [f"{i}-{stem}" for stem in found])
     trusted = recipe.scorer.trusted if recipe.scorer else None
     if trusted is not None:
-        place = ("scorer", "trusted")
-        if trusted.pool is not None and not is_demo(trusted.pool, place):
-            shards_in(trusted.pool, place)
+        path_ = ("scorer", "trusted")
+        if trusted.pool is not None and not is_demo(trusted.pool, path_):
+            shards_in(trusted.pool, path_)
         for name in trusted.shards:
             if stems and name not in stems:
-                raise unknown("shard", name, stems, source.where((*place, "shards")))
+                raise unknown("shard", name, stems, source.where((*path_, "shards")))
         if stems and set(trusted.shards) >= stems:
-            raise UsageError("every shard of the pool is trusted, none is left", where=source.where((*place, "shards")))
+            raise UsageError("every shard of the pool is trusted, none is left", where=source.where((*path_, "shards")))
     for target in recipe.targets():
         if not is_demo(target, ("subsets",)):
             shards_in(target, ("subsets",))

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
-from winnow.infra.io.images import write_picture
+from winnow.infra.io.images import write_image
 from winnow.pretrain.config import PretrainConfig
 from winnow.pretrain.engine.engine import Engine
 
@@ -25,7 +25,7 @@ def export(engine: Engine, config: PretrainConfig, out: str, training: dict[str,
     What an earlier training left there goes first, so that no file of one stands beside files of the other.
 
     The weights of an encoder that reads text too have open_clip's own names, so its directory is also an open_clip
-    "local-dir:". The objective's pictures lie beside them.
+    "local-dir:". The objective's images lie beside them.
 
     Args:
         engine: whose objective's encoder is written.
@@ -59,8 +59,8 @@ def export(engine: Engine, config: PretrainConfig, out: str, training: dict[str,
                 made.load_state_dict(weights)
                 return made.eval().requires_grad_(False).to(engine.device)
 
-            for name, pixels in cls.pictures(exported).items():
-                write_picture(storage.join(out, f"{name}.png"), pixels)
+            for name, pixels in cls.images(exported).items():
+                write_image(storage.join(out, f"{name}.png"), pixels)
             content = {
                 "format": 1,
                 "objective": {"name": config.objective_name, "params": identity["objective"][config.objective_name]},

@@ -137,9 +137,9 @@ class Resume:
         try:
             self._write(saved)
         except Exception as error:
-            self._error = no_space(error, self._told(saved)) or error
+            self._error = no_space(error, self._announce(saved)) or error
 
-    def _told(self, saved: Saved) -> WinnowError:
+    def _announce(self, saved: Saved) -> WinnowError:
         size = sum(value.nbytes for value in saved.tensors.values())
         since = f"step {self._last}" if self._last else "the start"
         return WinnowError(
@@ -150,10 +150,10 @@ class Resume:
 
     def _write(self, saved: Saved) -> None:
         tag, local = _tag(saved.step), storage.is_local(self.url)
-        place = storage.join(self.url, f".{tag}.part" if local else tag)
-        storage.remove(place)
+        folder = storage.join(self.url, f".{tag}.part" if local else tag)
+        storage.remove(folder)
         try:
-            with storage.writing(storage.join(place, STATE)) as path:
+            with storage.writing(storage.join(folder, STATE)) as path:
                 save_file(saved.tensors, path)
             content = {
                 "key": self.key,
@@ -161,16 +161,16 @@ class Resume:
                 "step": saved.step,
                 "state": saved.state,
                 "scaler": saved.scaler,
-                "files": {STATE: storage.digest_file(storage.join(place, STATE))},
+                "files": {STATE: storage.digest_file(storage.join(folder, STATE))},
             }
-            storage.write_json(storage.join(place, LISTING), content)
+            storage.write_json(storage.join(folder, LISTING), content)
         except BaseException:
-            storage.remove(place)
+            storage.remove(folder)
             raise
         if local:
             target = storage.local_path(storage.join(self.url, tag))
             storage.remove(str(target))
-            storage.local_path(place).rename(target)
+            storage.local_path(folder).rename(target)
         self._last = saved.step
         kept = {name for name, _ in self._whole([])[-self.keep :]}
         for name in storage.list_names(self.url):
@@ -203,12 +203,12 @@ class Resume:
         return None
 
 
-def no_space(error: BaseException, told: WinnowError) -> WinnowError | None:
+def no_space(error: BaseException, reported: WinnowError) -> WinnowError | None:
     """`told` if the error is that of a full disk."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if not full and not (isinstance(error, SafetensorError) and "os error 28" in str(error)):
         return None
-    return told
+    return reported
 
 
 def _tag(step: int) -> str:

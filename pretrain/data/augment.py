@@ -1,7 +1,7 @@
-"""Random changes to pictures that contrastive objectives learn to ignore, drawn from a NumPy generator.
+"""Random changes to images that contrastive objectives learn to ignore, drawn from a NumPy generator.
 
 The pixel operations are torchvision's; it draws from torch's global generator, here every draw comes from the one that
-is handed in, so a view is a pure function of picture and generator and any number of processes may make them.
+is handed in, so a view is a pure function of image and generator and any number of processes may make them.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def simclr_jitter(strength: float) -> Jitter:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A random view of a picture.
+    """A random view of an image.
 
     Attributes:
         size: side of the view, pixels.
-        area: share of the picture that the crop takes, from and to; aspect ratio 3/4 to 4/3.
+        area: share of the image that the crop takes, from and to; aspect ratio 3/4 to 4/3.
         flip: probability of a horizontal flip.
         jitter, jitter_p: change of colour, and its probability.
         grey_p: probability of losing all colour.
@@ -73,7 +73,7 @@ class Augmentation:
     blur_p: float = 0.5
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
-        """RGB picture to uint8 [3, size, size]."""
+        """RGB image to uint8 [3, size, size]."""
         view = Image.fromarray(random_resized_crop(image, self.size, self.area, rng).transpose(1, 2, 0))
         if rng.random() < self.flip:
             view = F.hflip(view)

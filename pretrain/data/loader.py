@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
-from winnow.infra.io.images import PictureError, decode_picture
+from winnow.infra.io.images import ImageError, decode_image
 from winnow.infra.pool.pool import Pool
 from winnow.infra.pool.uids import encode_uids, load_subset
 from winnow.pretrain.config import SourceConfig
@@ -37,7 +37,7 @@ class Samples:
     """The samples of a pool, or of a subset of it, and of further sources, by number.
 
     A uid that a subset lists k times counts k times, as in DataComp's resharder. Holds what is needed to read the
-    chosen samples (about 40 bytes and the caption of each), not the pictures.
+    chosen samples (about 40 bytes and the caption of each), not the images.
 
     Args:
         pool: URL of an indexed pool.
@@ -55,8 +55,8 @@ class Samples:
         self.files: list[str] = []
         self._parts: list[tuple[np.ndarray, ...]] = []
         self._texts: list[pa.Array] = []
-        for url, chosen in [(pool, subset), *((source.pool, source.subset) for source in more)]:
-            self._add(url, chosen)
+        for url, selected in [(pool, subset), *((source.pool, source.subset) for source in more)]:
+            self._add(url, selected)
         columns = [np.concatenate(column) for column in zip(*self._parts, strict=True)]
         self._file, self._offset, self._size, self._label, self._row = columns
         del self._parts
@@ -64,13 +64,13 @@ class Samples:
         del self._texts
 
     def _add(self, url: str, subset: str | None) -> None:
-        chosen = None if subset is None else _counted(load_subset(subset))
-        missing = None if chosen is None else np.ones(len(chosen[0]), bool)
+        selected = None if subset is None else _counted(load_subset(subset))
+        missing = None if selected is None else np.ones(len(selected[0]), bool)
         first, size = sum(len(part[0]) for part in self._parts), 0
         for shard in Pool.open(url).shards:
             times = None
-            if chosen is not None and missing is not None:
-                at, times = _times(shard.uids(), *chosen)
+            if selected is not None and missing is not None:
+                at, times = _times(shard.uids(), *selected)
                 missing[at[times > 0]] = False
                 if not times.any():
                     continue
@@ -91,10 +91,10 @@ class Samples:
             self._texts += [chunk.cast(pa.large_string()) for chunk in table["text"].chunks]
             self.files += shard.tars
             first, size = first + n, size + len(part[-1])
-        if chosen is not None and missing is not None and (n := int(np.count_nonzero(missing))):
-            some = ", ".join(encode_uids(chosen[0][missing][:3]))
+        if selected is not None and missing is not None and (n := int(np.count_nonzero(missing))):
+            batch = ", ".join(encode_uids(selected[0][missing][:3]))
             raise WinnowError(
-                f"names {n} samples that the pool has not: {some}{', …' * (n > 3)}",
+                f"names {n} samples that the pool has not: {batch}{', …' * (n > 3)}",
                 where=subset,
                 do=f"The pool: {url}. Was the subset drawn from another one?",
             )
@@ -109,16 +109,16 @@ class Samples:
         return Order(self.sizes, seed, self.weights)
 
     def read(self, numbers: np.ndarray) -> list[tuple[bytes, str]]:
-        """Encoded picture and caption of each sample, read by range, file by file."""
+        """Encoded image and caption of each sample, read by range, file by file."""
         rows = self._row[numbers]
-        files, pictures = self._file[rows], [b""] * len(rows)
+        files, images = self._file[rows], [b""] * len(rows)
         for file in np.unique(files):
             at = np.nonzero(files == file)[0]
             ranges = self._offset[rows[at]], self._size[rows[at]]
             for i, data in zip(at, storage.read_ranges(self.files[file], *ranges), strict=True):
-                pictures[i] = data
+                images[i] = data
         texts = self._text.take(pa.array(rows)).to_pylist()
-        return [(picture, text or "") for picture, text in zip(pictures, texts, strict=True)]
+        return [(image, text or "") for image, text in zip(images, texts, strict=True)]
 
     def labels(self, numbers: np.ndarray) -> list[int | None]:
         """The class of each sample where the pool has a column `label` of whole numbers, else None."""
@@ -145,11 +145,11 @@ def _times(uids: np.ndarray, distinct: np.ndarray, counts: np.ndarray) -> tuple[
 
 
 class _Steps(Dataset):
-    """By step, this process's part of the global batch, [n, …] each, and how many of its pictures were replaced."""
+    """By step, this process's part of the global batch, [n, …] each, and how many of its images were replaced."""
 
     def __init__(self, samples: Samples, views: Views, seed: int, batch: int, rank: int, world: int) -> None:
         self.samples, self.views, self.seed = samples, views, seed
-        self.batch, self.share, self.rank = batch, batch // world, rank
+        self.batch, self.fraction, self.rank = batch, batch // world, rank
         self.order = samples.order(seed)
 
     def __getitem__(self, step: int) -> tuple[dict[str, np.ndarray], int] | tuple[str, str | None, str | None]:
@@ -160,23 +160,23 @@ class _Steps(Dataset):
             return error.what, error.where, error.do
 
     def _make(self, step: int) -> tuple[dict[str, np.ndarray], int]:
-        start = step * self.batch + self.rank * self.share
-        positions = np.arange(start, start + self.share, dtype=np.int64)
+        start = step * self.batch + self.rank * self.fraction
+        positions = np.arange(start, start + self.fraction, dtype=np.int64)
         numbers = self.order(positions)
         arrays: dict[str, np.ndarray] = {}
         replaced = 0
         read = zip(positions, self.samples.read(numbers), self.samples.labels(numbers), strict=True)
         for row, (position, (data, text), label) in enumerate(read):
             try:
-                image = decode_picture(data)
-            except PictureError:
+                image = decode_image(data)
+            except ImageError:
                 image, text, label = self._instead(int(position))
                 replaced += 1
             views = self.views(Sample(image, text, label), np.random.default_rng((self.seed, int(position))))
             for name, value in views.items():
                 if name not in arrays:
                     value = np.asarray(value)
-                    arrays[name] = np.empty((self.share, *value.shape), value.dtype)
+                    arrays[name] = np.empty((self.fraction, *value.shape), value.dtype)
                 arrays[name][row] = value
         return arrays, replaced
 
@@ -185,16 +185,16 @@ class _Steps(Dataset):
             number = self.order(np.array([position + step]))
             ((data, text),) = self.samples.read(number)
             try:
-                return decode_picture(data), text, self.samples.labels(number)[0]
-            except PictureError:
+                return decode_image(data), text, self.samples.labels(number)[0]
+            except ImageError:
                 continue
-        raise WinnowError("no picture of the pool can be decoded", where=self.samples.where)
+        raise WinnowError("no image of the pool can be decoded", where=self.samples.where)
 
 
 class Batches:
     """One process's part of each global batch, decoded and augmented ahead of time by processes of its own.
 
-    A picture that cannot be decoded is replaced by the next sample in the order that can.
+    An image that cannot be decoded is replaced by the next sample in the order that can.
 
     Args:
         samples: what to draw from.
@@ -208,7 +208,7 @@ class Batches:
 
     Attributes:
         waited: seconds spent waiting for batches so far.
-        replaced: pictures replaced so far.
+        replaced: images replaced so far.
     """
 
     def __init__(

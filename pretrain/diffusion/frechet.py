@@ -1,8 +1,8 @@
-"""The Fréchet distance between pictures drawn and real ones, over the features of any encoder.
+"""The Fréchet distance between images drawn and real ones, over the features of any encoder.
 
 Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", equation 6.
 Their FID takes an Inception network's features; here the encoder is stated beside each figure, and figures over
-different encoders, or over different numbers of pictures, do not compare.
+different encoders, or over different numbers of images, do not compare.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from winnow.infra.io.images import PictureError, decode_picture
+from winnow.infra.io.images import ImageError, decode_image
 from winnow.infra.pool.pool import Pool, read_members
 from winnow.pretrain.encoder import load_encoder
 
@@ -40,7 +40,7 @@ def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def features_of(images: Iterable[Image.Image], encoder: str, device: str = "auto") -> np.ndarray:
-    """L2-normalised features of RGB pictures, float32 [n, d]; `encoder` as `load_encoder` takes it."""
+    """L2-normalised features of RGB images, float32 [n, d]; `encoder` as `load_encoder` takes it."""
     loaded = load_encoder(encoder, device)
     parts = []
     for batch in _batches(images):
@@ -50,20 +50,20 @@ def features_of(images: Iterable[Image.Image], encoder: str, device: str = "auto
 
 
 def samples_and_pool(samples: np.ndarray, pool: str, encoder: str, device: str = "auto") -> tuple[float, int]:
-    """The distance of pictures, uint8 [n, 3, H, W], from a pool's (all that can be decoded), and how many those are."""
+    """The distance of images, uint8 [n, 3, H, W], from a pool's (all that can be decoded), and how many those are."""
     drawn = features_of((Image.fromarray(image.transpose(1, 2, 0)) for image in samples), encoder, device)
-    real = features_of(_pictures(pool), encoder, device)
+    real = features_of(_images(pool), encoder, device)
     return frechet_distance(*moments(drawn), *moments(real)), len(real)
 
 
-def _pictures(pool: str) -> Iterator[Image.Image]:
+def _images(pool: str) -> Iterator[Image.Image]:
     opened = Pool.open(pool)
     for shard, table in opened.tables(("tar", "image_offset", "image_size")):
         for i in range(0, table.num_rows, _BATCH):
             for data in read_members(shard.tars, table.slice(i, _BATCH), "image"):
                 try:
-                    yield decode_picture(data)
-                except PictureError:
+                    yield decode_image(data)
+                except ImageError:
                     continue
 
 

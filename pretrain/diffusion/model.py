@@ -27,7 +27,7 @@ def _build(make: Any, **given: Any) -> Any:
 
 
 def _preprocess(size: int) -> dict[str, Any]:
-    """open_clip's preprocess_cfg for pictures from -1 to 1."""
+    """open_clip's preprocess_cfg for images from -1 to 1."""
     half = (0.5, 0.5, 0.5)
     return {"size": (size, size), "mean": half, "std": half, "interpolation": "bicubic", "resize_mode": "shortest"}
 
@@ -58,7 +58,7 @@ class Autoencoder(nn.Module):
         self.register_buffer("latent_std", torch.ones(1))
 
     def latents(self, image: torch.Tensor) -> torch.Tensor:
-        """Pictures from -1 to 1, [n, 3, H, W], to the means of their latents in units of `latent_std`, [n, c, h, w]."""
+        """Images from -1 to 1, [n, 3, H, W], to the means of their latents in units of `latent_std`, [n, c, h, w]."""
         mean: torch.Tensor = self.net.encode(image).latent_dist.mode()
         return mean / self.latent_std.view(1, 1, 1, 1)
 
@@ -68,7 +68,7 @@ class Autoencoder(nn.Module):
         return image
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
-        """All latents of each picture, [n, c·h·w]."""
+        """All latents of each image, [n, c·h·w]."""
         return self.latents(image).flatten(1)
 
 
@@ -126,7 +126,7 @@ class Diffusion(nn.Module):
         return self.signal[t].view(-1, 1, 1, 1), self.sigma[t].view(-1, 1, 1, 1)
 
     def latents(self, image: torch.Tensor) -> torch.Tensor:
-        """What is diffused, [n, c, h, w], of pictures from -1 to 1, [n, 3, H, W]."""
+        """What is diffused, [n, c, h, w], of images from -1 to 1, [n, 3, H, W]."""
         if self.autoencoder is None:
             return image
         with torch.no_grad():
@@ -154,7 +154,7 @@ class Diffusion(nn.Module):
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
         """Features of the U-Net's middle block, averaged over the places, [n, d].
 
-        The pictures, from -1 to 1, are noised as at `feature_timestep`, all with the same noise, and have no condition.
+        The images, from -1 to 1, are noised as at `feature_timestep`, all with the same noise, and have no condition.
         """
         t = torch.full((len(image),), self.feature_timestep, device=image.device)
         x = noised(self.latents(image), self.feature_noise, *self.coefficients(t))
@@ -177,7 +177,7 @@ class Diffusion(nn.Module):
         sampler: Literal["ddim", "ancestral"] = "ddim",
         eta: float = 0.0,
     ) -> torch.Tensor:
-        """Pictures, uint8 [n, 3, H, W], on the CPU. A picture depends on its seed and label alone, but for rounding.
+        """Images, uint8 [n, 3, H, W], on the CPU. An image depends on its seed and label alone, but for rounding.
 
         Args:
             seeds: of the noise of each.

@@ -1,4 +1,4 @@
-"""From noise to pictures: ancestral sampling and DDIM, over any function that tells x_0 and ε from x_t.
+"""From noise to images: ancestral sampling and DDIM, over any function that tells x_0 and ε from x_t.
 
 Ho et al. 2020, algorithm 2; Song et al. 2021, "Denoising Diffusion Implicit Models", equations 12 and 16; Ho & Salimans
 2022, "Classifier-Free Diffusion Guidance", equation 6. Both samplers can stride over the timesteps; ancestral sampling
@@ -103,5 +103,5 @@ def ddim(
 
 
 def _next(alpha_bar: np.ndarray, times: list[int], i: int) -> float:
-    """ᾱ of the timestep after times[i]; 1 for the picture itself."""
+    """ᾱ of the timestep after times[i]; 1 for the image itself."""
     return float(alpha_bar[times[i + 1]]) if i + 1 < len(times) else 1.0

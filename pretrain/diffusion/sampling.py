@@ -1,4 +1,4 @@
-"""Pictures out of a diffusion checkpoint."""
+"""Images out of a diffusion checkpoint."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def sample(
     eta: float = 0.0,
     device: str = "auto",
 ) -> np.ndarray:
-    """Draw pictures from a diffusion checkpoint; the i-th depends on (seed, i) and its condition alone.
+    """Draw images from a diffusion checkpoint; the i-th depends on (seed, i) and its condition alone.
 
     Args:
         checkpoint: URL of its folder.
@@ -70,17 +70,17 @@ def sample(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.eval().to(device)
     labels = _labels(model, n, classes, captions)
-    seeds = picture_seeds(seed, n)
+    seeds = image_seeds(seed, n)
     parts = []
     for i in range(0, n, _BATCH):
-        chosen = None if labels is None else labels[i : i + _BATCH]
-        images = model.sample(seeds[i : i + _BATCH], chosen, steps=steps, guidance=guidance, sampler=sampler, eta=eta)
+        selected = None if labels is None else labels[i : i + _BATCH]
+        images = model.sample(seeds[i : i + _BATCH], selected, steps=steps, guidance=guidance, sampler=sampler, eta=eta)
         parts.append(images.numpy())
     return np.concatenate(parts)
 
 
 def _labels(model: Diffusion, n: int, classes: Sequence[str] | None, captions: Sequence[str] | None) -> Any:
-    """Labels or tokens of n pictures on the model's device; None for a model without a condition."""
+    """Labels or tokens of n images on the model's device; None for a model without a condition."""
     if classes and model.classes is None:
         raise UsageError("the model is not class-conditional, so it has no classes to choose from")
     if captions and model.text is None:
@@ -95,8 +95,8 @@ def _labels(model: Diffusion, n: int, classes: Sequence[str] | None, captions: S
         for name in classes:
             if name not in model.classes:
                 raise unknown("class", name, model.classes)
-        chosen = [model.classes.index(classes[i % len(classes)]) for i in range(n)]
-        return torch.tensor(chosen, device=model.signal.device)
+        selected = [model.classes.index(classes[i % len(classes)]) for i in range(n)]
+        return torch.tensor(selected, device=model.signal.device)
     return default_labels(model, n)
 
 
@@ -108,8 +108,8 @@ def default_labels(model: Diffusion, n: int) -> Any:
     return _labels(model, n, None, captions) if captions else model.nothing(n)
 
 
-def picture_seeds(seed: int, n: int) -> list[tuple[int, int]]:
-    """Seeds of the noise of n pictures."""
+def image_seeds(seed: int, n: int) -> list[tuple[int, int]]:
+    """Seeds of the noise of n images."""
     return [(seed, i) for i in range(n)]
 
 
@@ -120,7 +120,7 @@ def square(image: Image.Image, size: int) -> np.ndarray:
 
 
 def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """Pictures, uint8 [n, 3, H, W], row by row in one, uint8 [H', W', 3], as square as may be; the rest is white."""
+    """Images, uint8 [n, 3, H, W], row by row in one, uint8 [H', W', 3], as square as may be; the rest is white."""
     n, _, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows, gap = math.ceil(n / columns), 2

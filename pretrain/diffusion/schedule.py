@@ -67,10 +67,10 @@ def parts(
 
 
 class Noise:
-    """Standard normal noise, of each picture from a generator of its own, so that it does not depend on the others.
+    """Standard normal noise, of each image from a generator of its own, so that it does not depend on the others.
 
     Args:
-        seeds: of the pictures, as NumPy takes them.
+        seeds: of the images, as NumPy takes them.
         shape: of one.
     """
 

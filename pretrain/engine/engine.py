@@ -98,8 +98,8 @@ class _Step(nn.Module):
         if cached is None:
             return self.objective(part)
         # A scalar whose gradient is that of the loss, by the chain rule through the rows.
-        rows, own = cached
-        pairs = [*zip(self.objective.embed(part), rows, strict=True), *own]
+        rows, local = cached
+        pairs = [*zip(self.objective.embed(part), rows, strict=True), *local]
         return sum((value.float() * grad).sum() for value, grad in pairs)
 
 
@@ -189,15 +189,15 @@ class Engine:
                 states.append(_random_state(self.device))
                 embedded.append(self.objective.embed(part))
         rows = [torch.cat(column).detach().requires_grad_() for column in zip(*embedded, strict=True)]
-        own = list(self.trained.values())
+        local = list(self.trained.values())
         with self._autocast():
             losses = self.objective.loss(tuple(rows))
-        grads = torch.autograd.grad(losses.total, [*rows, *own], allow_unused=True, materialize_grads=False)
+        grads = torch.autograd.grad(losses.total, [*rows, *local], allow_unused=True, materialize_grads=False)
         by_rows = [
             (torch.zeros_like(row) if grad is None else grad).chunk(len(parts))
             for row, grad in zip(rows, grads, strict=False)
         ]
-        by_own = [(value, grad) for value, grad in zip(own, grads[len(rows) :], strict=True) if grad is not None]
+        by_own = [(value, grad) for value, grad in zip(local, grads[len(rows) :], strict=True) if grad is not None]
         return _Cached({name: value.detach() for name, value in losses.parts.items()}, by_rows, by_own, states)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
@@ -241,10 +241,10 @@ class Engine:
                 for name, value in kept.items():
                     self.trained[name].copy_(value)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         with torch.no_grad(), self.whole([self.objective.get_parameter(name) for name in self.objective.adjusts]):
-            figures = {name: float(value) for name, value in self.objective.figures().items()}
-        return figures if self.scaler is None else figures | {"loss_scale": self.scaler.scale}
+            metrics = {name: float(value) for name, value in self.objective.metrics().items()}
+        return metrics if self.scaler is None else metrics | {"loss_scale": self.scaler.scale}
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """What a training resumes from, whatever the ZeRO stage and the number of processes. All processes call it.
@@ -290,13 +290,13 @@ class Engine:
 class _Cached:
     """Gradients of a batch's loss by its rows, cut into parts, and by the parameters that the loss itself uses."""
 
-    def __init__(self, parts: dict[str, torch.Tensor], rows: list, own: list, states: list) -> None:
-        self.parts, self.rows, self.own, self.states = parts, rows, own, states
+    def __init__(self, parts: dict[str, torch.Tensor], rows: list, local: list, states: list) -> None:
+        self.parts, self.rows, self.local, self.states = parts, rows, local, states
 
     def of(self, number: int) -> tuple[list, list]:
         """For `_Step`; puts the generators where they were when the part's features were computed."""
         _set_random_state(self.states[number])
-        return [column[number] for column in self.rows], self.own if number == 0 else []
+        return [column[number] for column in self.rows], self.local if number == 0 else []
 
 
 def _random_state(device: torch.device) -> list[torch.Tensor]:

@@ -56,13 +56,13 @@ def restore_optimizer(
         return
     from deepspeed.utils import safe_set_full_optimizer_state
 
-    some = next(iter(states.values()))
+    first = next(iter(states.values()))
     partitions = engine.optimizer
     third = engine.zero_optimization_stage() == 3
     flats = partitions.fp32_partitioned_groups_flat if third else partitions.single_partition_of_fp32_groups
     for flat in flats:  # as the optimiser's first step would make them
         optimizer.state[flat] = {
-            key: torch.zeros_like(flat.data) if value.ndim else value.clone() for key, value in some.items()
+            key: torch.zeros_like(flat.data) if value.ndim else value.clone() for key, value in first.items()
         }
     _link(engine)
     for name, parameter in trained.items():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from winnow.infra.errors import UsageError
-from winnow.infra.registry import nearest, unknown
+from winnow.infra.registry import closest_word, unknown
 
 _PREPROCESS = ("size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color")
 _NEEDED = ("embed_dim", "vision_cfg", "text_cfg")
@@ -116,7 +116,7 @@ def find_tag(name: str, tag: str) -> str:
     clean = tag.lower().replace("-", "_")
     if clean in tags:
         return clean
-    near = nearest(clean, tags)
+    near = closest_word(clean, tags)
     hint = f'Did you mean "{name}:{near}"?' if near else f"Known: {', '.join(sorted(tags)) or 'none'}."
     raise UsageError(
         f'"{tag}" is neither a pretrained tag of {name} nor a file', do=f"{hint} A file with weights will do as well."
@@ -146,11 +146,11 @@ def timm_arguments(family: str) -> set[str]:
 
 
 def check_timm(name: str, size: int, stem: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The config of a timm network that reads pictures, as `nets.build_image_tower` takes it.
+    """The config of a timm network that reads images, as `nets.build_image_tower` takes it.
 
     Args:
         name: timm's.
-        size: side of the pictures, pixels.
+        size: side of the images, pixels.
         stem: "imagenet" leaves the network as it is; "cifar", for ResNets, is a 3x3 convolution of stride 1 and no
             max-pool.
         kwargs: arguments of timm's class.
@@ -169,5 +169,5 @@ def check_timm(name: str, size: int, stem: str, kwargs: dict[str, Any]) -> dict[
         if key not in timm_arguments(family):
             raise unknown(f"argument of {name}", key, timm_arguments(family) - set(_TIMM_OURS))
         if key == "global_pool" and not value:
-            raise UsageError(f"kwargs of {name} must not switch off global_pool: an encoder gives one vector a picture")
+            raise UsageError(f"kwargs of {name} must not switch off global_pool: an encoder gives one vector an image")
     return {"timm": name, "size": size, "stem": stem, "kwargs": kwargs}

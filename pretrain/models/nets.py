@@ -1,4 +1,4 @@
-"""open_clip's and timm's networks, tokenizers and picture preprocessing, built from a config."""
+"""open_clip's and timm's networks, tokenizers and image preprocessing, built from a config."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def build_model(config: dict[str, Any], preprocess: dict[str, Any] | None = None
 
 
 class ImageTower(torch.nn.Module):
-    """An encoder of pictures alone.
+    """An encoder of images alone.
 
     Args:
         trunk: float [n, 3, H, W] to features [n, dim].
@@ -85,17 +85,17 @@ class ImageTower(torch.nn.Module):
         return self.encode_image((pixels.float() / 255 - self.mean) / self.std)
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """Preprocessed pictures, float [n, 3, H, W], to features, [n, dim]."""
+        """Preprocessed images, float [n, 3, H, W], to features, [n, dim]."""
         # Convolutions are up to half as fast again with a place's channels side by side; the output inherits it.
         features: torch.Tensor = self.trunk(images.contiguous(memory_format=torch.channels_last))
         return features
 
 
 def build_image_tower(model: dict[str, Any], preprocess: dict[str, Any] | None = None) -> ImageTower:
-    """A randomly initialised picture encoder (float32, CPU), drawn from torch's global generator.
+    """A randomly initialised image encoder (float32, CPU), drawn from torch's global generator.
 
     Of timm the pooled features before the classifier, with timm's mean, standard deviation and interpolation; of
-    open_clip the picture tower up to and with its projection.
+    open_clip the image tower up to and with its projection.
 
     Args:
         model: as `ModelConfig.resolved` gives it.
@@ -106,9 +106,7 @@ def build_image_tower(model: dict[str, Any], preprocess: dict[str, Any] | None =
     """
     if "timm" not in model:
         if "multimodal_cfg" in model:
-            raise UsageError(
-                "the picture tower of a model with a text decoder (CoCa) cannot stand alone", where="model"
-            )
+            raise UsageError("the image tower of a model with a text decoder (CoCa) cannot stand alone", where="model")
         whole = build_model(model, preprocess)
         return ImageTower(whole.visual, model["embed_dim"], preprocess_config(whole))  # type: ignore[arg-type]
     import timm
@@ -125,17 +123,17 @@ def build_image_tower(model: dict[str, Any], preprocess: dict[str, Any] | None =
         trunk.conv1 = torch.nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
         torch.nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm does
         trunk.maxpool = torch.nn.Identity()
-    own = timm.data.resolve_model_data_config(trunk)
-    own = {name: list(own[name]) for name in ("mean", "std")} | {"interpolation": own["interpolation"]}
+    settings = timm.data.resolve_model_data_config(trunk)
+    settings = {name: list(settings[name]) for name in ("mean", "std")} | {"interpolation": settings["interpolation"]}
     defaults = {"size": [size, size], "mode": "RGB", "resize_mode": "shortest", "fill_color": 0}
-    return ImageTower(trunk, trunk.head_hidden_size, preprocess or {**defaults, **own})
+    return ImageTower(trunk, trunk.head_hidden_size, preprocess or {**defaults, **settings})
 
 
 class Pixels(torch.nn.Module):
     """No network: the features are the pixels, a baseline for what one learns.
 
     Args:
-        size: side of the pictures.
+        size: side of the images.
     """
 
     def __init__(self, size: int) -> None:
@@ -154,8 +152,8 @@ class ImageEncoder(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        features: torch.Tensor = self.model.encode_image(pictures)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.model.encode_image(images)
         return features
 
 
@@ -168,17 +166,17 @@ def preprocess_config(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def image_size(model: torch.nn.Module) -> int:
-    """Side of the square pictures a model takes. Raises UsageError when they are not square."""
+    """Side of the square images a model takes. Raises UsageError when they are not square."""
     size = preprocess_config(model)["size"]
     if isinstance(size, int):
         return size
     if len(set(size)) != 1:
-        raise UsageError(f"pictures must be square, the model takes {size}", where="model")
+        raise UsageError(f"images must be square, the model takes {size}", where="model")
     return int(size[0])
 
 
 def val_transform(preprocess: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
-    """open_clip's own preprocessing for evaluation: RGB picture to float32 [3, H, W]."""
+    """open_clip's own preprocessing for evaluation: RGB image to float32 [3, H, W]."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     transform: Callable[[Image.Image], torch.Tensor] = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
@@ -188,7 +186,7 @@ def val_transform(preprocess: dict[str, Any]) -> Callable[[Image.Image], torch.T
 def val_steps(
     preprocess: dict[str, Any],
 ) -> tuple[Callable[[Image.Image], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
-    """`val_transform` in two steps that give the same bits: what is done with each picture, and with a batch at once.
+    """`val_transform` in two steps that give the same bits: what is done with each image, and with a batch at once.
 
     The first gives uint8 [3, H, W], the second makes of uint8 [n, 3, H, W] float32 on the same device. One by one, that
     takes as long as decoding a thumbnail.
@@ -217,18 +215,18 @@ def build_tokenizer(config: dict[str, Any], name: str | None = None) -> Callable
     Equal ones are the same object: to build one takes as long as to load a small model.
     """
     text = config["text_cfg"]
-    own = {"name": text.get("hf_tokenizer_name"), "mode": text.get("tokenizer_mode")}
-    own |= {"context": text.get("context_length", 77), "kwargs": text.get("tokenizer_kwargs") or {}}
-    return _tokenizer(name, json.dumps(own, sort_keys=True))
+    settings = {"name": text.get("hf_tokenizer_name"), "mode": text.get("tokenizer_mode")}
+    settings |= {"context": text.get("context_length", 77), "kwargs": text.get("tokenizer_kwargs") or {}}
+    return _tokenizer(name, json.dumps(settings, sort_keys=True))
 
 
 @functools.lru_cache(maxsize=8)
-def _tokenizer(name: str | None, own: str) -> Callable[[Sequence[str]], torch.Tensor]:
+def _tokenizer(name: str | None, settings: str) -> Callable[[Sequence[str]], torch.Tensor]:
     import open_clip
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
     tokenizer: Callable[[Sequence[str]], torch.Tensor]
-    config = json.loads(own)
+    config = json.loads(settings)
     if name is not None:
         tokenizer = open_clip.get_tokenizer(name)
     elif config["name"]:

@@ -30,7 +30,7 @@ class Spec:
 
     Attributes:
         text: as it was given.
-        model: open_clip model name, URL of a config json, URL of a checkpoint folder, or side of the pictures.
+        model: open_clip model name, URL of a config json, URL of a checkpoint folder, or side of the images.
         kind: what `model` is.
         weights: pretrained tag, "random", or URL of a file; empty for a folder's own.
     """

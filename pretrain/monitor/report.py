@@ -83,8 +83,8 @@ class Boards:
         if config.wandb is not None:
             self._run = _wandb(config, out, key)
 
-    def write(self, step: int, figures: dict[str, float | None]) -> None:
-        known = {name: value for name, value in figures.items() if value is not None}
+    def write(self, step: int, metrics: dict[str, float | None]) -> None:
+        known = {name: value for name, value in metrics.items() if value is not None}
         if self._board is not None:
             for name, value in known.items():
                 self._board.add_scalar(name, value, step)
@@ -151,7 +151,7 @@ class Report:
         return step % self.config.log_every == 0 or step == self.config.steps or step == self.first + 1
 
     def replaced(self, batches: Batches) -> int:
-        """Pictures replaced so far, over all processes."""
+        """Images replaced so far, over all processes."""
         count = torch.tensor([batches.replaced], dtype=torch.float64)
         _sum(count)
         return self._replaced + int(count[0])
@@ -183,7 +183,7 @@ class Report:
                 where=self.log.url,
                 do="Try a lower lr, a longer warmup, grad_clip, or precision bf16 or fp32.",
             )
-        figures = engine.figures()
+        metrics = engine.metrics()
         replaced = self.replaced(batches)
         self.losses = {name: round(float(value), 6) for name, value in zip(names, values[:-1], strict=True)}
         now = time.perf_counter()
@@ -197,7 +197,7 @@ class Report:
             **self.losses,
             "lr": lr,
             "grad_norm": round(norm, 6) if math.isfinite(norm) else None,
-            **{name: round(value, 6) for name, value in figures.items()},
+            **{name: round(value, 6) for name, value in metrics.items()},
             "samples_per_second": round(speed, 1),
             "samples_per_second_per_worker": round(each, 1),
             "mfu": mfu,

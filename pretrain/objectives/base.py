@@ -19,7 +19,7 @@ from winnow.pretrain.models.nets import preprocess_config
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture (RGB), its caption, and its class where the pool has a column `label`."""
+    """An image (RGB), its caption, and its class where the pool has a column `label`."""
 
     image: Image.Image
     text: str
@@ -115,7 +115,7 @@ class Objective(nn.Module, abc.ABC):
         """What follows the optimiser's step number `step` (from 1), under `torch.no_grad`."""
         return
 
-    def figures(self) -> dict[str, torch.Tensor]:
+    def metrics(self) -> dict[str, torch.Tensor]:
         """Further scalars for the log."""
         return {}
 
@@ -132,7 +132,7 @@ class Objective(nn.Module, abc.ABC):
         return self.encoder().state_dict()
 
     def preprocess(self) -> dict[str, Any]:
-        """open_clip's preprocess_cfg of the pictures the encoder takes: size, mean, std, interpolation, …."""
+        """open_clip's preprocess_cfg of the images the encoder takes: size, mean, std, interpolation, …."""
         return preprocess_config(self.encoder())
 
     @classmethod
@@ -141,8 +141,8 @@ class Objective(nn.Module, abc.ABC):
         """`encoder()` newly made, for weights to be loaded into."""
 
     @classmethod
-    def pictures(cls, encoder: Callable[[], Any]) -> dict[str, np.ndarray]:
-        """Pictures to lie beside the checkpoint as NAME.png, uint8 [H, W, 3].
+    def images(cls, encoder: Callable[[], Any]) -> dict[str, np.ndarray]:
+        """Images to lie beside the checkpoint as NAME.png, uint8 [H, W, 3].
 
         `encoder()` is what `build_encoder` makes, with the exported weights, on the training's device.
         """

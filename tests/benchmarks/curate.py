@@ -97,7 +97,7 @@ def clip_score(folder: Path, rows: int, repeat: int) -> None:
     part = _files(folder, rows)
     ways = {
         "winnow, serial": _curate(part),
-        "winnow, default executor": _curate(part, _CLIP, "--max-set-aside", "0.05"),
+        "winnow, default executor": _curate(part, _CLIP, "--max-skipped", "0.05"),
         "sketch": _sketch(part),
     }
     runs: dict[str, list[Run]] = {name: [] for name in ways}
@@ -217,7 +217,7 @@ def assign(rows: int, clusters: int, dim: int, repeat: int) -> None:
     """Nearest of many centroids against the machine's matrix products."""
     import torch
 
-    from winnow.curation.search.kmeans import Nearest
+    from winnow.curation.search.kmeans import NearestCentroid
 
     rng = np.random.default_rng(0)
     vectors = np.empty((rows, dim), np.float16)
@@ -230,7 +230,7 @@ def assign(rows: int, clusters: int, dim: int, repeat: int) -> None:
     block = vectors[:8192].astype(np.float32)
     a, b = torch.from_numpy(block), torch.from_numpy(centroids)
     out, array = torch.empty(len(block), clusters), np.empty((len(block), clusters), np.float32)
-    nearest = Nearest(centroids, "exact")
+    nearest = NearestCentroid(centroids, "exact")
     calls = {"torch": lambda: torch.mm(a, b.T, out=out), "numpy": lambda: np.dot(block, centroids.T, out=array)}
     for _ in range(repeat):
         for start in range(0, rows, 50_000):  # in turns, as the machine's rate drifts
@@ -252,8 +252,8 @@ def assign(rows: int, clusters: int, dim: int, repeat: int) -> None:
 
 
 def coarse(rows: int, clusters: int, dim: int) -> None:
-    """The inverted file's recall and speed against the exhaustive search, embeddings in groups as pictures lie."""
-    from winnow.curation.search.kmeans import Nearest
+    """The inverted file's recall and speed against the exhaustive search, embeddings in groups as images lie."""
+    from winnow.curation.search.kmeans import NearestCentroid
 
     rng = np.random.default_rng(0)
     kinds = rng.standard_normal((max(clusters // 20, 1), dim), np.float32)
@@ -264,22 +264,22 @@ def coarse(rows: int, clusters: int, dim: int) -> None:
 
     centroids, vectors = draw(clusters), draw(rows).astype(np.float16)
     start = time.perf_counter()
-    search = Nearest(centroids, "coarse")
+    search = NearestCentroid(centroids, "coarse")
     search.tune(vectors)
     built = time.perf_counter() - start
     start = time.perf_counter()
     found = search(vectors)
     fast = time.perf_counter() - start
-    exact = Nearest(centroids, "exact")
-    some = vectors[: min(rows, 4096)]
+    exact = NearestCentroid(centroids, "exact")
+    batch = vectors[: min(rows, 4096)]
     start = time.perf_counter()
-    truth = exact(some)
-    slow = (time.perf_counter() - start) / len(some) * rows
+    truth = exact(batch)
+    slow = (time.perf_counter() - start) / len(batch) * rows
     lines = [
         ("build and tune, s", built),
         (f"lists looked into, of {search._index.nlist:,}", search.probes),
         ("recall on the tuning sample", f"{search.recall:.3f}"),
-        ("recall on other vectors", f"{np.mean(found[: len(some)] == truth):.3f}"),
+        ("recall on other vectors", f"{np.mean(found[: len(batch)] == truth):.3f}"),
         ("coarse, vectors/s", rows / fast),
         ("exact, vectors/s", rows / slow),
     ]

@@ -63,8 +63,8 @@ def plain(config: str, weights: str, data: str, tasks: list[str], workers: int, 
                     rows.append(F.normalize(prompts.mean(dim=0), dim=0))
                 weight = torch.stack(rows)
             images, labels = [], []
-            for pictures, targets in loader:
-                images.append(model.encode_image(torch.stack(pictures), normalize=True))
+            for batch_images, targets in loader:
+                images.append(model.encode_image(torch.stack(batch_images), normalize=True))
                 labels += targets
             features = torch.cat(images)
             if not retrieval:

@@ -47,7 +47,7 @@ def table(rng: np.random.Generator, n: int) -> pa.Table:
     boxes = pa.array(rng.random(4 * int(faces.sum())))
     inner = pa.ListArray.from_arrays(pa.array(np.arange(0, len(boxes) + 1, 4, dtype=np.int32)), boxes)
     starts = pa.array(np.concatenate([[0], np.cumsum(faces)]).astype(np.int32))
-    hosts = pa.array([f"https://img{i}.example.com/pictures/" for i in range(997)])
+    hosts = pa.array([f"https://img{i}.example.com/images/" for i in range(997)])
     columns = {
         "uid": hex_strings(rng, n, 32),
         "url": pa.compute.binary_join_element_wise(

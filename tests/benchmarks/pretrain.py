@@ -32,7 +32,7 @@ import webdataset as wds
 from open_clip_train.data import get_wds_dataset
 from open_clip_train.train import train_one_epoch
 
-from winnow.infra.io.images import decode_picture
+from winnow.infra.io.images import decode_image
 from winnow.infra.pool.index import IndexStage
 from winnow.infra.stages.executors import SerialExecutor
 from winnow.infra.stages.runner import execute
@@ -71,25 +71,25 @@ class Clock:
 
 
 def in_turns(runs: dict[str, Callable[[], float]], repeat: int) -> dict[str, list[float]]:
-    figures: dict[str, list[float]] = {name: [] for name in runs}
+    metrics: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(repeat):
         for name in runs if i % 2 == 0 else reversed(runs):
-            figures[name].append(runs[name]())
-    return figures
+            metrics[name].append(runs[name]())
+    return metrics
 
 
-def table(title: str, figures: dict[str, list[float]]) -> None:
+def table(title: str, metrics: dict[str, list[float]]) -> None:
     """Medians, spreads, and ratios to the last row."""
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     processor = names[0].partition(":")[2].strip() if names else platform.processor()
     versions = f"torch {torch.__version__}, open_clip {open_clip.__version__}, webdataset {wds.__version__}"
     print(f"\n{title}\n{datetime.date.today()}, {processor}, {os.cpu_count()} cores, {versions}\n")
-    base = list(figures.values())[-1]
-    for name, values in figures.items():
+    base = list(metrics.values())[-1]
+    for name, values in metrics.items():
         ratio = statistics.median(a / b for a, b in zip(values, base, strict=True))
-        spread = f"({min(values):,.0f} to {max(values):,.0f})"
-        print(f"  {name:<44} {statistics.median(values):>9,.0f} samples/s {spread:<20} {ratio:5.2f}")
+        sem = f"({min(values):,.0f} to {max(values):,.0f})"
+        print(f"  {name:<44} {statistics.median(values):>9,.0f} samples/s {sem:<20} {ratio:5.2f}")
 
 
 def index(shards: str, folder: str) -> str:
@@ -112,7 +112,7 @@ def loader(args: Namespace, pool: str, folder: Path) -> None:
                 pass
         return clock.rate(args.batch)
 
-    def theirs(transform: Callable[[bytes, str], Any]) -> Callable[[], float]:
+    def reference(transform: Callable[[bytes, str], Any]) -> Callable[[], float]:
         def of(sample: dict[str, Any]) -> Any:
             return transform(sample["jpg"], sample["txt"].decode())
 
@@ -128,7 +128,7 @@ def loader(args: Namespace, pool: str, folder: Path) -> None:
         return run
 
     def same(data: bytes, text: str) -> tuple[np.ndarray, np.ndarray]:
-        views = objective.views(Sample(decode_picture(data), text), np.random.default_rng(0))
+        views = objective.views(Sample(decode_image(data), text), np.random.default_rng(0))
         return views["image"], views["text"]
 
     _, train_transform, _ = open_clip.create_model_and_transforms(
@@ -137,20 +137,20 @@ def loader(args: Namespace, pool: str, folder: Path) -> None:
     tokenizer = open_clip.get_tokenizer("local-dir:" + str(_saved(folder)))
 
     def its_own(data: bytes, text: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return train_transform(decode_picture(data)), tokenizer(text)[0]
+        return train_transform(decode_image(data)), tokenizer(text)[0]
 
     runs = {
         "winnow": ours,
-        "webdataset, open_clip's transform": theirs(its_own),
-        "webdataset, the same decoding and transform": theirs(same),
+        "webdataset, open_clip's transform": reference(its_own),
+        "webdataset, the same decoding and transform": reference(same),
     }
     title = f"Loader: batches of {args.batch}, {args.workers} processes each"
     table(title, in_turns(runs, args.repeat))
 
 
 def _with_jpg(sample: dict[str, Any]) -> dict[str, Any]:
-    picture = next(sample[ext] for ext in ("jpg", "jpeg", "png", "webp") if ext in sample)
-    return {"jpg": picture, "txt": sample["txt"]}
+    image = next(sample[ext] for ext in ("jpg", "jpeg", "png", "webp") if ext in sample)
+    return {"jpg": image, "txt": sample["txt"]}
 
 
 def _saved(folder: Path) -> Path:
@@ -168,7 +168,7 @@ def train(args: Namespace, pool: str, folder: Path) -> None:
     local = f"local-dir:{_saved(folder)}"
     tars = sorted(str(path) for path in Path(args.shards).glob("*.tar"))
 
-    def theirs() -> float:
+    def reference() -> float:
         model, transform, _ = open_clip.create_model_and_transforms(
             local, load_weights=False, precision=args.precision, output_dict=True
         )
@@ -208,7 +208,7 @@ def train(args: Namespace, pool: str, folder: Path) -> None:
 
     loading = f"{args.workers} decoding processes each"
     title = f"Training: batches of {args.batch}, {args.precision}, {args.threads} threads, {loading}"
-    table(title, in_turns({"winnow": ours, "open_clip's train_one_epoch": theirs}, args.repeat))
+    table(title, in_turns({"winnow": ours, "open_clip's train_one_epoch": reference}, args.repeat))
 
 
 def open_clip_scheduler(optimizer: torch.optim.Optimizer, steps: int) -> Any:

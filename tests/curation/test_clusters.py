@@ -8,10 +8,10 @@ from tests.curation.tables import Columns, embeddings
 from tests.curation.tables import sphere as unit_vectors
 from winnow.curation.filters.image_cluster import ImageCluster
 from winnow.curation.search.kmeans import (
-    Nearest,
+    NearestCentroid,
     assign,
     fitted_state,
-    nearest_of,
+    nearest_centroid_of,
     sample_size,
     sample_vectors,
     train_centroids,
@@ -62,16 +62,16 @@ def test_a_coarse_search_states_its_recall_against_brute_force():
     centroids = sphere(rng, 3000, 24)
     vectors = sphere(rng, 1000, 24)
     truth = np.argmax(vectors @ centroids.T, axis=1)
-    assert np.array_equal(Nearest(centroids, "exact")(vectors), truth)
-    coarse = Nearest(centroids, "coarse")
+    assert np.array_equal(NearestCentroid(centroids, "exact")(vectors), truth)
+    coarse = NearestCentroid(centroids, "coarse")
     coarse.tune(vectors)
     found = coarse(vectors, batch=77)
     assert coarse.recall == pytest.approx(np.mean(found == truth)) and 0.99 <= coarse.recall <= 1
     # what is stored searches the same way
-    again = nearest_of(fitted_state(coarse, np.ones(3000, bool)))
+    again = nearest_centroid_of(fitted_state(coarse, np.ones(3000, bool)))
     assert again is not coarse and again.probes == coarse.probes
     assert np.array_equal(again(vectors), found)
-    one = Nearest(centroids, "coarse", probes=1)
+    one = NearestCentroid(centroids, "coarse", probes=1)
     assert np.mean(one(vectors) == truth) < 0.9  # so the recall above is not for nothing
     assert np.array_equal(assign(vectors, centroids), truth)
 
@@ -80,7 +80,7 @@ def test_auto_is_exact_up_to_the_stated_size(monkeypatch):
     monkeypatch.setattr("winnow.curation.search.kmeans.EXACT", 50)
     monkeypatch.setattr("winnow.curation.search.kmeans.has_gpu", lambda: False)
     rng = np.random.default_rng(1)
-    assert Nearest(sphere(rng, 50, 4)).exact and not Nearest(sphere(rng, 51, 4)).exact
+    assert NearestCentroid(sphere(rng, 50, 4)).exact and not NearestCentroid(sphere(rng, 51, 4)).exact
 
 
 def test_coarse_training_is_nearly_as_good_as_exact():

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 
-from winnow.curation.curate import CurateStage, Source
+from winnow.curation.curate import CurateStage, MeasuredPool
 from winnow.curation.measures.caption import Caption
 from winnow.curation.measures.stage import MeasureStage
 from winnow.curation.reshard import ReshardStage, subset_digest
@@ -46,7 +46,7 @@ def wide(row):
 
 def test_subset_funnel_and_reasons(small_pool, columns, tmp_path):
     tree = {"all": [WIDE, {"not": OWN}]}
-    run(CurateStage(Source(small_pool, columns), (("", tree),), str(tmp_path)))
+    run(CurateStage(MeasuredPool(small_pool, columns), (("", tree),), str(tmp_path)))
     short = {row["uid"] for row in rows(small_pool) if len(row["text"].split()) <= 6}
     kept = [row["uid"] for row in rows(small_pool) if wide(row) and row["uid"] not in short]
     assert encode_uids(np.load(tmp_path / "subset.npy")) == sorted(kept)
@@ -62,22 +62,22 @@ def test_subset_funnel_and_reasons(small_pool, columns, tmp_path):
 
 
 def test_no_filter_keeps_the_pool_in_uid_order(small_pool, tmp_path):
-    run(CurateStage(Source(small_pool), (("none", {}),), str(tmp_path), reasons=False))
+    run(CurateStage(MeasuredPool(small_pool), (("none", {}),), str(tmp_path), reasons=False))
     assert np.array_equal(np.load(tmp_path / "none" / "subset.npy"), np.sort(Pool.open(small_pool).uids()))
     assert not (tmp_path / "none" / "reasons.parquet").exists()
 
 
 def test_a_subset_more_touches_no_other(small_pool, columns, tmp_path):
-    run(CurateStage(Source(small_pool, columns), (("a", OWN),), str(tmp_path)))
+    run(CurateStage(MeasuredPool(small_pool, columns), (("a", OWN),), str(tmp_path)))
     before = (tmp_path / "a" / "subset.npy").stat().st_mtime_ns
-    run(CurateStage(Source(small_pool, columns), (("a", OWN), ("b", WIDE)), str(tmp_path)))
+    run(CurateStage(MeasuredPool(small_pool, columns), (("a", OWN), ("b", WIDE)), str(tmp_path)))
     assert (tmp_path / "a" / "subset.npy").stat().st_mtime_ns == before
     assert (tmp_path / "b" / "subset.npy").exists()
 
 
 def test_columns_that_are_not_there_are_refused_before_work(small_pool, tmp_path):
     with pytest.raises(WinnowError, match="has not been measured"):
-        run(CurateStage(Source(small_pool), (("a", {"clip_score": {"fraction": 0.3}}),), str(tmp_path)))
+        run(CurateStage(MeasuredPool(small_pool), (("a", {"clip_score": {"fraction": 0.3}}),), str(tmp_path)))
     assert not (tmp_path / "a").exists()
 
 
@@ -91,14 +91,14 @@ def test_resharded_samples_are_the_subsets(small_pool, tmp_path):
     names = [f"{i:05d}" for i in range(3)]
     found = list(wds.WebDataset([str(out / f"{name}.tar") for name in names], shardshuffle=False, empty_check=False))
     pool = Pool.open(small_pool)
-    pictures = {
+    images = {
         uid: data
         for shard in pool.shards
         for uid, data in zip(shard.table()["uid"].to_pylist(), shard.image_bytes(shard.table()), strict=True)
     }
     assert [json.loads(item["json"])["uid"] for item in found] == list(wanted)  # pool order
     for item, (uid, row) in zip(found, wanted.items(), strict=True):
-        assert item["txt"].decode() == row["text"] and item["jpg"] == pictures[uid]
+        assert item["txt"].decode() == row["text"] and item["jpg"] == images[uid]
     assert [pq.read_table(out / f"{name}.parquet").num_rows for name in names] == [3, 3, 1]
     # it is a pool itself, by its own manifest and when indexed anew
     assert sorted(encode_uids(Pool.open(str(out)).uids())) == sorted(wanted)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.curation.tables import Columns, kept, uids
 from winnow.curation.algebra.fit import fit_tree
-from winnow.curation.algebra.tree import Judge, parse
+from winnow.curation.algebra.tree import TreeEvaluator, parse
 from winnow.curation.columns.quantile import nth_largest
 from winnow.curation.filters.clip_score import ClipScore
 from winnow.curation.filters.random_fraction import RandomFraction
@@ -83,11 +83,11 @@ def test_a_budget_beyond_the_pool_keeps_every_score():
     assert kept(ClipScore(keep=10_000), data).tolist() == present.tolist()
 
 
-def judged(tree, data):
+def scored(tree, data):
     node = parse(tree)
     view = Columns(data.slice(0, 200), data.slice(200))
     view.pool = view.columns_url = None
-    return Judge(node, fit_tree(node, view, lambda item, seen: item.fit(seen))).keep(data)
+    return TreeEvaluator(node, fit_tree(node, view, lambda item, seen: item.fit(seen))).keep(data)
 
 
 def test_fractions_of_the_pool_and_of_what_came_before(monkeypatch):
@@ -98,22 +98,22 @@ def test_fractions_of_the_pool_and_of_what_came_before(monkeypatch):
         """As winnow.curation.algebra.fit.Survivors, over tables in memory."""
 
         def __init__(self, pool, columns_url, targets, node, states):
-            judge = Judge(node, list(states))
+            evaluator = TreeEvaluator(node, list(states))
             super().__init__(
-                *(part.filter(pa.array(judge.keep(part))) for part in (data.slice(0, 200), data.slice(200)))
+                *(part.filter(pa.array(evaluator.keep(part))) for part in (data.slice(0, 200), data.slice(200)))
             )
 
     monkeypatch.setattr("winnow.curation.algebra.fit.Survivors", Survivors)
     long = {"score": {"caption.words": 1.0, "fraction": 0.5}}
-    before = judged(long, data)
+    before = scored(long, data)
     assert 0 < before.sum() < len(words)
     for of, scope in (("pool", np.ones(len(words), bool)), ("survivors", before)):
-        mask = judged({"all": [long, {"clip_score": {"fraction": 0.3, "of": of}}]}, data)
+        mask = scored({"all": [long, {"clip_score": {"fraction": 0.3, "of": of}}]}, data)
         among = scores[scope]
         threshold = plain_nth(among.tolist(), int(len(among) * 0.3))
         assert mask.tolist() == (before & (scores >= threshold)).tolist(), of
     # members of an `any` do not stand before each other
-    mask = judged({"any": [long, {"clip_score": {"fraction": 0.3, "of": "survivors"}}]}, data)
+    mask = scored({"any": [long, {"clip_score": {"fraction": 0.3, "of": "survivors"}}]}, data)
     assert mask.tolist() == (before | (scores >= plain_nth(scores.tolist(), int(len(scores) * 0.3)))).tolist()
 
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from tests.curation.tables import Columns, embeddings, sphere
-from winnow.curation.algebra.tree import Judge, fingerprint, parse
+from winnow.curation.algebra.tree import TreeEvaluator, fingerprint, parse
 from winnow.curation.filters.clip_score import ClipScore
 from winnow.curation.filters.image_based import ImageBased, tokens
 from winnow.curation.filters.laion2b import Laion2b
@@ -117,8 +117,8 @@ def datacomp_image_based(table, centroids, targets):
     return kept
 
 
-def judge(node, view):
-    made = Judge(node, [item.fit(view) for item in node.filters()])
+def evaluator(node, view):
+    made = TreeEvaluator(node, [item.fit(view) for item in node.filters()])
     return [kept for table in view.tables for kept in made.keep(table).tolist()]
 
 
@@ -128,14 +128,14 @@ def test_image_based_is_datacomps(pool):
     expected = datacomp_image_based(table, centroids, target)
     assert 20 < sum(expected) < 300
     form = {"image_based": {"centroids": f"{folder}/centroids.npy", "target": f"{folder}/target.npy"}}
-    assert judge(parse(form), view) == expected
+    assert evaluator(parse(form), view) == expected
     # several arrays are one target
     for i, part in enumerate((target[:4], target[4:])):
         np.save(folder / f"part{i}.npy", part)
     parts = ImageBased(
         target=[f"{folder}/part0.npy", f"{folder}/part1.npy"], centroids=form["image_based"]["centroids"]
     )
-    assert judge(parts, view) == expected
+    assert evaluator(parts, view) == expected
 
 
 @pytest.mark.parametrize("fraction", [0.3, 0.05])
@@ -145,14 +145,14 @@ def test_both_together_are_datacomps_intersection(pool, fraction):
     scores = table["clip_l14_similarity_score"].to_pylist()
     threshold = sorted(scores, reverse=True)[
         int(len(scores) * fraction)
-    ]  # of the whole pool, not of what the pictures leave
+    ]  # of the whole pool, not of what the images leave
     expected = [
         kept and score >= threshold
         for kept, score in zip(datacomp_image_based(table, centroids, target), scores, strict=True)
     ]
-    pictures = ImageBased(target=f"{folder}/target.npy", centroids=f"{folder}/centroids.npy")
-    assert sum(expected) and judge(ClipScore(fraction=fraction, model="l14") & pictures, view) == expected
-    assert judge(pictures & ClipScore(fraction=fraction, model="l14"), view) == expected
+    images = ImageBased(target=f"{folder}/target.npy", centroids=f"{folder}/centroids.npy")
+    assert sum(expected) and evaluator(ClipScore(fraction=fraction, model="l14") & images, view) == expected
+    assert evaluator(images & ClipScore(fraction=fraction, model="l14"), view) == expected
 
 
 def test_image_based_clusters_the_pool_and_embeds_a_target_folder(pool):
@@ -161,9 +161,9 @@ def test_image_based_clusters_the_pool_and_embeds_a_target_folder(pool):
     wanted = sphere(rng, 4, 8).astype(np.float16)
     table = table.rename_columns(["text", "language.code", "clip_l14_similarity_score", "clip.image"])
     target = Columns(pa.table({"clip.image": embeddings(wanted)}))
-    view = Columns(table.slice(0, 250), table.slice(250), targets={"pictures": target})
-    node = ImageBased(target="pictures", clusters=12)
-    assert node.targets() == ("pictures",) and "clip.image" in node.columns()
+    view = Columns(table.slice(0, 250), table.slice(250), targets={"images": target})
+    node = ImageBased(target="images", clusters=12)
+    assert node.targets() == ("images",) and "clip.image" in node.columns()
     state = node.fit(view)
     assert state["centroids"].shape == (12, 8)
     plain = table.rename_columns(["text", "language.code", "score", "l14_img"])
@@ -200,7 +200,7 @@ def test_default_columns_of_embeddings():
         ({"target": "{}/wide.npy", "centroids": "{}/centroids.npy"}, "l14_img has 8, the centroids .* has 8, .* has 9"),
         ({"target": "{}/target.npy", "centroids": "{}/wide.npy"}, "centroids .* has 9.*from one model"),
         ({"target": "{}/wide.npy", "clusters": 5}, "differ in dimension"),
-        ({"target": "{}/nan.npy", "clusters": 5}, "no usable picture"),
+        ({"target": "{}/nan.npy", "clusters": 5}, "no usable image"),
         ({"target": "{}/none.npy", "clusters": 5}, "no such file"),
         ({"target": "{}/flat.npy", "clusters": 5}, r"float64 of shape \[8\], not a matrix"),
         ({"target": "{}/text.npy", "clusters": 5}, "is not a .npy file"),
@@ -222,7 +222,7 @@ def test_image_based_refuses(pool, params, words):
         ImageBased(**params).fit(view)
 
 
-def test_a_target_folder_without_pictures_or_of_another_model_is_refused(pool):
+def test_a_target_folder_without_images_or_of_another_model_is_refused(pool):
     _, table, _ = pool
     table = table.rename_columns(["text", "language.code", "score", "clip.image"])
     for target, words in [

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from winnow.curation.curate import CurateStage, Source
+from winnow.curation.curate import CurateStage, MeasuredPool
 from winnow.curation.measures.caption import Caption
 from winnow.curation.measures.entity import Entity
 from winnow.curation.measures.language import Language, _load
@@ -112,7 +112,7 @@ def test_the_seven_baselines_byte_for_byte(folder):
         "both": {"all": [clip, images]},
     }
     out = place / "subsets"
-    source = Source(str(place / "metadata"), str(place / "columns"))
+    source = MeasuredPool(str(place / "metadata"), str(place / "columns"))
     execute(CurateStage(source, tuple(trees.items()), str(out)), SerialExecutor())
     uids = table["uid"].to_pylist()
     for name, kept in plainly(place, table, vectors, dictionary).items():

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.curation.tables import Columns, embeddings, kept, sphere, uids
 from tests.drawing import sample, write_tar
-from winnow.curation.curate import CurateStage, Source
+from winnow.curation.curate import CurateStage, MeasuredPool
 from winnow.curation.filters.decontaminate import Decontaminate, task_name
 from winnow.curation.filters.exact_duplicates import ExactDuplicates
 from winnow.curation.filters.near_duplicates import NearDuplicates
@@ -47,15 +47,15 @@ def test_hamming_pairs_against_brute_force(radius, monkeypatch):
     rng = np.random.default_rng(radius)
     a, b = near_hashes(rng, 150), near_hashes(rng, 60)
     b[:20] = a[:20]
-    own = [(i, j) for i in range(150) for j in range(i + 1, 150) if distance(a[i], a[j]) <= radius]
+    local = [(i, j) for i in range(150) for j in range(i + 1, 150) if distance(a[i], a[j]) <= radius]
     cross = [(i, j) for i in range(150) for j in range(60) if distance(a[i], b[j]) <= radius]
-    assert list(zip(*(x.tolist() for x in hamming_pairs(a, None, radius)), strict=True)) == own
+    assert list(zip(*(x.tolist() for x in hamming_pairs(a, None, radius)), strict=True)) == local
     assert list(zip(*(x.tolist() for x in hamming_pairs(a, b, radius)), strict=True)) == cross
     # As it would be cut up for a large pool, where tables are small; and in parts.
     masks = _masks(10**6, 10**6, radius)
     monkeypatch.setattr("winnow.curation.search.hamming._masks", lambda *args: masks)
     monkeypatch.setattr("winnow.curation.search.hamming._PART", 50)
-    assert list(zip(*(x.tolist() for x in hamming_pairs(a, None, radius)), strict=True)) == own
+    assert list(zip(*(x.tolist() for x in hamming_pairs(a, None, radius)), strict=True)) == local
     assert list(zip(*(x.tolist() for x in hamming_pairs(a, b, radius)), strict=True)) == cross
 
 
@@ -184,7 +184,7 @@ def test_refused(kind, params):
 
 
 def plain_phash(image):
-    """DCT-II by its definition, over the picture scaled as the docstring says."""
+    """DCT-II by its definition, over the image scaled as the docstring says."""
     luma = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), dtype=np.float64)
     n = np.arange(32)
     low = [
@@ -196,7 +196,7 @@ def plain_phash(image):
     return int(bits, 2)
 
 
-def pictures(seed=0):
+def draw_images(seed=0):
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(4):
@@ -206,7 +206,7 @@ def pictures(seed=0):
 
 
 def test_phash_is_the_dct_hash_and_stands_small_changes():
-    images = pictures()
+    images = draw_images()
     table = ImageHash().compute(Samples(pa.table({"uid": uids(5)}), [*images, None]))
     values = table["phash"].to_pylist()
     assert values[:4] == [plain_phash(image) for image in images] and values[4] is None
@@ -261,9 +261,9 @@ def test_decontaminate_counts_per_task_against_brute_force():
     assert 0 < sum(bool(found) for found in near) < 120
     expected = {
         name: {
-            "pictures": task.count(name),
+            "images": task.count(name),
             "near_samples": sum(any(task[m] == name for m in found) for found in near),
-            "leaked_pictures": len({m for found in near for m in found if task[m] == name}),
+            "leaked_images": len({m for found in near for m in found if task[m] == name}),
         }
         for name in ("birds", "vtab-dogs")
     }
@@ -273,7 +273,7 @@ def test_decontaminate_counts_per_task_against_brute_force():
 def test_tasks_of_shards():
     assert task_name("wds_imagenet1k_test/test/0", "evalsets") == "imagenet1k"
     assert task_name("test/0", "wds_vtab-pets_test") == "vtab-pets"
-    assert task_name("00001", "my-pictures") == "my-pictures"
+    assert task_name("00001", "my-images") == "my-images"
 
 
 def test_evaluation_sets_are_found_as_shards(tmp_path):
@@ -300,9 +300,9 @@ def members(number, data):
 
 
 def test_the_stages_measure_drop_and_report(tmp_path):
-    """A pool with a copy, a near copy and a picture of each of two evaluation sets, through the real stages."""
-    a, b, c, d = pictures(5)
-    (e, *_), (f, *_) = pictures(6), pictures(7)
+    """A pool with a copy, a near copy and an image of each of two evaluation sets, through the real stages."""
+    a, b, c, d = draw_images(5)
+    (e, *_), (f, *_) = draw_images(6), draw_images(7)
     shown = [jpeg(a, 90), jpeg(b, 90), jpeg(a, 90), jpeg(b, 40), jpeg(c, 90), jpeg(d, 90), jpeg(e, 90)]
     write_tar(tmp_path / "shards" / "0.tar", [members(i, data) for i, data in enumerate(shown)])
     sets = tmp_path / "eval"
@@ -322,8 +322,8 @@ def test_the_stages_measure_drop_and_report(tmp_path):
         "near": {"near_duplicates": {"radius": 6}},
         "clean": {"decontaminate": {"target": target, "radius": 6}},
     }
-    source = Source(str(tmp_path / "pool"), str(tmp_path / "pool-columns"))
-    targets = {target: Source(str(tmp_path / "target"), str(tmp_path / "target-columns"))}
+    source = MeasuredPool(str(tmp_path / "pool"), str(tmp_path / "pool-columns"))
+    targets = {target: MeasuredPool(str(tmp_path / "target"), str(tmp_path / "target-columns"))}
     run(CurateStage(source, tuple(trees.items()), str(tmp_path / "out"), targets))
     order = list(Pool.open(str(tmp_path / "pool")).column("uid").to_pylist())
 
@@ -335,13 +335,13 @@ def test_the_stages_measure_drop_and_report(tmp_path):
     assert numbers("clean") == [0, 1, 2, 3, 6]
     facts = json.loads((tmp_path / "out" / "clean" / "funnel.json").read_text())["tree"]["facts"]
     assert facts["tasks"] == {
-        "one": {"pictures": 2, "near_samples": 1, "leaked_pictures": 1},
-        "two": {"pictures": 2, "near_samples": 2, "leaked_pictures": 2},
+        "one": {"images": 2, "near_samples": 1, "leaked_images": 1},
+        "two": {"images": 2, "near_samples": 2, "leaked_images": 2},
     }
 
 
-def test_targets_without_pictures_are_refused():
+def test_targets_without_images_are_refused():
     table = pa.table({"uid": uids(2), "image_hash.phash": pa.array([1, 2], pa.uint64())})
     view = Columns(table, targets={"t": Columns(table.select(["image_hash.phash"]).slice(0, 0))})
-    with pytest.raises(WinnowError, match="no usable picture"):
+    with pytest.raises(WinnowError, match="no usable image"):
         Decontaminate(target="t").fit(view)

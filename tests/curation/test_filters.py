@@ -171,7 +171,7 @@ def test_image_cluster_drops_what_has_no_embedding_and_refuses_too_many_clusters
     with pytest.raises(WinnowError, match="3 samples cannot make 4 clusters"):
         ImageCluster(target="t", clusters=4).fit(view)
     empty = Columns(table, targets={"t": Columns(table.slice(0, 0))})
-    with pytest.raises(WinnowError, match="no usable picture"):
+    with pytest.raises(WinnowError, match="no usable image"):
         node.fit(empty)
 
 

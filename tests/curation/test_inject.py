@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from tests.drawing import picture, sample, write_tar
+from tests.drawing import draw_image, sample, write_tar
 from winnow.curation.noise import corrupt
 from winnow.curation.noise.inject import KINDS, InjectConfig, InjectStage
 from winnow.infra.pool.index import IndexStage
@@ -56,7 +56,7 @@ def inject(source, out, config=ALL):
 
 
 def rows_of(pool):
-    """uid -> row with the picture's bytes, in order."""
+    """uid -> row with the image's bytes, in order."""
     result = {}
     for shard in pool.shards:
         table = shard.table()
@@ -159,7 +159,7 @@ def test_copies(made):
             assert a.shape == b.shape and row["data"] != source["data"] and np.abs(a - b).mean() < 40
 
 
-def test_altered_pictures_and_their_columns(made):
+def test_altered_images_and_their_columns(made):
     *_, old, new = made
     for row in new.values():
         assert row["sha256"] == hashlib.sha256(row["data"]).hexdigest()
@@ -193,12 +193,12 @@ def test_shard_layout_does_not_matter(made, tmp_path):
 def test_noise_on_a_noisy_pool(made, tmp_path):
     folder, *_, once = made
     _, pool = inject(str(folder / "noisy"), tmp_path / "again", InjectConfig(duplicates=0.5, watermark=0.2, seed=8))
-    twice = rows_of(pool)
+    duplicates = rows_of(pool)
     for uid, row in once.items():
-        if twice[uid]["noise"] != "watermark":
-            assert twice[uid]["data"] == row["data"] and twice[uid]["noise"] == row["noise"]
-    assert sum(row["noise"] == "watermark" for row in twice.values()) > 10
-    assert len({row["key"] for row in twice.values()}) == len(twice)
+        if duplicates[uid]["noise"] != "watermark":
+            assert duplicates[uid]["data"] == row["data"] and duplicates[uid]["noise"] == row["noise"]
+    assert sum(row["noise"] == "watermark" for row in duplicates.values()) > 10
+    assert len({row["key"] for row in duplicates.values()}) == len(duplicates)
 
 
 def test_single_chosen_or_equal_captions_are_not_called_mismatched(tmp_path):
@@ -207,9 +207,9 @@ def test_single_chosen_or_equal_captions_are_not_called_mismatched(tmp_path):
     assert pool.column("noise").to_pylist() == [None]
 
 
-def test_undecodable_picture_stays_as_it_is(tmp_path):
+def test_undecodable_image_stays_as_it_is(tmp_path):
     samples = [sample(number) for number in range(6)]
-    samples[2]["members"]["jpg"] = picture((90, 90, 200), 0, size=(128, 128))[
+    samples[2]["members"]["jpg"] = draw_image((90, 90, 200), 0, size=(128, 128))[
         :1500
     ]  # the header is there, the pixels are not
     write_tar(tmp_path / "shards" / "00000.tar", samples)

@@ -1,4 +1,4 @@
-"""The measure stage: values against direct computation, pictures decoded once, columns kept apart."""
+"""The measure stage: values against direct computation, images decoded once, columns kept apart."""
 
 import io
 
@@ -44,8 +44,8 @@ def test_clip_columns_are_the_encoders(small_pool, clip, tmp_path):
         table = shard.table()
         import torch
 
-        pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in shard.image_bytes(table)]
-        image = encoder.encode_images(torch.stack([encoder.preprocess(picture) for picture in pictures]))
+        images = [Image.open(io.BytesIO(data)).convert("RGB") for data in shard.image_bytes(table)]
+        image = encoder.encode_images(torch.stack([encoder.preprocess(image) for image in images]))
         text = encoder.encode_texts(table["text"].to_pylist())
         assert np.allclose(as_matrix(batch["clip.image"])[0], image, atol=1e-3)
         assert np.allclose(as_matrix(batch["clip.text"])[0], text, atol=1e-3)
@@ -53,10 +53,10 @@ def test_clip_columns_are_the_encoders(small_pool, clip, tmp_path):
         assert batch["clip.image"].type.value_type == "halffloat"
 
 
-def test_each_picture_is_decoded_once(small_pool, clip, tmp_path, monkeypatch):
+def test_each_image_is_decoded_once(small_pool, clip, tmp_path, monkeypatch):
     count = []
-    decode = winnow.curation.measures.stage.decode_picture
-    monkeypatch.setattr(winnow.curation.measures.stage, "decode_picture", lambda data: count.append(1) or decode(data))
+    decode = winnow.curation.measures.stage.decode_image
+    monkeypatch.setattr(winnow.curation.measures.stage, "decode_image", lambda data: count.append(1) or decode(data))
     measure(small_pool, (clip, Brightness(), Caption()), tmp_path)
     assert len(count) == len(Pool.open(small_pool))
     measure(small_pool, (clip, Brightness(), Caption(), Language()), tmp_path)
@@ -74,19 +74,19 @@ def test_columns_of_other_parameters_lie_beside(small_pool, tmp_path):
     assert view.digest(["caption.words"]) == before
 
 
-def test_an_undecodable_picture_is_null_and_set_aside(tmp_path, clip):
+def test_an_undecodable_image_is_null_and_skipped(tmp_path, clip):
     samples = [sample(i) for i in range(4)]
     whole = samples[2]["members"]["jpg"]
     samples[2]["members"]["jpg"] = whole[:-60]  # its header is good
     write_tar(tmp_path / "shards" / "0.tar", samples)
     execute(IndexStage((str(tmp_path / "shards"),), str(tmp_path / "pool")), SerialExecutor())
     manifest = measure(str(tmp_path / "pool"), (clip, Caption()), tmp_path / "columns", budget=Budget(0.3))
-    assert manifest.set_aside["reasons"] == {"undecodable picture": 1}
+    assert manifest.skipped["reasons"] == {"undecodable image": 1}
     view = View(Pool.open(str(tmp_path / "pool")), str(tmp_path / "columns"))
     batch = next(view.batches(["clip.score", "clip.image", "caption.words"]))
     assert [value is None for value in batch["clip.score"].to_pylist()] == [False, False, True, False]
     assert batch["clip.image"].null_count == 1 and batch["caption.words"].null_count == 0
-    with pytest.raises(WinnowError, match="undecodable picture: 1"):
+    with pytest.raises(WinnowError, match="undecodable image: 1"):
         measure(str(tmp_path / "pool"), (Brightness(),), tmp_path / "strict", budget=Budget(0))
 
 

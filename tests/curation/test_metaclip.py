@@ -90,8 +90,8 @@ def test_balance_is_algorithm_1(metadata):
     for kind in {tuple(entries) for entries in found} - {()}:
         rows = np.array([tuple(entries) == kind for entries in found])
         p = 1 - np.prod(1 - probability[list(kind)])
-        spread = 5 * np.sqrt(rows.sum() * p * (1 - p)) + 1e-9
-        assert abs(mask[rows].sum() - rows.sum() * p) <= spread, kind
+        sem = 5 * np.sqrt(rows.sum() * p * (1 - p)) + 1e-9
+        assert abs(mask[rows].sum() - rows.sum() * p) <= sem, kind
     met, tail = int((counts > 0).sum()), int(((counts > 0) & (counts < t)).sum())
     assert node.report(state) == {
         "unmatched": sum(not entries for entries in found),

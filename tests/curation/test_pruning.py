@@ -14,14 +14,14 @@ from winnow.curation.filters.norm_sim import NormSim
 from winnow.curation.filters.random_fraction import RandomFraction
 from winnow.curation.filters.semdedup import SemDeDup, likeness_before
 from winnow.curation.search.kmeans import assign, train_centroids
-from winnow.curation.search.neighbours import cosine_pairs, nearest
+from winnow.curation.search.neighbours import cosine_pairs, nearest_neighbours
 from winnow.infra.errors import UsageError, WinnowError
 
 
-def bunches(rng, n=300, d=12, centres=40, spread=0.15):
+def bunches(rng, n=300, d=12, centres=40, sem=0.15):
     """Vectors in tight bunches, so that there are duplicates to find."""
     base = sphere(rng, centres, d)[rng.integers(0, centres, n)]
-    vectors = base + spread * rng.normal(size=(n, d)) / math.sqrt(d)
+    vectors = base + sem * rng.normal(size=(n, d)) / math.sqrt(d)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
@@ -94,13 +94,13 @@ def d2(vectors, scores, k, gamma_f, gamma_r, budget):
     squared = ((vectors[:, None] - vectors[None]) ** 2).sum(-1)
     neighbours = [sorted((j for j in range(n) if j != i), key=lambda j: squared[i, j])[:k] for i in range(n)]
     x = [scores[i] + sum(math.exp(-gamma_f * squared[i, j]) * scores[j] for j in neighbours[i]) for i in range(n)]
-    chosen = []
-    while len(chosen) < budget:
-        best = max((i for i in range(n) if i not in chosen), key=lambda i: (x[i], -i))
-        chosen.append(best)
+    selected = []
+    while len(selected) < budget:
+        best = max((i for i in range(n) if i not in selected), key=lambda i: (x[i], -i))
+        selected.append(best)
         for j in neighbours[best]:
             x[j] -= math.exp(-gamma_r * squared[best, j]) * x[best]
-    return chosen
+    return selected
 
 
 @pytest.mark.parametrize(("k", "gamma_f", "gamma_r", "low"), [(1, 1, 1, 0.1), (5, 0.5, 2.0, -0.4), (3, 1, 0, 0.1)])
@@ -139,11 +139,11 @@ def test_nearest_and_cosine_pairs_against_brute_force():
     exact = vectors.astype(np.float64)
     squared = ((exact[:, None] - exact[None]) ** 2).sum(-1)
     np.fill_diagonal(squared, np.inf)
-    found, distance, recall = nearest(vectors, 4)
+    found, distance, recall = nearest_neighbours(vectors, 4)
     assert recall == 1 and not (found == np.arange(505)[:, None]).any()
     assert np.allclose(distance, np.sort(squared, axis=1)[:, :4], atol=1e-6)
     assert np.allclose(distance, np.take_along_axis(squared, found, axis=1), atol=1e-6)
-    _, _, recall = nearest(vectors, 4, exact=100)
+    _, _, recall = nearest_neighbours(vectors, 4, exact=100)
     assert recall > 0.8
     i, j = cosine_pairs(vectors, None, 0.6)
     near = np.argwhere(np.triu(exact @ exact.T, 1) >= 0.6)
@@ -212,7 +212,7 @@ def test_norm_sim_is_the_papers(p, tmp_path):
 def test_norm_sim_refuses_what_does_not_fit():
     vectors = sphere(np.random.default_rng(10), 9, 6)
     empty = Columns(pa.table({"clip.image": embeddings(vectors)}).slice(0, 0))
-    with pytest.raises(WinnowError, match="no usable picture"):
+    with pytest.raises(WinnowError, match="no usable image"):
         kept(NormSim(target="t", fraction=0.5), pool(vectors), targets={"t": empty})
     other = Columns(pa.table({"clip.image": embeddings(vectors[:, :5])}))
     with pytest.raises(WinnowError, match="6 dimensions, the targets 5"):

@@ -46,8 +46,8 @@ def test_sharpness_and_entropy_by_their_definitions():
         for y in range(1, 16)
         for x in range(1, 22)
     ]
-    shares = [np.mean(grey == level) for level in range(256)]
-    entropy = -sum(p * np.log2(p) for p in shares if p)
+    fractions = [np.mean(grey == level) for level in range(256)]
+    entropy = -sum(p * np.log2(p) for p in fractions if p)
     flat, thin = Image.new("RGB", (9, 9), (10, 200, 30)), Image.new("RGB", (2, 9))
     half = Image.fromarray(np.repeat([[0, 255]], 8, axis=0).astype(np.uint8).repeat(4, axis=1))
     table = Quality().compute(samples([image, flat, None, thin, half]))
@@ -83,11 +83,11 @@ def test_caption_statistics_by_their_definitions():
             assert set(row.values()) == {None}
             continue
 
-        def share(prefix, text=text):
+        def fraction(prefix, text=text):
             return sum(unicodedata.category(c).startswith(prefix) for c in text) / max(len(text), 1)
 
         words = text.split()
-        expected = [share("Nd"), share("P"), share("Lu"), sum(map(len, words)) / max(len(words), 1)]
+        expected = [fraction("Nd"), fraction("P"), fraction("Lu"), sum(map(len, words)) / max(len(words), 1)]
         found = [row[name] for name in ("digits", "punctuation", "upper", "word_length")]
         assert np.allclose(found, expected, rtol=1e-6), text
     names = [text for text, is_name in zip(TEXTS, table["file_name"].to_pylist(), strict=True) if is_name]
@@ -162,8 +162,8 @@ def measure(pool, measures, out):
 
 def test_prompts_are_a_softmax_over_each_pair(small_pool, spec, tmp_path):
     clip = Clip(spec, encoder_digest(spec), device="cpu")
-    own = Nsfw(yes=["bad", "worse"], no=["good", "better"], encoder=spec, digest=clip.digest)
-    measure(small_pool, (own, clip, Watermark(encoder=spec, digest=clip.digest)), tmp_path)
+    local = Nsfw(yes=["bad", "worse"], no=["good", "better"], encoder=spec, digest=clip.digest)
+    measure(small_pool, (local, clip, Watermark(encoder=spec, digest=clip.digest)), tmp_path)
     model = load_encoder(spec, device="cpu")
     yes, no = model.encode_texts(["bad", "worse"]), model.encode_texts(["good", "better"])
     view = View(Pool.open(small_pool), str(tmp_path))
@@ -190,7 +190,7 @@ def test_a_derived_measure_reads_the_other_and_follows_it(small_pool, spec, tmp_
     np.save(tmp_path / "other.npy", np.ones(16))
     stage = MeasureStage(small_pool, (Aesthetic(str(tmp_path / "other.npy")), clip), str(tmp_path / "columns"))
     units, done = pending_units(stage)
-    assert {unit.args["measure"] for unit in units if unit.name not in done} == {"aesthetic"}
+    assert {unit.runtime["measure"] for unit in units if unit.name not in done} == {"aesthetic"}
     execute(stage, SerialExecutor())
     moved = Clip(spec, "another digest", device="cpu")
     stage = MeasureStage(small_pool, (head, moved), str(tmp_path / "columns"))
@@ -232,9 +232,9 @@ def test_a_recipe_measures_what_its_filters_read(spec, tmp_path):
     sizes = manifests["curate"].values["subsets"]
     assert sizes["none"] == 12 and sizes["fair"] == sizes["safe"] == 7 and sizes["clean"] <= 10
     with pytest.raises(UsageError, match='measure "aesthetic" needs "head"'):
-        parse_recipe(text.replace("measures:", "max_set_aside: 0.1 #"), "r.yaml", [])
+        parse_recipe(text.replace("measures:", "max_skipped: 0.1 #"), "r.yaml", [])
     with pytest.raises(UsageError, match="no scorer"):
-        parse_recipe(text.replace("scorer:", "max_set_aside: 0.1 #"), "r.yaml", [])
+        parse_recipe(text.replace("scorer:", "max_skipped: 0.1 #"), "r.yaml", [])
 
 
 def test_upstream_measures_are_taken_along():

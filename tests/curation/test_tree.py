@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from winnow.curation.algebra.tree import Judge, fingerprint, from_python, parse, unparse
+from winnow.curation.algebra.tree import TreeEvaluator, fingerprint, from_python, parse, unparse
 from winnow.curation.filters import FILTERS
 from winnow.curation.filters.base import All, Any_, Filter, Not
 from winnow.curation.filters.basic import Basic
@@ -52,12 +52,12 @@ TREES = {
 @pytest.mark.parametrize("name", TREES)
 def test_masks_against_plain_logic(name):
     node, rule = TREES[name]
-    judge = Judge(node, [{} for _ in node.filters()])
-    assert judge.keep(TABLE).tolist() == [rule(*row) for row in ALL_ROWS]
+    evaluator = TreeEvaluator(node, [{} for _ in node.filters()])
+    assert evaluator.keep(TABLE).tolist() == [rule(*row) for row in ALL_ROWS]
 
 
 def drop_set(node, table):
-    return ~Judge(node, [{} for _ in node.filters()]).keep(table)
+    return ~TreeEvaluator(node, [{} for _ in node.filters()]).keep(table)
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -65,10 +65,10 @@ def test_counts_against_brute_force(name):
     """`alone`: how many of the dropped would be kept if this node let everything through."""
     node, _ = TREES[name]
     table = pa.concat_tables([TABLE, TABLE.slice(2, 3)])
-    judge = Judge(node, [{} for _ in node.filters()])
+    evaluator = TreeEvaluator(node, [{} for _ in node.filters()])
     half = table.num_rows // 2
-    judge.keep(table.slice(0, half))
-    judge.keep(table.slice(half))
+    evaluator.keep(table.slice(0, half))
+    evaluator.keep(table.slice(half))
 
     def open_up(tree, target):
         """The tree with one node (by identity of its tally path) replaced by one that keeps everything."""
@@ -80,23 +80,23 @@ def test_counts_against_brute_force(name):
             return Not(children[0])
         return type(tree)(tuple(children))
 
-    def check(tally, path, under_not):
-        mask = Judge(tally.node, [{} for _ in tally.node.filters()]).keep(table)
-        assert (tally.kept, tally.dropped) == (mask.sum(), (~mask).sum())
+    def check(counts, path, under_not):
+        mask = TreeEvaluator(counts.node, [{} for _ in counts.node.filters()]).keep(table)
+        assert (counts.kept, counts.dropped) == (mask.sum(), (~mask).sum())
         if not under_not:
             dropped, opened = drop_set(node, table), drop_set(open_up(node, path), table)
-            assert tally.alone == (dropped & ~opened).sum()
+            assert counts.alone == (dropped & ~opened).sum()
         else:
-            assert tally.alone == 0
-        for i, child in enumerate(tally.children):
-            check(child, [*path, i], under_not or isinstance(tally.node, Not))
+            assert counts.alone == 0
+        for i, child in enumerate(counts.children):
+            check(child, [*path, i], under_not or isinstance(counts.node, Not))
 
-    check(judge.tally, [], False)
+    check(evaluator.counts, [], False)
 
 
 def test_reasons_name_the_first_node_that_drops():
-    judge = Judge(A & (B | C), [{}, {}, {}])
-    mask, why = judge.reasons(TABLE)
+    evaluator = TreeEvaluator(A & (B | C), [{}, {}, {}])
+    mask, why = evaluator.reasons(TABLE)
     for (a, b, c), kept, reason in zip(ALL_ROWS, mask, why.to_pylist(), strict=True):
         if not a:
             assert reason == "has(column='a')"
@@ -104,7 +104,7 @@ def test_reasons_name_the_first_node_that_drops():
             assert reason == "has(column='b') | has(column='c')"
         else:
             assert kept and reason is None
-    _, why = Judge(~A, [{}]).reasons(TABLE)
+    _, why = TreeEvaluator(~A, [{}]).reasons(TABLE)
     assert why.to_pylist() == ["~has(column='a')" if a else None for a, _, _ in ALL_ROWS]
 
 
@@ -161,7 +161,7 @@ def test_a_filter_that_returns_the_wrong_shape_is_told_of():
             return np.ones(3, dtype=bool)
 
     with pytest.raises(UsageError, match="shape"):
-        Judge(Wrong("a"), [{}]).keep(TABLE)
+        TreeEvaluator(Wrong("a"), [{}]).keep(TABLE)
 
 
 @pytest.mark.parametrize("name", FILTERS.names())

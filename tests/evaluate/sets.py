@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.drawing import COLORS, picture, write_tar
+from tests.drawing import COLORS, draw_image, write_tar
 
 CONFIG = {
     "embed_dim": 16,
@@ -29,12 +29,12 @@ def write_config(folder: Path) -> str:
 
 
 def classification_samples(n: int, classes: int = 6, first: int = 0) -> list[dict]:
-    """Pictures of one colour, the label being the colour; in the formats that sets use."""
+    """Images of one colour, the label being the colour; in the formats that sets use."""
     names = list(COLORS)
     found = []
     for i in range(first, first + n):
         label, ext = (i * 5) % classes, ("jpg", "png", "webp")[i % 3]
-        data = picture(COLORS[names[label % len(names)]], 100 + i, ext=ext)
+        data = draw_image(COLORS[names[label % len(names)]], 100 + i, ext=ext)
         found.append({"key": f"s{i:07d}", "members": {ext: data, "cls": str(label).encode()}})
     return found
 
@@ -42,7 +42,7 @@ def classification_samples(n: int, classes: int = 6, first: int = 0) -> list[dic
 def write_classification(
     data: Path, folder: str = "wds_colors_test", n: int = 30, shards: int = 2, names: list[str] | None = None
 ) -> Path:
-    """A classification set of `n` pictures over two shards."""
+    """A classification set of `n` images over two shards."""
     names = list(COLORS) if names is None else names
     root = data / folder
     samples = classification_samples(n, len(names))
@@ -55,13 +55,13 @@ def write_classification(
 
 
 def write_retrieval(data: Path, folder: str = "wds_retrieval-colors_test", n: int = 9) -> Path:
-    """A retrieval set: picture i has 1 + i % 3 captions."""
+    """A retrieval set: image i has 1 + i % 3 captions."""
     names = list(COLORS)
     samples = []
     for i in range(n):
         name = names[i % len(names)]
         captions = [f"a {name} square number {i} said {j}" for j in range(1 + i % 3)]
-        members = {"jpg": picture(COLORS[name], 300 + i), "txt": "\n".join(captions).encode()}
+        members = {"jpg": draw_image(COLORS[name], 300 + i), "txt": "\n".join(captions).encode()}
         samples.append({"key": f"s{i:07d}", "members": members})
     root = data / folder
     write_tar(root / "test" / "0.tar", samples)
@@ -114,7 +114,7 @@ def write_faces(data: Path, folder: str = "wds_fairface_test", n: int = 40) -> P
     for i in range(n):
         race = int(rng.integers(7))
         metadata = [int(rng.integers(5)), int(rng.integers(2)), race, int(race != 1)]
-        members = {"webp": picture(colors[race % 6], 500 + i, ext="webp"), "npy": npy(metadata)}
+        members = {"webp": draw_image(colors[race % 6], 500 + i, ext="webp"), "npy": npy(metadata)}
         samples.append({"key": f"s{i:07d}", "members": members})
     root = data / folder
     write_tar(root / "test" / "0.tar", samples)
@@ -126,20 +126,20 @@ def write_faces(data: Path, folder: str = "wds_fairface_test", n: int = 40) -> P
 
 
 def wino_rows(n: int = 14) -> list[dict]:
-    """Cues with 5, 6, 10 or 12 of 16 pictures, 2 to 5 of which belong to them."""
+    """Cues with 5, 6, 10 or 12 of 16 images, 2 to 5 of which belong to them."""
     rng = np.random.default_rng(6)
     cues = ["Owl", "cat", "igloo", "Ufo", "bee"]
     rows = []
     for i in range(n):
         shown = [f"thing{j}" for j in rng.permutation(16)[: (5, 6, 10, 12)[i % 4]]]
-        chosen = sorted(rng.permutation(shown)[: rng.integers(2, 6)].tolist())
-        rows.append({"cue": f"{cues[i % 5]} {i}", "candidates": shown, "associations": chosen})
+        selected = sorted(rng.permutation(shown)[: rng.integers(2, 6)].tolist())
+        rows.append({"cue": f"{cues[i % 5]} {i}", "candidates": shown, "associations": selected})
     return rows
 
 
-def wino_pictures() -> dict[str, bytes]:
+def wino_images() -> dict[str, bytes]:
     colors = list(COLORS.values())
-    return {f"thing{j}": picture(colors[j % 6], 700 + j, size=(20 + j, 24)) for j in range(16)}
+    return {f"thing{j}": draw_image(colors[j % 6], 700 + j, size=(20 + j, 24)) for j in range(16)}
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -156,17 +156,17 @@ def write_zip(path: Path, files: dict[str, bytes]) -> None:
 
 
 def write_packed_wino(folder: Path) -> list[dict]:
-    """WinoGAViL as its hub repository has it: a table and a zip of pictures."""
+    """WinoGAViL as its hub repository has it: a table and a zip of images."""
     folder.mkdir(parents=True)
     rows = wino_rows()
     lists = [row | {name: json.dumps(row[name]) for name in ("candidates", "associations")} for row in rows]
     write_csv(folder / "winogavil_dataset.csv", lists)
-    write_zip(folder / "winogavil_images.zip", {f"images/{name}.jpg": data for name, data in wino_pictures().items()})
+    write_zip(folder / "winogavil_images.zip", {f"images/{name}.jpg": data for name, data in wino_images().items()})
     return rows
 
 
 def write_packed_retrieval(folder: Path, python_lists: bool = False) -> dict[str, list[str]]:
-    """Flickr (lists in JSON) or MSCOCO (Python's) as the hub repositories have them; the captions of each picture."""
+    """Flickr (lists in JSON) or MSCOCO (Python's) as the hub repositories have them; the captions of each image."""
     folder.mkdir(parents=True)
     names = list(COLORS)
     captions = {f"{1000 + i}": [f"a {names[i % 6]} one, number {i}", f'it\'s "{names[i % 6]}"'] for i in range(7)}
@@ -175,13 +175,13 @@ def write_packed_retrieval(folder: Path, python_lists: bool = False) -> dict[str
     rows.append({"raw": write(["no"]), "split": "train", "filename": "nowhere.jpg"})
     write_csv(folder / "test_1k_flickr.csv", rows)
     colors = list(COLORS.values())
-    files = {f"images/{key}.jpg": picture(colors[i % 6], 800 + i) for i, key in enumerate(captions)}
+    files = {f"images/{key}.jpg": draw_image(colors[i % 6], 800 + i) for i, key in enumerate(captions)}
     write_zip(folder / "images_flickr_1k_test.zip", {**files, "__MACOSX/._1000.jpg": b"junk", "images/readme.txt": b""})
     return captions
 
 
 def write_train(root: Path, n: int = 24, classes: int = 6, split: str = "train") -> None:
-    """Give a classification set a train split (or "val") of other pictures than its test split."""
+    """Give a classification set a train split (or "val") of other images than its test split."""
     samples = classification_samples(n, classes, first={"train": 1000, "val": 2000}[split])
     write_tar(root / split / "0.tar", samples)
     (root / split / "nshards.txt").write_text("1\n")

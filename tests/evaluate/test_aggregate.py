@@ -8,12 +8,12 @@ import pytest
 
 from winnow.evaluate.report.tables import comparison_csv, comparison_text
 from winnow.evaluate.statistics.aggregate import (
-    Score,
+    Estimate,
     SubsetScores,
     average_name,
-    certainty,
     compare,
     headline,
+    significance,
 )
 from winnow.evaluate.tasks.task import datacomp_tasks, extra_task
 
@@ -27,7 +27,7 @@ TASKS = facts(ALL["mnist"], ALL["vtab/dtd"], ALL["vtab/svhn"], ALL["fairness/fai
 
 
 def subset(name: str, seeds: dict[int, dict[str, tuple[float, float]]], size: int = 10) -> SubsetScores:
-    scores = tuple({task: Score(*pair) for task, pair in tasks.items()} for tasks in seeds.values())
+    scores = tuple({task: Estimate(*pair) for task, pair in tasks.items()} for tasks in seeds.values())
     return SubsetScores(name, size, 40, tuple(seeds), scores)
 
 
@@ -102,7 +102,7 @@ def test_headline_says_who_and_how_sure() -> None:
     assert "No subset beat clip" in headline(compare([low, high], TASKS, "clip"))
     near = subset("clip", {0: {"mnist": (0.101, 0.01)}, 1: {"mnist": (0.101, 0.01)}})
     assert "is ahead of none" in headline(compare([low, near], TASKS, "none"))
-    assert "cannot be told apart" in certainty(0.001, 0.01)
+    assert "cannot be told apart" in significance(0.001, 0.01)
 
 
 def test_tables_agree_with_the_figures() -> None:

@@ -76,8 +76,8 @@ def write_scores(folder: Path, values: dict[str, float]) -> str:
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / "scores.parquet")
     tasks = {"mnist": datacomp_tasks()["mnist"].model_dump() | {"n": 400}}
     found = {"checkpoints": dict.fromkeys(values, "ab" * 32), "tasks": tasks, "missing": [], "protocols": ["zeroshot"]}
-    aside = {"count": 0, "reasons": {}, "samples": [], "units": {}}
-    manifest = asdict(Manifest("evaluate", 1, "k", {}, {}, 1, 1, aside, {}, found))
+    skipped = {"count": 0, "reasons": {}, "samples": [], "units": {}}
+    manifest = asdict(Manifest("evaluate", 1, "k", {}, {}, 1, 1, skipped, {}, found))
     manifest.pop("url")
     storage.write_json(str(folder / MANIFEST), manifest)
     return str(folder)
@@ -183,19 +183,19 @@ def test_wrong_inputs(tmp_path: Path, stage: CompareStage) -> None:
         execute(CompareStage(stage.subsets, stage.scores, str(tmp_path / "y")), SerialExecutor())
 
 
-def test_choice_of_pictures(pool: Pool, tmp_path: Path) -> None:
+def test_choice_of_images(pool: Pool, tmp_path: Path) -> None:
     """The same samples whatever else is compared, each with its own caption's uid and reason."""
     uids = np.sort(pool.uids(), order=["f0", "f1"])
     url = write_subset(tmp_path / "half", pool, np.arange(24) % 2 == 0, "odd")
     half = pool.uids()[::2]
     half = half[np.lexsort((half["f1"], half["f0"]))]
-    alone = look(pool, {"half": (half, url)}, pictures=5)["half"]
-    both = look(pool, {"half": (half, url), "all": (uids, str(tmp_path))}, pictures=5)
+    alone = look(pool, {"half": (half, url)}, images=5)["half"]
+    both = look(pool, {"half": (half, url), "all": (uids, str(tmp_path))}, images=5)
     assert alone.kept == both["half"].kept and len(alone.kept) == 5
     kept, dropped = set(encode_uids(half)), set(encode_uids(pool.uids()[1::2]))
-    assert {picture.uid for picture in alone.kept} <= kept
-    assert {picture.uid for picture in alone.dropped} <= dropped
-    assert {picture.reason for picture in alone.dropped} == {"odd"}
+    assert {image.uid for image in alone.kept} <= kept
+    assert {image.uid for image in alone.dropped} <= dropped
+    assert {image.reason for image in alone.dropped} == {"odd"}
     assert both["all"].dropped == []
 
 

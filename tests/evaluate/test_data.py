@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.drawing import COLORS, picture, write_tar
+from tests.drawing import COLORS, draw_image, write_tar
 from tests.evaluate.sets import TEMPLATES, npy, write_classification, write_faces, write_retrieval
 from winnow.evaluate.sets.layout import EvalSet, TaskError, data_digest, find_tasks
-from winnow.evaluate.sets.shards import cut, read_part
+from winnow.evaluate.sets.shards import read_part, split_into_parts
 from winnow.infra.errors import UsageError
 
 TEN = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -49,7 +49,7 @@ def test_reads_what_was_written(tmp_path: Path) -> None:
 
 def test_captions(tmp_path: Path) -> None:
     root = write_retrieval(tmp_path, n=2)
-    members = {"jpg": picture((9, 9, 9), 0), "txt": b"one\r\n\n two \nthree"}
+    members = {"jpg": draw_image((9, 9, 9), 0), "txt": b"one\r\n\n two \nthree"}
     write_tar(root / "test" / "0.tar", [{"key": "a", "members": members}])
     (sample,) = EvalSet.open(find_tasks(str(tmp_path))[0]).samples()
     assert sample.captions == ("one", " two ", "three")
@@ -60,15 +60,15 @@ def break_classnames(root: Path) -> None:
 
 
 def break_label(root: Path) -> None:
-    write_tar(root / "test" / "1.tar", [{"key": "s9", "members": {"jpg": picture((1, 2, 3), 0), "cls": b"10"}}])
+    write_tar(root / "test" / "1.tar", [{"key": "s9", "members": {"jpg": draw_image((1, 2, 3), 0), "cls": b"10"}}])
 
 
 def break_label_text(root: Path) -> None:
-    write_tar(root / "test" / "1.tar", [{"key": "s9", "members": {"jpg": picture((1, 2, 3), 0), "cls": b"cat"}}])
+    write_tar(root / "test" / "1.tar", [{"key": "s9", "members": {"jpg": draw_image((1, 2, 3), 0), "cls": b"cat"}}])
 
 
 def remove_label(root: Path) -> None:
-    write_tar(root / "test" / "1.tar", [{"key": "s9", "members": {"jpg": picture((1, 2, 3), 0)}}])
+    write_tar(root / "test" / "1.tar", [{"key": "s9", "members": {"jpg": draw_image((1, 2, 3), 0)}}])
 
 
 def remove_templates(root: Path) -> None:
@@ -122,14 +122,14 @@ def test_digest_follows_content(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [100, 600, 1030, 1200, 2047, 2049, 2300, 2560 + 17, "between samples"])
-def test_a_tar_cut_anywhere_is_noticed(tmp_path: Path, cut: int | str) -> None:
+def test_a_tar_cut_anywhere_is_noticed(tmp_path: Path, split_into_parts: int | str) -> None:
     """Within a header, within data, within the padding after them, and where a sample ends."""
     root = write_classification(tmp_path, shards=1)
-    if isinstance(cut, str):
+    if isinstance(split_into_parts, str):
         with tarfile.open(root / "test" / "0.tar") as archive:
-            cut = archive.getmembers()[6].offset
+            split_into_parts = archive.getmembers()[6].offset
     tar = root / "test" / "0.tar"
-    tar.write_bytes(tar.read_bytes()[:cut])
+    tar.write_bytes(tar.read_bytes()[:split_into_parts])
     (found,) = find_tasks(str(tmp_path))
     with pytest.raises(TaskError, match=r"0\.tar: truncated tar"):
         list(EvalSet.open(found).samples())
@@ -148,7 +148,7 @@ def test_a_tar_cut_anywhere_is_noticed(tmp_path: Path, cut: int | str) -> None:
 )
 def test_broken_metadata(tmp_path: Path, member: bytes | None, message: str) -> None:
     root = write_classification(tmp_path, "wds_geode_test", n=4, shards=1, names=[f"thing {i}" for i in range(40)])
-    members = {"jpg": picture((1, 2, 3), 0), "cls": b"0"} | ({} if member is None else {"npy": member})
+    members = {"jpg": draw_image((1, 2, 3), 0), "cls": b"0"} | ({} if member is None else {"npy": member})
     write_tar(root / "test" / "0.tar", [{"key": "a", "members": members}])
     with pytest.raises(TaskError, match=message):
         list(EvalSet.open(find_tasks(str(tmp_path))[0]).samples())
@@ -194,23 +194,23 @@ def test_broken_associations(tmp_path: Path, line: str) -> None:
 def test_labels_are_whole_numbers(tmp_path: Path) -> None:
     for number, text in enumerate((b"0_3", b"3.0", b"3" + b" " * 40 + b"7", "٣".encode(), b"")):
         root = write_classification(tmp_path / str(number), "wds_cifar10_test", names=TEN, n=2, shards=1)
-        write_tar(root / "test" / "0.tar", [{"key": "s", "members": {"jpg": picture((1, 2, 3), 0), "cls": text}}])
+        write_tar(root / "test" / "0.tar", [{"key": "s", "members": {"jpg": draw_image((1, 2, 3), 0), "cls": text}}])
         (found,) = find_tasks(str(tmp_path / str(number)))
         with pytest.raises(TaskError, match="is no whole number"):
             list(EvalSet.open(found).samples())
 
 
-def test_of_several_pictures_the_one_that_datacomps_evaluation_takes(tmp_path: Path) -> None:
+def test_of_several_images_the_one_that_datacomps_evaluation_takes(tmp_path: Path) -> None:
     root = write_classification(tmp_path, n=2, shards=1)
     kinds = {
-        ext: picture((i, 0, 0), i, ext="jpg" if ext == "jpeg" else ext)
+        ext: draw_image((i, 0, 0), i, ext="jpg" if ext == "jpeg" else ext)
         for i, ext in enumerate(("jpeg", "jpg", "png", "webp"))
     }
     for expected in ("webp", "png", "jpg", "jpeg"):
         write_tar(root / "test" / "0.tar", [{"key": "s", "members": {**kinds, "cls": b"0"}}])
         (found,) = find_tasks(str(tmp_path))
         (sample,) = EvalSet.open(found).samples()
-        (raw,) = read_part(cut(found.url, "test")[0])
+        (raw,) = read_part(split_into_parts(found.url, "test")[0])
         assert sample.image == raw.image == kinds.pop(expected)
 
 

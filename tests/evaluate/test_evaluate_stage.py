@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.drawing import COLORS, picture, write_tar
+from tests.drawing import COLORS, draw_image, write_tar
 from tests.evaluate.sets import CONFIG, TEMPLATES, write_classification, write_config, write_retrieval
 from winnow.evaluate.protocols.base import PROTOCOLS, Row
 from winnow.evaluate.report.score_table import scores_text
@@ -41,7 +41,7 @@ def rows_of(stage: EvaluateStage) -> list[dict]:
     return pq.read_table(stage.url("scores.parquet")).to_pylist()
 
 
-def figures(stage: EvaluateStage, task: str, checkpoint: str = "tiny") -> dict[str, float]:
+def metrics(stage: EvaluateStage, task: str, checkpoint: str = "tiny") -> dict[str, float]:
     return {r["metric"]: r["value"] for r in rows_of(stage) if r["task"] == task and r["checkpoint"] == checkpoint}
 
 
@@ -62,7 +62,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_against_a_plain_open_clip_loop(tmp_path: Path, data: Path) -> None:
-    """open_clip's own model, transform and tokenizer, one picture and one class at a time."""
+    """open_clip's own model, transform and tokenizer, one image and one class at a time."""
     import open_clip
     import torch
 
@@ -93,7 +93,7 @@ def test_against_a_plain_open_clip_loop(tmp_path: Path, data: Path) -> None:
             right.append(order[0] == sample.label)
             right5.append(sample.label in order[:5])
             per_class.setdefault(sample.label, []).append(right[-1])
-        got = figures(stage, "colors")
+        got = metrics(stage, "colors")
         assert got["acc1"] == pytest.approx(np.mean(right))
         assert got["acc5"] == pytest.approx(np.mean(right5))
         assert got["mean_per_class_recall"] == pytest.approx(np.mean([np.mean(v) for v in per_class.values()]))
@@ -105,7 +105,7 @@ def test_against_a_plain_open_clip_loop(tmp_path: Path, data: Path) -> None:
         captions = [(i, text) for i, s in enumerate(samples) for text in s.captions]
         texts = torch.cat([unit(model.encode_text(tokenizer([text])), dim=-1) for _, text in captions])
         scores = texts @ images.T
-        got = figures(stage, "retrieval-colors")
+        got = metrics(stage, "retrieval-colors")
         for k in (1, 5):
             image_hits = [i in scores[j].topk(k).indices for j, (i, _) in enumerate(captions)]
             text_hits = [
@@ -169,9 +169,9 @@ def test_many_checkpoints_decode_once(tmp_path: Path, data: Path, spec: str, mon
     import winnow.evaluate.features.embed
 
     decoded = []
-    original = winnow.evaluate.features.embed.decode_picture
+    original = winnow.evaluate.features.embed.decode_image
     monkeypatch.setattr(
-        winnow.evaluate.features.embed, "decode_picture", lambda *a, **k: decoded.append(1) or original(*a, **k)
+        winnow.evaluate.features.embed, "decode_image", lambda *a, **k: decoded.append(1) or original(*a, **k)
     )
     digest = encoder_digest(spec)
     names = ("clip-30/seed0", "../clip 30%", ".hidden")
@@ -179,7 +179,7 @@ def test_many_checkpoints_decode_once(tmp_path: Path, data: Path, spec: str, mon
     run(stage)
     assert len(decoded) == 60 + 9
     assert {row["checkpoint"] for row in rows_of(stage)} == set(names)
-    assert len({json.dumps(figures(stage, "colors", name)) for name in names}) == 1
+    assert len({json.dumps(metrics(stage, "colors", name)) for name in names}) == 1
     assert (tmp_path / "out" / "units" / quote(names[0], safe="") / "colors" / "zeroshot.json").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out"]
 
@@ -191,7 +191,7 @@ def test_broken_sets_do_not_hide_the_others(tmp_path: Path, data: Path, spec: st
     write_classification(data, "wds_mnist_test")  # six class names instead of ten
     (write_classification(data, "wds_odd_test") / "dataset_type.txt").write_text("captioning")
     stage = stage_of(spec, data, tmp_path / "out")
-    with pytest.raises(WinnowError, match=r"2 of .* set aside"):
+    with pytest.raises(WinnowError, match=r"2 of .* skipped"):
         run(stage)
     manifest = run(stage, Budget(2))
     assert set(manifest.values["tasks"]) == {"colors", "retrieval-colors"}
@@ -202,24 +202,24 @@ def test_broken_sets_do_not_hide_the_others(tmp_path: Path, data: Path, spec: st
     assert str(data) not in storage.read_bytes(stage.url("manifest.json")).decode()
 
 
-def test_undecodable_picture_is_set_aside(tmp_path: Path, spec: str) -> None:
+def test_undecodable_image_is_skipped(tmp_path: Path, spec: str) -> None:
     root = write_classification(tmp_path / "data", n=10, shards=1)
-    good = [{"key": f"g{i}", "members": {"jpg": picture((i, 90, 3), i), "cls": b"1"}} for i in range(4)]
-    bad = {"key": "bad", "members": {"jpg": b"\xff\xd8 no picture", "cls": b"1"}}
+    good = [{"key": f"g{i}", "members": {"jpg": draw_image((i, 90, 3), i), "cls": b"1"}} for i in range(4)]
+    bad = {"key": "bad", "members": {"jpg": b"\xff\xd8 no image", "cls": b"1"}}
     write_tar(root / "test" / "0.tar", [*good[:2], bad, *good[2:]])
     write_classification(tmp_path / "data", "wds_whole_test", n=10)
-    stage = stage_of(spec, tmp_path / "data", tmp_path / "out", max_set_aside=1)
+    stage = stage_of(spec, tmp_path / "data", tmp_path / "out", max_skipped=1)
     manifest = run(stage, Budget(1))
-    assert manifest.set_aside["reasons"] == {"undecodable picture": 1}
-    assert manifest.set_aside["samples"][0]["id"] == "colors/bad"
+    assert manifest.skipped["reasons"] == {"undecodable image": 1}
+    assert manifest.skipped["samples"][0]["id"] == "colors/bad"
     assert {(row["task"], row["n"]) for row in rows_of(stage)} == {("colors", 4), ("whole", 10)}
     text = scores_text(rows_of(stage), manifest.values)
-    assert "Pictures left out: colors, 1 for undecodable picture." in text
+    assert "Images left out: colors, 1 for undecodable image." in text
     # With more than a set may lack, its figures are missing and the others' stand.
-    manifest = run(replace(stage, max_set_aside=0.1), Budget(1))
+    manifest = run(replace(stage, max_skipped=0.1), Budget(1))
     assert {row["task"] for row in rows_of(stage)} == {"whole"}
     (missing,) = manifest.values["missing"]
-    assert missing["task"] == "colors" and "1 of 5 set aside, the budget is 10.0%" in missing["reason"]
+    assert missing["task"] == "colors" and "1 of 5 skipped, the budget is 10.0%" in missing["reason"]
 
 
 def test_features_that_are_not_finite_give_no_figure(data: Path, tmp_path: Path) -> None:
@@ -227,14 +227,14 @@ def test_features_that_are_not_finite_give_no_figure(data: Path, tmp_path: Path)
     config = write_config(tmp_path).rpartition(":")[0]
     state = build_model(CONFIG).state_dict()
     specs = {"whole": f"{config}:random"}
-    for name, tensor in (("pictures", "visual.proj"), ("texts", "text_projection")):
+    for name, tensor in (("images", "visual.proj"), ("texts", "text_projection")):
         torch.save(state | {tensor: torch.full_like(state[tensor], math.nan)}, tmp_path / f"{name}.pt")
         specs[name] = f"{config}:{tmp_path}/{name}.pt"
     checkpoints = tuple((name, one, encoder_digest(one)) for name, one in specs.items())
     stage = EvaluateStage(checkpoints, str(data), str(tmp_path / "out"))
     manifest = run(stage, Budget(9))
     assert {row["checkpoint"] for row in rows_of(stage)} == {"whole"}
-    for name, words in (("pictures", "pictures"), ("texts", "prompts")):
+    for name, words in (("images", "images"), ("texts", "prompts")):
         reasons = {e["task"]: e["reason"] for e in manifest.values["missing"] if e["checkpoint"] == name}
         assert set(reasons) == set(manifest.values["tasks"])
         assert "features are not finite" in reasons["colors"] and words in reasons["colors"]
@@ -243,11 +243,11 @@ def test_features_that_are_not_finite_give_no_figure(data: Path, tmp_path: Path)
 
 
 def pairs(features, test_set) -> list[Row]:
-    """A kind of one's own: is a picture nearer to its second caption than to its first?"""
+    """A kind of one's own: is an image nearer to its second caption than to its first?"""
     first = features.encode_texts([captions[0] for captions in features.captions])
     second = features.encode_texts([captions[1] for captions in features.captions])
-    share = float(np.mean(np.sum(features.images * (second - first), axis=1) > 0))
-    return [Row("acc1", share, len(first), 0.0)]
+    fraction = float(np.mean(np.sum(features.images * (second - first), axis=1) > 0))
+    return [Row("acc1", fraction, len(first), 0.0)]
 
 
 def test_a_kind_of_ones_own(tmp_path: Path, spec: str, monkeypatch) -> None:
@@ -256,7 +256,7 @@ def test_a_kind_of_ones_own(tmp_path: Path, spec: str, monkeypatch) -> None:
     write_tar(
         root / "test" / "0.tar",
         [
-            {"key": f"s{i}", "members": {"png": picture((i, 90, 3), i, ext="png"), "txt": b"one\nsame"}}
+            {"key": f"s{i}", "members": {"png": draw_image((i, 90, 3), i, ext="png"), "txt": b"one\nsame"}}
             for i in range(4)
         ],
     )

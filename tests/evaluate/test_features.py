@@ -27,7 +27,7 @@ from tests.evaluate.sets import (
 from winnow.evaluate.features.stage import EmbedStage
 from winnow.evaluate.protocols.base import PROTOCOLS, SEEDS
 from winnow.evaluate.sets.layout import EvalSet, TaskError, find_tasks
-from winnow.evaluate.sets.shards import cut, read_part, read_pictures
+from winnow.evaluate.sets.shards import read_images, read_part, split_into_parts
 from winnow.evaluate.stage import EvaluateStage, folder_of
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
@@ -64,11 +64,11 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def decoded(monkeypatch) -> list[int]:
-    """Grows by one with each picture that is decoded."""
+    """Grows by one with each image that is decoded."""
     seen: list[int] = []
-    original = winnow.evaluate.features.embed.decode_picture
+    original = winnow.evaluate.features.embed.decode_image
     monkeypatch.setattr(
-        winnow.evaluate.features.embed, "decode_picture", lambda *a, **k: seen.append(1) or original(*a, **k)
+        winnow.evaluate.features.embed, "decode_image", lambda *a, **k: seen.append(1) or original(*a, **k)
     )
     return seen
 
@@ -77,24 +77,24 @@ def decoded(monkeypatch) -> list[int]:
 def test_parts_are_the_whole(tmp_path: Path, size: int) -> None:
     root = write_classification(tmp_path, n=30)
     test_set = EvalSet.open(find_tasks(str(tmp_path))[0])
-    parts = cut(str(root), "test", size)
+    parts = split_into_parts(str(root), "test", size)
     assert len(parts) == 2 * math.ceil(15 / size) and len({part.name for part in parts}) == len(parts)
     raws = [raw for part in parts for raw in read_part(part)]
     whole = list(test_set.samples())
     assert [(raw.key, raw.image) for raw in raws] == [(sample.key, sample.image) for sample in whole]
     assert [test_set.sample("", raw.key, raw.members).label for raw in raws] == [sample.label for sample in whole]
-    assert read_pictures(parts, [29, 3, 3, 17]) == [whole[i].image for i in (29, 3, 3, 17)]
+    assert read_images(parts, [29, 3, 3, 17]) == [whole[i].image for i in (29, 3, 3, 17)]
 
 
 def test_parts_of_an_object_store_are_its_shards(tmp_path: Path) -> None:
     root = write_classification(tmp_path, n=30)
     for path in sorted(root.rglob("*.*")):
         storage.write_bytes(f"memory://sets/{path.relative_to(tmp_path)}", path.read_bytes())
-    parts = cut("memory://sets/wds_colors_test", "test", 4)
+    parts = split_into_parts("memory://sets/wds_colors_test", "test", 4)
     assert len(parts) == 2
-    here = [raw.image for part in cut(str(root), "test") for raw in read_part(part)]
+    here = [raw.image for part in split_into_parts(str(root), "test") for raw in read_part(part)]
     assert [raw.image for part in parts for raw in read_part(part)] == here
-    assert read_pictures(parts, [20]) == [here[20]]
+    assert read_images(parts, [20]) == [here[20]]
 
 
 def test_a_cut_tar_is_a_broken_task(tmp_path: Path) -> None:
@@ -102,27 +102,27 @@ def test_a_cut_tar_is_a_broken_task(tmp_path: Path) -> None:
     tar = root / "test" / "0.tar"
     tar.write_bytes(tar.read_bytes()[:-12000])
     with pytest.raises(TaskError, match=r"0\.tar: truncated tar"):
-        [list(read_part(part)) for part in cut(str(root), "test", 4)]
+        [list(read_part(part)) for part in split_into_parts(str(root), "test", 4)]
 
 
 def test_features_are_the_encoders(tmp_path: Path, data: Path, specs: dict[str, str]) -> None:
-    """What is kept, read back by hand, is what the encoder makes of each picture alone."""
-    from winnow.infra.io.images import decode_picture
+    """What is kept, read back by hand, is what the encoder makes of each image alone."""
+    from winnow.infra.io.images import decode_image
 
     stage = stage_of(specs, data, tmp_path / "out").embedding()
     execute(stage, SerialExecutor())
     encoder = load_encoder(specs["wide"], device="cpu")
     for found in find_tasks(str(data)):
         for part in stage.parts(found, "test"):
-            unit = stage.pictures_unit(part, encoder.digest, found)
+            unit = stage.images_unit(part, encoder.digest, found)
             kept = np.load(stage.url(f"{unit.name}.npy"))
             assert kept.dtype == np.float32
             for row, raw in zip(kept, read_part(part), strict=True):
-                picture = encoder.preprocess(decode_picture(raw.image or b""))[None]
-                np.testing.assert_allclose(row, encoder.encode_images(picture)[0], atol=1e-6)
+                image = encoder.preprocess(decode_image(raw.image or b""))[None]
+                np.testing.assert_allclose(row, encoder.encode_images(image)[0], atol=1e-6)
 
 
-def test_each_picture_is_decoded_once_and_nothing_twice(
+def test_each_image_is_decoded_once_and_nothing_twice(
     tmp_path: Path, data: Path, specs: dict[str, str], decoded: list[int]
 ) -> None:
     both = ("zeroshot", "knn", "linear_probe")
@@ -189,7 +189,7 @@ def test_protocols_seeds_and_what_does_not_apply(
     unfit = {(e["task"], e["protocol"]): e["reason"] for e in manifest.values["not_applicable"]}
     assert unfit["untrained", "knn"] == "the set has no train split"
     assert unfit["retrieval-colors", "knn"] == 'knn does not evaluate tasks of kind "retrieval"'
-    assert manifest.values["missing"] == [] and manifest.set_aside["count"] == 0
+    assert manifest.values["missing"] == [] and manifest.skipped["count"] == 0
     lines = [json.loads(line) for line in storage.read_bytes(stage.url("eval_results.jsonl")).decode().splitlines()]
     mine = [
         r["value"] for r in rows if (r["protocol"], r["metric"], r["checkpoint"]) == ("linear_1pct", "acc1", "tiny")
@@ -217,7 +217,7 @@ def test_a_part_that_fails_is_tried_again_and_hides_nothing(
     tmp_path: Path, data: Path, specs: dict[str, str], monkeypatch
 ) -> None:
     write_classification(data, "wds_other_test", n=10)
-    original, failures = EmbedStage._pictures, []
+    original, failures = EmbedStage._images, []
 
     def flaky(self, ready, samples, first):
         if first.group.startswith("wds_colors_test/test 1.tar"):
@@ -225,15 +225,15 @@ def test_a_part_that_fails_is_tried_again_and_hides_nothing(
             raise OSError("the worker's disk is full")
         yield from original(self, ready, samples, first)
 
-    monkeypatch.setattr(EmbedStage, "_pictures", flaky)
+    monkeypatch.setattr(EmbedStage, "_images", flaky)
     stage = stage_of(specs, data, tmp_path / "out")
     manifest = run(stage, Budget(9))
     assert max(map(failures.count, failures)) == 3  # tried, and tried again twice
     assert set(manifest.values["tasks"]) == {"other", "retrieval-colors"}
     (reason,) = {e["reason"] for e in manifest.values["missing"] if e["task"] == "colors"}
     assert reason == "wds_colors_test: could not be embedded: the worker's disk is full."
-    assert read_manifest(stage.embedding().out).set_aside["count"] > 0
-    monkeypatch.setattr(EmbedStage, "_pictures", original)
+    assert read_manifest(stage.embedding().out).skipped["count"] > 0
+    monkeypatch.setattr(EmbedStage, "_images", original)
     assert set(run(stage).values["tasks"]) == {"other", "retrieval-colors", "colors"}
 
 
@@ -295,7 +295,7 @@ def test_what_lies_under_transparency_is_seen_as_open_clip_sees_it(tmp_path: Pat
     execute(stage, SerialExecutor())
     (found,) = find_tasks(str(tmp_path / "data"))
     (part,) = stage.parts(found, "test")
-    kept = np.load(stage.url(f"{stage.pictures_unit(part, encoder.digest, found).name}.npy"))
+    kept = np.load(stage.url(f"{stage.images_unit(part, encoder.digest, found).name}.npy"))
     np.testing.assert_allclose(kept, expected, atol=1e-6)
 
 
@@ -308,13 +308,13 @@ def test_each_precision_has_features_of_its_own(tmp_path: Path, data: Path, spec
         embedding = stage.embedding()
         (found,) = find_tasks(str(data), "colors")
         digest = stage.checkpoints[0][2]
-        files = [embedding.pictures_unit(part, digest, found).name for part in embedding.parts(found, "test")]
+        files = [embedding.images_unit(part, digest, found).name for part in embedding.parts(found, "test")]
         made[precision] = np.concatenate([np.load(embedding.url(f"{file}.npy")) for file in files])
     difference = np.abs(made["float32"] - made["bfloat16"]).max()
     assert 1e-5 < difference < 0.05
 
 
-def test_a_thin_picture_is_left_out(tmp_path: Path, specs: dict[str, str]) -> None:
+def test_a_thin_image_is_left_out(tmp_path: Path, specs: dict[str, str]) -> None:
     """Resizing the shorter side of one of 100,000 x 1 pixels would take gigabytes."""
     root = write_classification(tmp_path / "data", n=30, shards=1)
     file = io.BytesIO()
@@ -322,7 +322,7 @@ def test_a_thin_picture_is_left_out(tmp_path: Path, specs: dict[str, str]) -> No
     samples = classification_samples(29)
     write_tar(root / "test" / "0.tar", [{"key": "z", "members": {"png": file.getvalue(), "cls": b"0"}}, *samples])
     manifest = run(stage_of({"tiny": specs["tiny"]}, tmp_path / "data", tmp_path / "out"), Budget(1))
-    assert manifest.values["left_out"] == {"colors": {"test": {"picture too thin": 1}}}
+    assert manifest.values["left_out"] == {"colors": {"test": {"image too thin": 1}}}
     assert manifest.values["tasks"]["colors"]["n"] == 29
 
 

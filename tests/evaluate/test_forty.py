@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.drawing import COLORS, picture
+from tests.drawing import COLORS, draw_image
 from tests.evaluate.sets import (
     add_metadata,
     write_classification,
@@ -41,7 +41,10 @@ def write_forty(data: Path) -> None:
         elif key.startswith("retrieval/"):
             name = task.hub.partition("/")[2]
             rows = [
-                {"image": {"bytes": picture(color, i), "path": f"{i}.jpg"}, "caption": [f"a {word} one", f"all {word}"]}
+                {
+                    "image": {"bytes": draw_image(color, i), "path": f"{i}.jpg"},
+                    "caption": [f"a {word} one", f"all {word}"],
+                }
                 for i, (word, color) in enumerate(COLORS.items())
             ]
             folder = data / "hf_cache" / f"nlphuji___{name}" / "TEST" / "1.1.0" / "0f"

@@ -79,17 +79,17 @@ def test_groups(key: str, fields: dict[str, int], k: int, prefix: str) -> None:
     features, test_set, logits = classified(key)
     rows = rows_of(features, test_set)
     top = np.argsort(-logits, axis=1)[:, :k]
-    right = np.array([label in some for label, some in zip(features.labels, top, strict=True)])
+    right = np.array([label in batch for label, batch in zip(features.labels, top, strict=True)])
     for field, column in fields.items():
         groups = features.metadata[:, column]
-        shares = {int(g): right[groups == g].mean() for g in set(groups)}
-        for group, share in shares.items():
+        fractions = {int(g): right[groups == g].mean() for g in set(groups)}
+        for group, fraction in fractions.items():
             row = rows[f"{prefix}_{field}:{group}"]
-            assert row.value == pytest.approx(share) and row.n == np.sum(groups == group)
-            assert row.stderr == pytest.approx((share * (1 - share) / row.n) ** 0.5)
+            assert row.value == pytest.approx(fraction) and row.n == np.sum(groups == group)
+            assert row.stderr == pytest.approx((fraction * (1 - fraction) / row.n) ** 0.5)
         worst = f"{prefix}_wg" if len(fields) == 1 else f"{prefix}_worst_{field}"
-        assert rows[worst].value == pytest.approx(min(shares.values())) and rows[worst].n == len(right)
-        assert f"{prefix}_{field}:1" not in rows or 1 in shares  # no figure for a group without samples
+        assert rows[worst].value == pytest.approx(min(fractions.values())) and rows[worst].n == len(right)
+        assert f"{prefix}_{field}:1" not in rows or 1 in fractions  # no figure for a group without samples
     assert rows["acc1"].value == pytest.approx(np.mean(logits.argmax(axis=1) == features.labels))
     assert TASKS[key].metric in rows
 
@@ -123,12 +123,12 @@ def test_equal_scores_and_few_classes() -> None:
     """Classes with the same prompt embedding tie: the first name wins. With four classes there is no acc5."""
     images = unit(np.ones((8, 3)))
     labels = np.array([0, 1, 2, 3] * 2)
-    texts = lambda some: unit(np.ones((len(some), 3)))  # noqa: E731
+    texts = lambda batch: unit(np.ones((len(batch), 3)))  # noqa: E731
     rows = rows_of(Features(images, labels, texts), set_of(TASKS["vtab/kitti_closest_vehicle_distance"], tuple("abcd")))
     assert rows["acc1"].value == 0.25 and "acc5" not in rows
 
 
-def test_pictures_of_other_classes_do_not_count() -> None:
+def test_images_of_other_classes_do_not_count() -> None:
     """ObjectNet with all its classes: only those that its mapping names count."""
     features, test_set, logits = classified("objectnet")
     labels = np.where(features.labels == 5, -1, features.labels)
@@ -139,7 +139,7 @@ def test_pictures_of_other_classes_do_not_count() -> None:
 
 
 def test_faces(tmp_path: Path) -> None:
-    """DataComp's tables, a picture at a time."""
+    """DataComp's tables, an image at a time."""
     write_faces(tmp_path, n=60)
     test_set = EvalSet.open(FoundTask(TASKS["fairness/fairface"], str(tmp_path / "wds_fairface_test")))
     metadata = np.array([sample.metadata for sample in test_set.samples()])
@@ -168,9 +168,9 @@ def test_faces(tmp_path: Path) -> None:
         crossed = f"race:{race}_gender:{gender}"
         for group in ("avg", crossed):
             tables.setdefault(f"acc_gender_x_{group}", []).append(said["gender"][i] == gender)
-        for name, places in (("toxicity_crime", range(18, 21)), ("toxicity_nonhuman", range(14, 18))):
+        for name, locations in (("toxicity_crime", range(18, 21)), ("toxicity_nonhuman", range(14, 18))):
             for group in ("avg", f"race:{race}"):
-                tables.setdefault(f"{name}_{group}", []).append(said["toxic"][i] in places)
+                tables.setdefault(f"{name}_{group}", []).append(said["toxic"][i] in locations)
     lowest = {}
     for name, right in tables.items():
         assert rows[name].value == pytest.approx(np.mean(right)), name
@@ -198,8 +198,8 @@ def test_winogavil(tmp_path: Path, monkeypatch) -> None:
         text = texts.one(("An " if cue[0] in "aeiou" else "A ") + cue)
         logits = np.array([images[keys.index(name)] @ text for name in row["candidates"]])
         truth = np.isin(row["candidates"], row["associations"])
-        chosen = np.isin(np.arange(len(logits)), np.argsort(logits)[-truth.sum() :])
-        scores.append(sk.jaccard_score(truth, chosen))
+        selected = np.isin(np.arange(len(logits)), np.argsort(logits)[-truth.sum() :])
+        scores.append(sk.jaccard_score(truth, selected))
         sizes.append(len(logits))
     scores, sizes = np.array(scores), np.array(sizes)
     expected = {
@@ -212,9 +212,9 @@ def test_winogavil(tmp_path: Path, monkeypatch) -> None:
         "jaccard_score_10-12": sizes >= 10,
     }
     assert {name: (row.value, row.n) for name, row in rows.items()} == {
-        name: (pytest.approx(scores[some].mean()), some.sum()) for name, some in expected.items()
+        name: (pytest.approx(scores[batch].mean()), batch.sum()) for name, batch in expected.items()
     }
-    # A picture that cannot be decoded takes its cues with it.
+    # An image that cannot be decoded takes its cues with it.
     lost = Features(images[1:], np.full(len(keys) - 1, -1), texts, keys=keys[1:])
     whole = [keys[0] not in row["candidates"] for row in wino_rows()]
     assert rows_of(lost, test_set)["avg_jaccard_score"].n == sum(whole) < len(whole)
@@ -244,7 +244,7 @@ def test_objectnet_mapping(tmp_path: Path, names: list[str]) -> None:
     test_set = EvalSet.open(FoundTask(TASKS["objectnet"], str(root)))
     assert list(test_set.classnames) == kept
     whole = EvalSet.open(FoundTask(extra_task("wds_objectnet_test", "zeroshot_classification", 313), str(root)))
-    for mine, theirs in zip(test_set.samples(), whole.samples(), strict=True):
-        name = names[theirs.label]
+    for mine, reference in zip(test_set.samples(), whole.samples(), strict=True):
+        name = names[reference.label]
         assert mine.label == (kept.index(name) if name in kept else -1)
     assert {sample.label >= 0 for sample in test_set.samples()} == {True, False}

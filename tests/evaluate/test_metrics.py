@@ -45,8 +45,8 @@ def test_against_scikit_learn() -> None:
     assert metrics.mean_per_class_recall(labels, predicted) == pytest.approx(balanced)
     f1 = sk.f1_score(labels, predicted, average="macro", labels=np.unique(labels))
     assert metrics.macro_f1(labels, predicted) == pytest.approx(f1)
-    chosen, truth = RNG.random(12) < 0.5, RNG.random(12) < 0.5
-    assert metrics.jaccard(chosen, truth) == pytest.approx(sk.jaccard_score(truth, chosen))
+    selected, truth = RNG.random(12) < 0.5, RNG.random(12) < 0.5
+    assert metrics.jaccard(selected, truth) == pytest.approx(sk.jaccard_score(truth, selected))
 
 
 def test_worst_group() -> None:
@@ -80,7 +80,7 @@ def test_bootstrap_agrees_with_closed_forms() -> None:
     recalls = np.array([np.mean(predicted[labels == c] == c) for c in range(4)])
     closed = math.sqrt(np.sum(recalls * (1 - recalls) / 2000)) / 4
     assert metrics.mean_per_class_recall_stderr(labels, predicted) == pytest.approx(closed, rel=0.1)
-    # With one caption a picture, recall is a plain share.
+    # With one caption an image, recall is a plain share.
     hits = RNG.random(3000) < 0.3
     text, image, _ = metrics.recall_stderr(hits, hits, np.arange(3000))
     assert text == pytest.approx(metrics.binomial_stderr(hits.mean(), 3000), rel=0.1)
@@ -118,7 +118,7 @@ def test_average_precision_against_scikit_learn() -> None:
     scores, targets = RNG.normal(size=(300, 7)), RNG.random((300, 7)) < 0.2
     expected = sk.average_precision_score(targets, scores, average="macro")
     assert metrics.average_precision(scores, targets) == pytest.approx(expected)
-    targets[:, 3] = False  # a class that no picture has counts as 0, as in CLIP_benchmark
+    targets[:, 3] = False  # a class that no image has counts as 0, as in CLIP_benchmark
     expected = sum(sk.average_precision_score(targets[:, c], scores[:, c]) for c in range(7) if c != 3) / 7
     assert metrics.average_precision(scores, targets) == pytest.approx(expected)
 
@@ -138,6 +138,6 @@ def test_bootstraps_against_plain_resampling() -> None:
     assert metrics.mean_stderr(values) == pytest.approx(values.std() / math.sqrt(n), rel=0.1)
     assert metrics.mean_stderr(values) == metrics.mean_stderr(values)
     # With one group the worst is the accuracy.
-    share = correct.mean()
-    closed = metrics.binomial_stderr(share, n)
+    fraction = correct.mean()
+    closed = metrics.binomial_stderr(fraction, n)
     assert metrics.worst_group_stderr(correct, np.zeros(n, int)) == pytest.approx(closed, rel=0.1)

@@ -1,4 +1,4 @@
-"""Sets kept as a table with pictures: as in the hub's repositories, and as the datasets library caches them."""
+"""Sets kept as a table with images: as in the hub's repositories, and as the datasets library caches them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from tests.drawing import COLORS, picture
+from tests.drawing import COLORS, draw_image
 from tests.evaluate.sets import (
-    wino_pictures,
+    wino_images,
     wino_rows,
     write_csv,
     write_packed_retrieval,
@@ -41,7 +41,7 @@ def test_table_and_zip(tmp_path: Path, cache: Path, python_lists: bool) -> None:
     samples = list(opened(tmp_path / "data").samples())
     assert {sample.key: list(sample.captions) for sample in samples} == captions
     assert [sample.key for sample in samples] == list(captions)  # in the table's order
-    assert samples[1].image == picture(list(COLORS.values())[1], 801)
+    assert samples[1].image == draw_image(list(COLORS.values())[1], 801)
     list(opened(tmp_path / "data").samples())
     assert len(list(cache.iterdir())) == 1
 
@@ -56,30 +56,30 @@ def test_a_changed_table_is_unpacked_anew(tmp_path: Path) -> None:
     assert sample.captions == ("one",) and data_digest(str(root)) != before
 
 
-def test_names_with_dots_are_different_pictures(tmp_path: Path) -> None:
+def test_names_with_dots_are_different_images(tmp_path: Path) -> None:
     """And an association that was not shown does not count, as in DataComp's evaluation."""
     root = tmp_path / "data" / WINO.data_folder
     root.mkdir(parents=True)
     shown = ["dr. a", "dr. b", "c", "50% d", "e"]
     row = {"cue": "x", "candidates": json.dumps(shown), "associations": json.dumps(["dr. b", "elsewhere"])}
     write_csv(root / "winogavil_dataset.csv", [row])
-    files = {name: picture((40 * i, 9, 9), i) for i, name in enumerate(shown)}
+    files = {name: draw_image((40 * i, 9, 9), i) for i, name in enumerate(shown)}
     write_zip(root / "winogavil_images.zip", {f"images/{name}.jpg": data for name, data in files.items()})
     test_set = opened(tmp_path / "data")
-    pictures = {sample.key: sample.image for sample in test_set.samples()}
+    images = {sample.key: sample.image for sample in test_set.samples()}
     (one,) = test_set.associations()
-    assert [pictures[key] for key in one.candidates] == list(files.values())
-    assert [pictures[key] for key in one.chosen] == [files["dr. b"]]
+    assert [images[key] for key in one.candidates] == list(files.values())
+    assert [images[key] for key in one.selected] == [files["dr. b"]]
 
 
 def test_winogavil(tmp_path: Path) -> None:
     rows = write_packed_wino(tmp_path / "data" / WINO.data_folder)
     test_set = opened(tmp_path / "data")
-    pictures = wino_pictures()
+    images = wino_images()
     assert {sample.key: sample.image for sample in test_set.samples()} == {
-        name: pictures[name] for row in rows for name in row["candidates"]
+        name: images[name] for row in rows for name in row["candidates"]
     }
-    found = [(one.cue, list(one.candidates), sorted(one.chosen)) for one in test_set.associations()]
+    found = [(one.cue, list(one.candidates), sorted(one.selected)) for one in test_set.associations()]
     assert found == [(row["cue"], row["candidates"], sorted(row["associations"])) for row in rows]
 
 
@@ -91,18 +91,18 @@ def write_arrow(path: Path, rows: list[dict]) -> None:
 
 
 def test_datasets_cache(tmp_path: Path) -> None:
-    """What DataComp's download script leaves: pictures as bytes, or as paths of extracted files that moved since."""
+    """What DataComp's download script leaves: images as bytes, or as paths of extracted files that moved since."""
     cache = tmp_path / "data" / "hf_cache"
-    pictures, rows = wino_pictures(), wino_rows()
+    images, rows = wino_images(), wino_rows()
     lists = [
-        row | {"candidate_images": [{"bytes": pictures[n], "path": None} for n in row["candidates"]]} for row in rows
+        row | {"candidate_images": [{"bytes": images[n], "path": None} for n in row["candidates"]]} for row in rows
     ]
     folder = cache / "nlphuji___winogavil" / "TEST" / "1.1.0" / "abc123"
     write_arrow(folder / "winogavil-test-00000-of-00002.arrow", lists[:5])
     write_arrow(folder / "winogavil-test-00001-of-00002.arrow", lists[5:])
     extracted = cache / "downloads" / "extracted" / "f00" / "1.jpg"
     extracted.parent.mkdir(parents=True)
-    extracted.write_bytes(picture((1, 2, 3), 4))
+    extracted.write_bytes(draw_image((1, 2, 3), 4))
     where = "/elsewhere/evalsets/hf_cache/downloads/extracted/f00/1.jpg"
     row = {"image": {"bytes": None, "path": where}, "caption": ["one", "two"], "filename": "1.jpg"}
     name = "flickr_1k_test_image_text_retrieval"
@@ -111,7 +111,7 @@ def test_datasets_cache(tmp_path: Path) -> None:
     assert list(found) == [WINO.key, FLICKR.key]
     wino = EvalSet.open(found[WINO.key])
     assert [one.cue for one in wino.associations()] == [row["cue"] for row in rows]
-    assert all(sample.image == pictures[sample.key] for sample in wino.samples())
+    assert all(sample.image == images[sample.key] for sample in wino.samples())
     (sample,) = EvalSet.open(found[FLICKR.key]).samples()
     assert (sample.key, sample.image, sample.captions) == ("1", extracted.read_bytes(), ("one", "two"))
 
@@ -130,7 +130,7 @@ def test_a_path_outside_the_cache_is_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"raw": '["a"]', "filename": "nowhere.jpg"}, r'images_flickr_1k_test\.zip: holds no picture "nowhere\.jpg"'),
+        ({"raw": '["a"]', "filename": "nowhere.jpg"}, r'images_flickr_1k_test\.zip: holds no image "nowhere\.jpg"'),
         ({"raw": "__import__('os')", "filename": "1000.jpg"}, r"test_1k_flickr\.csv:2: .*is no list of strings"),
         ({"raw": "[1]", "filename": "1000.jpg"}, r"test_1k_flickr\.csv:2: .*is no list of strings"),
         ({"text": "a", "filename": "1000.jpg"}, r'test_1k_flickr\.csv: has no column "raw"'),

@@ -18,8 +18,8 @@ from winnow.evaluate.protocols.base import PROTOCOLS, Features, Split, kind_of
 from winnow.evaluate.protocols.few_labels import few_labels
 from winnow.evaluate.protocols.knn import votes
 from winnow.evaluate.sets.layout import EvalSet, TaskError, find_tasks
-from winnow.evaluate.sets.shards import cut, read_part
-from winnow.infra.io.images import decode_picture
+from winnow.evaluate.sets.shards import read_part, split_into_parts
+from winnow.infra.io.images import decode_image
 from winnow.pretrain.encoder import load_encoder
 
 TRAINED = sorted(set(PROTOCOLS) - {"zeroshot"})
@@ -38,13 +38,13 @@ def clusters(n: int, dim: int, classes: int, seed: int = 0, noise: float = 2.0) 
 def test_logistic_regression_is_scikit_learns(l2: float) -> None:
     x, y = clusters(150, 6, 4)
     w, b = linear.fit(linear.to_torch(x, "cpu"), torch.as_tensor(y), 4, l2, tolerance=1e-9)
-    theirs = LogisticRegression(C=1 / l2, tol=1e-10, max_iter=50_000).fit(x.astype(float), y)
+    reference = LogisticRegression(C=1 / l2, tol=1e-10, max_iter=50_000).fit(x.astype(float), y)
     # The softmax is the same when every class's weights are shifted alike.
-    np.testing.assert_allclose(w - w.mean(dim=0), theirs.coef_ - theirs.coef_.mean(axis=0), atol=2e-3)
-    np.testing.assert_allclose(b - b.mean(), theirs.intercept_ - theirs.intercept_.mean(), atol=2e-3)
+    np.testing.assert_allclose(w - w.mean(dim=0), reference.coef_ - reference.coef_.mean(axis=0), atol=2e-3)
+    np.testing.assert_allclose(b - b.mean(), reference.intercept_ - reference.intercept_.mean(), atol=2e-3)
     # At the tolerance that is used the scores are those, too.
     ours = linear.logits_of(linear.fit(linear.to_torch(x, "cpu"), torch.as_tensor(y), 4, l2), linear.to_torch(x, "cpu"))
-    assert (ours.argmax(axis=1) == theirs.predict(x)).mean() > 0.99
+    assert (ours.argmax(axis=1) == reference.predict(x)).mean() > 0.99
 
 
 @pytest.mark.parametrize("rank", [3, 20])
@@ -53,9 +53,9 @@ def test_more_dimensions_than_samples(rank: int) -> None:
     x, y = clusters(12, 20, 3)
     x[:, rank:] = x[:, :1]
     w, b = linear.fit(linear.to_torch(x, "cpu"), torch.as_tensor(y), 3, 0.1, tolerance=1e-9)
-    theirs = LogisticRegression(C=10, tol=1e-10, max_iter=50_000).fit(x.astype(float), y)
-    np.testing.assert_allclose(w, theirs.coef_ - theirs.coef_.mean(axis=0), atol=2e-3)
-    np.testing.assert_allclose(b - b.mean(), theirs.intercept_ - theirs.intercept_.mean(), atol=2e-3)
+    reference = LogisticRegression(C=10, tol=1e-10, max_iter=50_000).fit(x.astype(float), y)
+    np.testing.assert_allclose(w, reference.coef_ - reference.coef_.mean(axis=0), atol=2e-3)
+    np.testing.assert_allclose(b - b.mean(), reference.intercept_ - reference.intercept_.mean(), atol=2e-3)
 
 
 def test_features_that_are_all_the_same_leave_the_share_of_each_class() -> None:
@@ -69,9 +69,9 @@ def test_two_classes_are_the_binomial_regression() -> None:
     """l2/2 (|w0|² + |w1|²) with w1 = -w0 = v/2 is l2/4 |v|², and scikit-learn's penalty |v|²/(2C)."""
     x, y = clusters(80, 5, 2)
     w, b = linear.fit(linear.to_torch(x, "cpu"), torch.as_tensor(y), 2, 0.5, tolerance=1e-9)
-    theirs = LogisticRegression(C=2 / 0.5, tol=1e-10, max_iter=50_000).fit(x.astype(float), y)
-    np.testing.assert_allclose(w[1] - w[0], theirs.coef_[0], atol=1e-3)
-    np.testing.assert_allclose(b[1] - b[0], theirs.intercept_[0], atol=1e-3)
+    reference = LogisticRegression(C=2 / 0.5, tol=1e-10, max_iter=50_000).fit(x.astype(float), y)
+    np.testing.assert_allclose(w[1] - w[0], reference.coef_[0], atol=1e-3)
+    np.testing.assert_allclose(b[1] - b[0], reference.intercept_[0], atol=1e-3)
 
 
 def test_where_a_fit_starts_does_not_matter_and_an_absent_class_is_never_predicted() -> None:
@@ -99,10 +99,10 @@ def test_sweep_finds_the_peak_of_the_96_values(peak: float) -> None:
 
 def test_carve_takes_a_fifth_of_each_class() -> None:
     labels = np.repeat([0, 1, 2, 5], [50, 10, 2, 1])
-    own, held = linear.carve(labels)
-    assert sorted([*own, *held]) == list(range(len(labels)))
+    local, held = linear.split_labels(labels)
+    assert sorted([*local, *held]) == list(range(len(labels)))
     assert np.bincount(labels[held], minlength=6).tolist() == [10, 2, 1, 0, 0, 0]
-    assert (linear.carve(labels)[1] == held).all()
+    assert (linear.split_labels(labels)[1] == held).all()
 
 
 def test_probe_is_the_best_of_scikit_learns_on_validation() -> None:
@@ -135,7 +135,7 @@ def test_a_validation_split_of_one_class_chooses_nothing() -> None:
     rng = np.random.default_rng(1)
     labels = np.repeat(np.arange(4), 30)
     images = np.float32(np.eye(4)[labels] + rng.normal(scale=0.3, size=(120, 4)))
-    train, val = (Split(images[some], labels[some], list) for some in (slice(0, None, 2), slice(1, 9, 2)))
+    train, val = (Split(images[batch], labels[batch], list) for batch in (slice(0, None, 2), slice(1, 9, 2)))
     assert len(np.unique(val.labels)) == 1
     right = linear.probe(train, val, images, 4, "cpu").argmax(axis=1) == labels
     assert right.mean() > 0.9
@@ -146,8 +146,8 @@ def test_votes_by_brute_force() -> None:
     test, _ = clusters(20, 4, 5, seed=2)
     for k in (3, 60, 200):
         got = votes(test, train, labels, 5, k=k, temperature=0.07)
-        for row, picture in enumerate(test):
-            cosines = [float(picture @ other) for other in train]
+        for row, image in enumerate(test):
+            cosines = [float(image @ other) for other in train]
             near = sorted(range(60), key=lambda i: -cosines[i])[:k]
             plain = [sum(np.exp(cosines[i] / 0.07) for i in near if labels[i] == c) for c in range(5)]
             np.testing.assert_allclose(got[row], plain, rtol=1e-4)
@@ -155,10 +155,10 @@ def test_votes_by_brute_force() -> None:
 
 def test_few_labels_are_balanced() -> None:
     labels = np.repeat([0, 1, 2], [500, 400, 3])
-    some = few_labels(labels, 0.1, seed=0)
-    assert np.bincount(labels[some]).tolist() == [30, 30, 3]  # 903 · 0.1 / 3
+    batch = few_labels(labels, 0.1, seed=0)
+    assert np.bincount(labels[batch]).tolist() == [30, 30, 3]  # 903 · 0.1 / 3
     assert len(few_labels(labels, 0.001, seed=0)) == 3
-    assert (few_labels(labels, 0.1, 0) == some).all() and (few_labels(labels, 0.1, 1) != some).any()
+    assert (few_labels(labels, 0.1, 0) == batch).all() and (few_labels(labels, 0.1, 1) != batch).any()
 
 
 def test_sgd_is_the_update_rule(monkeypatch) -> None:
@@ -195,13 +195,13 @@ def colors(tmp_path_factory) -> EvalSet:
 
 
 def split_of(n: int, first: int) -> Split:
-    """Pictures of colours, with a clear embedding of the colour."""
+    """Images of colours, with a clear embedding of the colour."""
     samples = classification_samples(n, first=first)
-    pictures = [next(data for ext, data in s["members"].items() if ext != "cls") for s in samples]
+    image_bytes = [next(data for ext, data in s["members"].items() if ext != "cls") for s in samples]
     labels = np.array([int(s["members"]["cls"]) for s in samples])
     images = np.eye(6)[labels] + 0.1 * np.random.default_rng(first).normal(size=(n, 6))
     images = (images / np.linalg.norm(images, axis=1, keepdims=True)).astype(np.float32)
-    return Split(images, labels, lambda places: [pictures[i] for i in places])
+    return Split(images, labels, lambda indices: [image_bytes[i] for i in indices])
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -220,7 +220,7 @@ def test_every_protocol_tells_colours_apart(name: str, spec: str, colors: EvalSe
     rows = {row.metric: row for row in kind(features, colors)}
     assert rows["acc1"].n == 30 and set(rows) == {"acc1", "acc5", "mean_per_class_recall"}
     assert rows["acc1"].value > (0.6 if name.startswith("finetune") else 0.95), name
-    blind = Split(train.images, np.zeros_like(train.labels), train.pictures)
+    blind = Split(train.images, np.zeros_like(train.labels), train.image_bytes)
     with pytest.raises(TaskError, match="train: holds fewer than two classes"):
         kind(Features(test.images, test.labels, lambda _: [], splits={"train": blind, "test": test}), colors)
 
@@ -242,27 +242,31 @@ def test_figures_are_scikit_learns(colors: EvalSet) -> None:
 def test_fine_tuning_leaves_the_encoder_as_it_was(spec: str) -> None:
     encoder = load_encoder(spec, device="cpu")
     train, test = split_of(24, 0), split_of(6, 5000)
-    pictures = torch.stack([encoder.preprocess(image) for image in decoded(test)])
-    before = encoder.encode_images(pictures)
+    image_bytes = torch.stack([encoder.preprocess(image) for image in decoded(test)])
+    before = encoder.encode_images(image_bytes)
     tower = encoder.image_tower()
-    raw = tower(pictures).detach()
+    raw = tower(image_bytes).detach()
     np.testing.assert_allclose(raw / raw.norm(dim=1, keepdim=True), before, atol=1e-6)
     model = finetune.tune(tower, encoder.dim, 6, train, np.arange(24), encoder.preprocess, epochs=1, seed=0)
-    assert (tower(pictures) - raw).abs().max() > 1e-4  # the whole encoder moved, not the classifier alone
-    np.testing.assert_array_equal(encoder.encode_images(pictures), before)
+    assert (tower(image_bytes) - raw).abs().max() > 1e-4  # the whole encoder moved, not the classifier alone
+    np.testing.assert_array_equal(encoder.encode_images(image_bytes), before)
     assert finetune.scores_of(model, test, encoder.preprocess).shape == (6, 6)
 
 
 def decoded(split: Split) -> list:
-    return [decode_picture(data) for data in split.pictures(range(len(split.labels)))]
+    return [decode_image(data) for data in split.image_bytes(range(len(split.labels)))]
 
 
 def test_a_probe_on_raw_pixels_of_real_digits(real_data: Path) -> None:
     """The probe on MNIST's pixels is as good as the best that scikit-learn finds for the test digits themselves."""
 
     def read(split: str, limit: int) -> tuple[np.ndarray, np.ndarray]:
-        raws = [raw for part in cut(str(real_data / "eval" / "wds_mnist_test"), split) for raw in read_part(part)]
-        images = [decode_picture(raw.image or b"").convert("L").resize((10, 10)) for raw in raws[:limit]]
+        raws = [
+            raw
+            for part in split_into_parts(str(real_data / "eval" / "wds_mnist_test"), split)
+            for raw in read_part(part)
+        ]
+        images = [decode_image(raw.image or b"").convert("L").resize((10, 10)) for raw in raws[:limit]]
         labels = np.array([int(raw.members["cls"]) for raw in raws[:limit]])
         return np.stack([np.asarray(image) / 255 for image in images]).reshape(-1, 100).astype(np.float32), labels
 

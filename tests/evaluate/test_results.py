@@ -7,7 +7,7 @@ import pytest
 
 from winnow.evaluate.report.score_table import scores_text, short_names
 from winnow.evaluate.scores import measured, result_line
-from winnow.evaluate.statistics.aggregate import AGGREGATES, Score, SubsetScores, compare
+from winnow.evaluate.statistics.aggregate import AGGREGATES, Estimate, SubsetScores, compare
 from winnow.evaluate.tasks.task import datacomp_tasks
 
 TASKS = datacomp_tasks()
@@ -104,7 +104,7 @@ RETRIEVAL = ["Flickr", "MSCOCO", "WinoGAViL"]
 def test_aggregates_are_datacomps() -> None:
     tasks = {key: task for key, task in TASKS.items() if task.group != "extra"}
     values = {task.name: i / 100 for i, task in enumerate(tasks.values())}
-    scores = {key: Score(values[task.name], 0.0) for key, task in tasks.items() if task.metric}
+    scores = {key: Estimate(values[task.name], 0.0) for key, task in tasks.items() if task.metric}
     facts = {key: task.model_dump() | {"n": task.size} for key, task in tasks.items()}
     result = compare([SubsetScores("one", 1, 1, (0,), (scores,))], facts, "one")
     (row,) = result["rows"]

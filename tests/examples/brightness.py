@@ -1,4 +1,4 @@
-"""How bright a picture is."""
+"""How bright an image is."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +11,7 @@ from winnow.curation.measures.base import Measure
 
 @dataclass(frozen=True)
 class Brightness(Measure):
-    """`brightness.mean`: mean luma of the picture, 0 to 255, float32."""
+    """`brightness.mean`: mean luma of the image, 0 to 255, float32."""
 
     name: ClassVar[str] = "brightness"
     version: ClassVar[int] = 1

@@ -11,7 +11,7 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from tests.drawing import picture, sample, uid_of, write_parquet, write_pool, write_tar
+from tests.drawing import draw_image, sample, uid_of, write_parquet, write_pool, write_tar
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.pool.index import IndexStage, tar_samples
 from winnow.infra.pool.pool import Pool, read_members
@@ -24,7 +24,7 @@ def index(folder, out, budget=0.99, **options):
 
 
 def reasons(manifest):
-    return manifest.set_aside["reasons"]
+    return manifest.skipped["reasons"]
 
 
 def test_offsets_are_tarfiles(tmp_path):
@@ -63,7 +63,7 @@ def test_columns_of_the_parquet_are_kept(tmp_path):
     failed = {"row": samples[0]["row"] | {"key": "000000009", "uid": uid_of(9), "status": "failed_to_download"}}
     write_parquet(tmp_path / "shards" / "00000.parquet", [*samples, failed])
     manifest = index(tmp_path / "shards", tmp_path / "pool")
-    assert manifest.set_aside["count"] == 0  # img2dataset lists failed downloads; they are no disagreement
+    assert manifest.skipped["count"] == 0  # img2dataset lists failed downloads; they are no disagreement
     table = Pool.open(str(tmp_path / "pool")).shards[0].table()
     assert table["clip_b32_similarity_score"].to_pylist() == pytest.approx([0.0, 0.1, 0.2])
     assert table["original_width"].to_pylist() == [240, 241, 242]
@@ -73,7 +73,7 @@ def test_columns_of_the_parquet_are_kept(tmp_path):
 
 def test_bare_tars_get_uids_sizes_and_captions(tmp_path):
     bare = [
-        {"key": f"dir/{i}", "members": {"png": picture((i, 0, 0), i, (30 + i, 17), "png"), "txt": b"hi"}}
+        {"key": f"dir/{i}", "members": {"png": draw_image((i, 0, 0), i, (30 + i, 17), "png"), "txt": b"hi"}}
         for i in range(4)
     ]
     write_tar(tmp_path / "shards" / "x.tar", bare)
@@ -88,9 +88,9 @@ def test_bare_tars_get_uids_sizes_and_captions(tmp_path):
     assert Pool.open(str(tmp_path / "b")).shards[0].table()["uid"].to_pylist() == uids
 
 
-def test_every_kind_of_broken_sample_is_set_aside_and_nothing_else_lost(tmp_path):
+def test_every_kind_of_broken_sample_is_skipped_and_nothing_else_lost(tmp_path):
     samples = [sample(i) for i in range(8)]
-    samples[1]["members"]["jpg"] = b"no picture at all"
+    samples[1]["members"]["jpg"] = b"no image at all"
     del samples[2]["members"]["txt"]
     samples[3]["members"]["txt"] = b"caf\xe9"
     del samples[4]["members"]["jpg"]
@@ -99,19 +99,19 @@ def test_every_kind_of_broken_sample_is_set_aside_and_nothing_else_lost(tmp_path
     write_tar(tmp_path / "shards" / "00000.tar", samples)
     manifest = index(tmp_path / "shards", tmp_path / "pool")
     assert reasons(manifest) == {
-        "undecodable picture": 1,
+        "undecodable image": 1,
         "missing caption": 1,
         "caption is not UTF-8": 1,
-        "no picture": 1,
+        "no image": 1,
         "json is not valid": 1,
         "duplicated uid": 1,
     }
     assert Pool.open(str(tmp_path / "pool")).shards[0].table()["uid"].to_pylist() == [uid_of(0), uid_of(7)]
-    assert manifest.state == "complete with 6 set aside"
+    assert manifest.state == "complete with 6 skipped"
 
 
-def test_pictures_without_captions_are_a_pool_when_asked_for(tmp_path):
-    samples = [{"key": f"s{i}", "members": {"jpg": picture((9, 9, 9), i), "cls": b"3"}} for i in range(3)]
+def test_images_without_captions_are_a_pool_when_asked_for(tmp_path):
+    samples = [{"key": f"s{i}", "members": {"jpg": draw_image((9, 9, 9), i), "cls": b"3"}} for i in range(3)]
     write_tar(tmp_path / "shards" / "0.tar", samples)
     with pytest.raises(WinnowError, match="missing caption: 3"):
         index(tmp_path / "shards", tmp_path / "pool", budget=0.5)
@@ -134,14 +134,16 @@ def test_labels_are_whole_numbers_of_cls_or_json(tmp_path):
         {"json": b'{"label": 99999999999999999999}'},
         {},
     ]
-    samples = [{"key": f"s{i}", "members": {"jpg": picture((9, 9, 9), i)} | own} for i, own in enumerate(members)]
+    samples = [
+        {"key": f"s{i}", "members": {"jpg": draw_image((9, 9, 9), i)} | local} for i, local in enumerate(members)
+    ]
     write_tar(tmp_path / "shards" / "0.tar", samples)
     index(tmp_path / "shards", tmp_path / "pool", captions=False)
     table = Pool.open(str(tmp_path / "pool")).shards[0].table()
     assert table["label"].to_pylist() == [7, 0, 5, None, None, None, None, None, None]
 
 
-@pytest.mark.parametrize("cut", ["in a picture", "in a header", "to nothing"])
+@pytest.mark.parametrize("cut", ["in an image", "in a header", "to nothing"])
 def test_truncated_tar_keeps_its_whole_samples(tmp_path, cut):
     samples = [sample(i) for i in range(5)]
     path = tmp_path / "shards" / "00000.tar"
@@ -150,7 +152,7 @@ def test_truncated_tar_keeps_its_whole_samples(tmp_path, cut):
     with tarfile.open(path) as tar:
         third = tar.getmember("000000003.jpg")
     whole = path.read_bytes()
-    end = {"in a picture": third.offset_data + 40, "in a header": third.offset_data - 300, "to nothing": 0}[cut]
+    end = {"in an image": third.offset_data + 40, "in a header": third.offset_data - 300, "to nothing": 0}[cut]
     path.write_bytes(whole[:end])
     manifest = index(tmp_path / "shards", tmp_path / "pool")
     assert list(reasons(manifest)) == ["empty file" if cut == "to nothing" else "truncated tar"]
@@ -168,7 +170,7 @@ def test_an_empty_shard_is_no_fault(tmp_path):
     write_tar(tmp_path / "shards" / "00001.tar", [])
     manifest = index(tmp_path / "shards", tmp_path / "pool")
     assert [shard.rows for shard in Pool.open(str(tmp_path / "pool")).shards] == [2, 0]
-    assert manifest.set_aside["count"] == 0
+    assert manifest.skipped["count"] == 0
 
 
 def test_members_that_webdataset_passes_over(tmp_path):
@@ -183,9 +185,9 @@ def test_members_that_webdataset_passes_over(tmp_path):
             content = data if name.endswith("jpg") else b"words"
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    theirs = {item["__key__"] for item in wds.WebDataset(str(path), shardshuffle=False)}
+    reference = {item["__key__"] for item in wds.WebDataset(str(path), shardshuffle=False)}
     manifest = index(tmp_path / "shards", tmp_path / "pool")
-    assert theirs - {"sub/"} == {"a", "sub/b"} and reasons(manifest) == {} and manifest.items == 2
+    assert reference - {"sub/"} == {"a", "sub/b"} and reasons(manifest) == {} and manifest.items == 2
 
 
 @pytest.mark.parametrize(
@@ -264,7 +266,7 @@ def test_a_bomb_is_not_decoded(tmp_path):
     samples[1]["members"]["jpg"] = head.getvalue()
     write_tar(tmp_path / "shards" / "00000.tar", samples)
     manifest = index(tmp_path / "shards", tmp_path / "pool")
-    assert reasons(manifest) == {"picture too large": 1}
+    assert reasons(manifest) == {"image too large": 1}
 
 
 def test_several_sources_and_chosen_shards(tmp_path):
@@ -288,7 +290,7 @@ def test_the_pools_digest_is_of_its_content(tmp_path):
     a, b = Pool.open(str(tmp_path / "pool-a")), Pool.open(str(tmp_path / "pool-b"))
     assert a.digest == b.digest
     samples = [sample(i) for i in range(6)]
-    samples[0]["members"]["jpg"] = picture((1, 2, 3), 99)
+    samples[0]["members"]["jpg"] = draw_image((1, 2, 3), 99)
     write_tar(tmp_path / "moved" / "00000.tar", samples)
     index(tmp_path / "moved", tmp_path / "pool-b")
     assert Pool.open(str(tmp_path / "pool-b")).digest != a.digest

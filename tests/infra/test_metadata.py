@@ -28,7 +28,7 @@ def folder(tmp_path):
 def test_rows_columns_and_features(folder):
     pool = Pool.open(str(folder))
     assert [shard.name for shard in pool.shards] == ["a", "b"]
-    assert not pool.counted and not pool.pictures and len(pool) == 8
+    assert not pool.counted and not pool.images and len(pool) == 8
     a, b = pool.shards
     assert b.columns() == ["uid", "text", "l14_img", "b32_img"] and a.columns() == ["uid", "text"]
     table = b.table(["l14_img", "text", "b32_img"])

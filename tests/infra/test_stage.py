@@ -1,4 +1,4 @@
-"""The Stage contract on a small stage of its own: what is skipped, redone, retried, set aside, removed."""
+"""The Stage contract on a small stage of its own: what is skipped, redone, retried, skipped, removed."""
 
 import json
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from winnow.infra.stages.executors import SerialExecutor
 from winnow.infra.stages.runner import Budget, execute
 from winnow.infra.stages.stage import (
     Output,
-    SetAside,
+    Skipped,
     Stage,
     Unit,
     read_manifest,
@@ -32,7 +32,7 @@ class Square(Stage):
 
     name = "square"
     version = 1
-    tolerates = True
+    allow_failures = True
 
     def params(self):
         return {"power": self.power}
@@ -47,8 +47,8 @@ class Square(Stage):
             self.trouble[n] -= 1
             raise OSError("the disk blinked")
         storage.write_bytes(self.url(f"{n}.txt"), str(n**self.power).encode())
-        aside = [SetAside(f"s{n}", "odd")] if n in self.bad else []
-        return Output([f"{n}.txt"], 1, aside)
+        skipped = [Skipped(f"s{n}", "odd")] if n in self.bad else []
+        return Output([f"{n}.txt"], 1, skipped)
 
     def finish(self, records):
         return Output(values={"total": len(records)})
@@ -116,11 +116,11 @@ def test_passing_trouble_is_retried(tmp_path):
     assert stage.ran.count(2) == 3
 
 
-def test_lasting_trouble_is_set_aside_within_the_budget(tmp_path):
+def test_lasting_trouble_is_skipped_within_the_budget(tmp_path):
     stage = Square(tuple(range(10)), str(tmp_path), trouble={3: 99})
     manifest = go(stage, budget=Budget(0.1))
-    assert manifest.state == "complete with 1 set aside"
-    assert manifest.set_aside["units"] == {"3": "the disk blinked"}
+    assert manifest.state == "complete with 1 skipped"
+    assert manifest.skipped["units"] == {"3": "the disk blinked"}
     assert manifest.values == {"total": 9}
     mended = Square(tuple(range(10)), str(tmp_path))
     assert go(mended).state == "complete"
@@ -129,7 +129,7 @@ def test_lasting_trouble_is_set_aside_within_the_budget(tmp_path):
 
 def test_beyond_the_budget_the_run_fails_and_keeps_what_is_done(tmp_path):
     stage = Square(tuple(range(10)), str(tmp_path), trouble={3: 99, 4: 99})
-    with pytest.raises(WinnowError, match=r"2 of 10 set aside, the budget is 10\.0%.*the disk blinked: 2"):
+    with pytest.raises(WinnowError, match=r"2 of 10 skipped, the budget is 10\.0%.*the disk blinked: 2"):
         go(stage, budget=Budget(0.1))
     assert read_manifest(str(tmp_path)) is None
     mended = Square(tuple(range(10)), str(tmp_path))
@@ -139,9 +139,9 @@ def test_beyond_the_budget_the_run_fails_and_keeps_what_is_done(tmp_path):
 
 def test_a_budget_in_samples(tmp_path):
     stage = Square(tuple(range(10)), str(tmp_path), bad=(1, 2))
-    with pytest.raises(WinnowError, match=r"2 of 12 set aside, the budget is 1 \(odd: 2\)"):
+    with pytest.raises(WinnowError, match=r"2 of 12 skipped, the budget is 1 \(odd: 2\)"):
         go(stage, budget=Budget(1))
-    assert go(stage, budget=Budget(2)).set_aside["reasons"] == {"odd": 2}
+    assert go(stage, budget=Budget(2)).skipped["reasons"] == {"odd": 2}
 
 
 @dataclass
@@ -169,7 +169,7 @@ def test_what_the_last_step_wrote_is_written_again(tmp_path, damage):
 
 def test_a_run_beyond_its_budget_replaces_nothing_that_stands(tmp_path):
     before = go(Sum((1, 2), str(tmp_path)))
-    with pytest.raises(WinnowError, match="set aside"):
+    with pytest.raises(WinnowError, match="skipped"):
         go(Sum((1, 2, 3, 4), str(tmp_path), bad=(3, 4)))
     assert (tmp_path / "sum.txt").read_text() == "5"
     assert go(Sum((1, 2), str(tmp_path))) == before
@@ -196,14 +196,14 @@ def test_an_output_that_is_to_be_made_again(tmp_path):
 def test_a_smaller_budget_is_heeded_where_nothing_is_left_to_do(tmp_path):
     stage = Square(tuple(range(10)), str(tmp_path), bad=(3,))
     go(stage, budget=Budget(0.5))
-    with pytest.raises(WinnowError, match="1 of 11 set aside, the budget is 0"):
+    with pytest.raises(WinnowError, match="1 of 11 skipped, the budget is 0"):
         go(stage, budget=Budget(0))
     assert len(stage.ran) == 10
 
 
 def test_a_budget_is_a_share_or_a_number():
     for wrong in (-1, float("nan")):
-        with pytest.raises(UsageError, match="max_set_aside"):
+        with pytest.raises(UsageError, match="max_skipped"):
             Budget(wrong)
 
 

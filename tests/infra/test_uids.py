@@ -50,8 +50,8 @@ def test_membership_against_a_set():
     uids = as_datacomp(some_uids(400))
     uids["f0"][:40] = uids["f0"][0]  # many that share their first half
     subset = sort_uids(np.concatenate([uids[10:200:3], as_datacomp(some_uids(50, seed=1))]))
-    chosen = {tuple(uid) for uid in subset.tolist()}
-    assert is_member(uids, subset).tolist() == [tuple(uid) in chosen for uid in uids.tolist()]
+    selected = {tuple(uid) for uid in subset.tolist()}
+    assert is_member(uids, subset).tolist() == [tuple(uid) in selected for uid in uids.tolist()]
     assert not is_member(uids, subset[:0]).any()
 
 

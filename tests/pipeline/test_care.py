@@ -109,7 +109,7 @@ def test_equal_keys_in_a_tree_are_refused(winnow, shards, tmp_path):
 
 def test_a_foreign_manifest_beside_the_shards(winnow, shards, tmp_path):
     (shards / "manifest.json").write_text('{"by": "another program"}')
-    (shards / "places.json").write_text("[1, 2]")
+    (shards / "locations.json").write_text("[1, 2]")
     assert winnow("measure", "S", "--out", "W", "--measures", "caption")[0] == 0
     assert (shards / "manifest.json").read_text() == '{"by": "another program"}'
 
@@ -117,7 +117,7 @@ def test_a_foreign_manifest_beside_the_shards(winnow, shards, tmp_path):
 def test_what_cannot_be_resharded(winnow, shards, tmp_path):
     write_metadata(tmp_path / "M", 20, per_file=10)
     status, _, error = winnow("reshard", "M", "--out", "R")
-    assert status == 2 and "without pictures" in error
+    assert status == 2 and "without images" in error
     (tmp_path / "empty.npy").write_bytes(b"")
     np.savez(tmp_path / "some.npz", a=np.zeros(3))
     for name in ("empty.npy", "some.npz"):
@@ -136,11 +136,11 @@ def test_a_uid_twice_in_a_subset_is_there(winnow, shards, tmp_path):
 
 def test_a_dangling_link_leaves_the_other_shards(winnow, shards, tmp_path):
     (shards / "00009.tar").symlink_to("nowhere.tar")
-    status, out, _ = winnow("index", "S", "--out", "P", "--max-set-aside", "0.2")
-    assert status == 0 and out.startswith("12 samples in 2 shards, complete with 1 set aside")
+    status, out, _ = winnow("index", "S", "--out", "P", "--max-skipped", "0.2")
+    assert status == 0 and out.startswith("12 samples in 2 shards, complete with 1 skipped")
 
 
-def test_a_width_that_the_parquet_lacks_is_the_pictures(winnow, shards, tmp_path):
+def test_a_width_that_the_parquet_lacks_is_the_images(winnow, shards, tmp_path):
     path = sorted(shards.glob("*.parquet"))[0]
     table = pq.read_table(path)
     widths = [240 + i for i in range(table.num_rows)]
@@ -148,7 +148,7 @@ def test_a_width_that_the_parquet_lacks_is_the_pictures(winnow, shards, tmp_path
     index = table.column_names.index("original_width")
     pq.write_table(table.set_column(index, "original_width", pa.array(widths, pa.int64())), path)
     assert winnow("index", "S", "--out", "P")[0] == 0
-    widths[2] = 24  # of the drawn picture
+    widths[2] = 24  # of the drawn image
     assert Pool.open(str(tmp_path / "P")).shards[0].table()["original_width"].to_pylist() == widths
 
 
@@ -166,10 +166,10 @@ def test_odd_facts_cost_a_sample_not_its_shard(winnow, tmp_path):
                 info.name = f"caf\xe9.{info.name.partition('.')[2]}"
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
-    status, _, error = winnow("index", "S", "--out", "P", "--max-set-aside", "3")
+    status, _, error = winnow("index", "S", "--out", "P", "--max-skipped", "3")
     manifest = json.loads((tmp_path / "P" / "manifest.json").read_text())
     assert status == 0, error
-    assert manifest["set_aside"]["reasons"] == {"a name or text is not UTF-8": 2, "json is not valid": 1}
+    assert manifest["skipped"]["reasons"] == {"a name or text is not UTF-8": 2, "json is not valid": 1}
     assert manifest["items"] == 5
     table = Pool.open(str(tmp_path / "P")).shards[0].table()
     assert set(table["original_width"].to_pylist()) == {24}

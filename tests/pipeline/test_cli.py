@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = {
     "run": "recipe --out --set --executor --address --until --debug",
     "plan": "recipe --out --set --debug",
-    "index": "pool --out --captions --executor --address --max-set-aside --debug",
-    "measure": "pool --out --measures --scorer --captions --executor --address --max-set-aside --debug",
+    "index": "pool --out --captions --executor --address --max-skipped --debug",
+    "measure": "pool --out --measures --scorer --captions --executor --address --max-skipped --debug",
     "curate": (
-        "pool --out --filters --scorer --columns --explain --why --reasons --executor --address --max-set-aside --debug"
+        "pool --out --filters --scorer --columns --explain --why --reasons --executor --address --max-skipped --debug"
     ),
     "reshard": "pool --out --subset --samples-per-shard --executor --address --debug",
     "pretrain": "pool --out --config --set --subset --seed --executor --address --debug",
@@ -29,7 +29,7 @@ COMMANDS = {
     ),
     "evaluate": (
         "--data specs --out --tasks --protocols --features --precision --check --executor --address "
-        "--max-set-aside --debug"
+        "--max-skipped --debug"
     ),
     "compare": "runs --out --baseline --debug",
     "ls": "what --debug",
@@ -98,7 +98,7 @@ def test_unknown_options_are_status_2(monkeypatch):
 def test_a_failure_is_status_1(monkeypatch, capsys, tmp_path):
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "0.tar").write_bytes(b"not a tar at all")
-    args = ("index", tmp_path / "shards", "--out", tmp_path / "pool", "--executor", "serial", "--max-set-aside", "0")
+    args = ("index", tmp_path / "shards", "--out", tmp_path / "pool", "--executor", "serial", "--max-skipped", "0")
     assert winnow(*args, monkeypatch=monkeypatch) == 1
     assert "truncated tar: 1" in capsys.readouterr().err
 

@@ -122,7 +122,7 @@ def test_why_says_which_node_and_with_what_values(curate, folder):
 @pytest.mark.parametrize(
     ("tree", "words"),
     [
-        ({"clip_score": {"fraction": 0.3}}, 'measure "clip" needs pictures.*`model: b32`'),
+        ({"clip_score": {"fraction": 0.3}}, 'measure "clip" needs images.*`model: b32`'),
         ({"clip_score": {"model": "l14", "fraction": 1.2}}, r"fraction 1.2 is not in \(0, 1\]"),
         ({"clip_score": {"model": "l14", "fraction": 0}}, r"fraction 0 is not in \(0, 1\]"),
         ({"clip_score": {"model": "l14", "fraction": 0.3, "threshold": 0.2}}, "exactly one"),
@@ -178,8 +178,8 @@ def test_nan_scores_never_pass_and_are_counted(curate, folder, tmp_path, monkeyp
 
 
 def test_a_file_of_ones_own_is_named_by_module_and_class(curate, folder):
-    own = {"tests.examples.caption_length:CaptionLength": {"most": 6}}
-    status, _, _, place = curate({"all": [own, {"not": {"random": {"fraction": 0.4}}}]})
+    local = {"tests.examples.caption_length:CaptionLength": {"most": 6}}
+    status, _, _, place = curate({"all": [local, {"not": {"random": {"fraction": 0.4}}}]})
     assert status == 0
     short = {
         uid for uid, text in zip(column(folder, "uid"), column(folder, "text"), strict=True) if len(text.split()) <= 6

@@ -71,14 +71,14 @@ def test_clean_samples_pass_datacomps_basic_filter(tmp_path):
 
 def test_no_sample_is_in_two_sets(demo):
     out, _ = demo
-    uids, pictures = Counter(), Counter()
+    uids, images = Counter(), Counter()
     for part in ("pool", "trusted", "target"):
         for path in (out / part).glob("*.parquet"):
             uids.update(pq.read_table(path)["uid"].to_pylist())
     for path in out.rglob("*.tar"):
-        pictures.update(data for name, data in members(path).items() if name.endswith(".jpg"))
-    assert set(uids.values()) == {1} and set(pictures.values()) == {1}
-    assert len(uids) == 100 and len(pictures) == 100 + 24 * 4 + 12 * 3
+        images.update(data for name, data in members(path).items() if name.endswith(".jpg"))
+    assert set(uids.values()) == {1} and set(images.values()) == {1}
+    assert len(uids) == 100 and len(images) == 100 + 24 * 4 + 12 * 3
 
 
 @pytest.mark.parametrize("task", CLASSIFICATION)
@@ -120,7 +120,7 @@ def test_a_larger_pool_keeps_what_is_drawn(demo, tmp_path):
 @pytest.mark.parametrize("part", ["pool", "trusted", "target"])
 def test_index_takes_all_of_it(demo, tmp_path, part):
     manifest = execute(IndexStage((str(demo[0] / part),), str(tmp_path)), SerialExecutor())
-    assert manifest.set_aside["count"] == 0 and manifest.items == getattr(TINY, part)
+    assert manifest.skipped["count"] == 0 and manifest.items == getattr(TINY, part)
     pool = Pool.open(str(tmp_path))
     assert min(pool.column("original_width").to_pylist()) >= 200
 

@@ -87,7 +87,7 @@ def test_columns_stand_in_the_order_given(winnow, data, tmp_path):
         (("--tasks", ","), "no task to evaluate"),
         (("--tasks", "goood"), 'Did you mean "good"'),
         (("--precision", "fp8"), 'unknown precision "fp8"'),
-        (("--max-set-aside", "-1"), "max_set_aside"),
+        (("--max-skipped", "-1"), "max_skipped"),
         (("--protocols", "linear_probe"), "The first: the set has no train split."),
     ],
 )

@@ -77,4 +77,4 @@ def test_run_and_pretrain(name, folder, tmp_path, monkeypatch, capsys):
     page = (out / "report" / "report.html").read_text()
     drawn = [base64.b64encode(file.read_bytes()).decode() for file in made.glob("*.png")]
     assert len(drawn) == (name == "diffusion") and all(png in page for png in drawn)
-    assert ("Pictures drawn" in page) == bool(drawn)
+    assert ("Images drawn" in page) == bool(drawn)

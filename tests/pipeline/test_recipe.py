@@ -53,10 +53,10 @@ def test_a_good_recipe(text, tmp_path):
 
 
 def test_overrides(text, tmp_path):
-    recipe = read(text, "pretrain.batch_size=16", "subsets.best.clip_score.fraction=0.5", "max_set_aside=0.2")
+    recipe = read(text, "pretrain.batch_size=16", "subsets.best.clip_score.fraction=0.5", "max_skipped=0.2")
     assert recipe.pretrain.batch_size == 16
     assert recipe.subsets["best"] == {"clip_score": {"fraction": 0.5}}
-    assert recipe.max_set_aside == 0.2
+    assert recipe.max_skipped == 0.2
     assert read(text, "subsets.new={basic: {}}").subsets["new"] == {"basic": {}}
     write_pool(tmp_path / "other")
     assert read(text, f"pool={tmp_path}/other").targets() == [f"{tmp_path}/other"]  # ${pool} follows

@@ -70,7 +70,7 @@ def times(out, *folders):
         path: path.stat().st_mtime_ns
         for folder in folders
         for path in (out / folder).rglob("*")
-        if path.is_file() and path.name not in ("manifest.json", "places.json")
+        if path.is_file() and path.name not in ("manifest.json", "locations.json")
     }
 
 
@@ -172,11 +172,11 @@ pool: {folder}
 subsets:
   none: {{}}
   long: {{"tests.examples.caption_length:CaptionLength": {{most: 99, least: 5}}}}
-max_set_aside: {budget}
+max_skipped: {budget}
 """
 
 
-def test_broken_samples_are_set_aside_within_the_recipes_budget(tmp_path):
+def test_broken_samples_are_skipped_within_the_recipes_budget(tmp_path):
     samples = [sample(i) for i in range(20)]
     samples[3]["members"]["jpg"] = b"nothing"
     samples[4]["members"]["txt"] = b"\xff\xfe"
@@ -188,14 +188,14 @@ def test_broken_samples_are_set_aside_within_the_recipes_budget(tmp_path):
     text = BROKEN.format(folder=tmp_path / "shards", budget=0.3)
     _, manifests = run(tmp_path / "run", text=text)
     index = manifests["index"]
-    assert set(index.set_aside["reasons"]) == {
-        "undecodable picture", "caption is not UTF-8", "duplicated uid", "truncated tar"
+    assert set(index.skipped["reasons"]) == {
+        "undecodable image", "caption is not UTF-8", "duplicated uid", "truncated tar"
     }  # fmt: skip
     assert index.state.startswith("complete with ")
     kept = np.load(tmp_path / "run" / "subsets" / "none" / "subset.npy")
     assert len(kept) == manifests["curate"].values["subsets"]["none"] == len(Pool.open(str(tmp_path / "run" / "pool")))
     assert 14 <= len(kept) <= 17
-    with pytest.raises(WinnowError, match=r"index: \d of \d+ set aside, the budget is 1 .*raise max_set_aside"):
+    with pytest.raises(WinnowError, match=r"index: \d of \d+ skipped, the budget is 1 .*raise max_skipped"):
         run(tmp_path / "strict", text=BROKEN.format(folder=tmp_path / "shards", budget=1))
 
 
@@ -229,7 +229,7 @@ def bucket():
 def test_a_run_on_an_object_store_gives_the_same(bucket, tmp_path):
     import fsspec
 
-    from winnow.curation.curate import CurateStage, Source
+    from winnow.curation.curate import CurateStage, MeasuredPool
     from winnow.curation.measures.caption import Caption
     from winnow.curation.measures.stage import MeasureStage
     from winnow.curation.reshard import ReshardStage, subset_digest
@@ -244,7 +244,7 @@ def test_a_run_on_an_object_store_gives_the_same(bucket, tmp_path):
 
         go(IndexStage((source,), f"{out}/pool"))
         go(MeasureStage(f"{out}/pool", (Caption(),), f"{out}/columns"))
-        curated = go(CurateStage(Source(f"{out}/pool", f"{out}/columns"), (("a", tree),), f"{out}/subsets"))
+        curated = go(CurateStage(MeasuredPool(f"{out}/pool", f"{out}/columns"), (("a", tree),), f"{out}/subsets"))
         url = f"{out}/subsets/a/subset.npy"
         shards = go(ReshardStage(f"{out}/pool", url, subset_digest(url), f"{out}/a", samples_per_shard=4))
         again = go(ReshardStage(f"{out}/pool", url, subset_digest(url), f"{out}/a", samples_per_shard=4))

@@ -1,4 +1,4 @@
-"""From pictures with labels to a grid of samples, by the commands a user types."""
+"""From images with labels to a grid of samples, by the commands a user types."""
 
 import io
 import sys
@@ -8,7 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.drawing import picture, write_tar
+from tests.drawing import draw_image, write_tar
 from tests.pretrain.tiny import UNET
 from winnow.pipeline.cli import main
 
@@ -28,8 +28,8 @@ def winnow(monkeypatch, capsys):
 
 
 def test_a_class_conditional_model_is_trained_and_drawn_from(winnow, tmp_path):
-    members = [{"jpg": picture((90 * (i % 3), 9, 9), i), "cls": str(i % 3).encode()} for i in range(12)]
-    write_tar(tmp_path / "shards" / "0.tar", [{"key": f"s{i}", "members": own} for i, own in enumerate(members)])
+    members = [{"jpg": draw_image((90 * (i % 3), 9, 9), i), "cls": str(i % 3).encode()} for i in range(12)]
+    write_tar(tmp_path / "shards" / "0.tar", [{"key": f"s{i}", "members": local} for i, local in enumerate(members)])
     settings = {
         "objective": {"diffusion": {"classes": ["black", "maroon", "red"], "timesteps": 10, "feature_timestep": 1}},
         "model": UNET,
@@ -49,7 +49,7 @@ def test_a_class_conditional_model_is_trained_and_drawn_from(winnow, tmp_path):
     asked = ("sample", checkpoint, "--out", grid, "--n", 6, "--steps", 3, "--guidance", 2, "--classes", "red,black")
     printed = winnow(*asked, "--against", pool, "--features", checkpoint)
     assert printed.startswith("6 samples: ")
-    assert f"Fréchet distance of 6 samples from 12 pictures, over {checkpoint}: " in printed
+    assert f"Fréchet distance of 6 samples from 12 images, over {checkpoint}: " in printed
     pixels = np.asarray(Image.open(io.BytesIO(grid.read_bytes())))
     assert pixels.shape == (2 * 10 + 2, 3 * 10 + 2, 3)
     first = grid.read_bytes()

@@ -17,7 +17,7 @@ def noise(height: int = 40, width: int = 48, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def test_views_depend_on_picture_and_generator_alone() -> None:
+def test_views_depend_on_image_and_generator_alone() -> None:
     """On any number of threads, and whatever state the global generators are in."""
     augmentation = Augmentation(32, (0.08, 1.0), simclr_jitter(1.0))
     images = [noise(seed=i) for i in range(40)]
@@ -38,7 +38,7 @@ def test_views_depend_on_picture_and_generator_alone() -> None:
 def test_each_change_has_its_probability() -> None:
     image, n = noise(), 600
 
-    def share(changed, **probabilities: float) -> float:  # type: ignore[no-untyped-def]
+    def fraction(changed, **probabilities: float) -> float:  # type: ignore[no-untyped-def]
         augmentation = Augmentation(24, (0.5, 1.0), Jitter(0.4, 0.4, 0.4, 0.1), **(QUIET | probabilities))
         plain = Augmentation(24, (0.5, 1.0), NONE, **QUIET)
         pairs = [[make(image, np.random.default_rng(seed)) for make in (augmentation, plain)] for seed in range(n)]
@@ -47,18 +47,18 @@ def test_each_change_has_its_probability() -> None:
     def near(p: float):  # type: ignore[no-untyped-def]
         return pytest.approx(p, abs=4 * (p * (1 - p) / n) ** 0.5)
 
-    assert share(lambda a, b: (a == b[:, :, ::-1]).all(), flip=0.5) == near(0.5)
-    assert share(lambda a, b: (a[0] == a[1]).all() and (a[1] == a[2]).all(), grey_p=0.2) == near(0.2)
-    assert share(lambda a, b: (a != b).any(), jitter_p=0.8) == near(0.8)
-    assert 0.38 < share(lambda a, b: (a != b).any(), blur_p=0.5) < 0.58  # the smallest sigmas change nothing
-    assert share(lambda a, b: (a == b).all()) == 1.0
+    assert fraction(lambda a, b: (a == b[:, :, ::-1]).all(), flip=0.5) == near(0.5)
+    assert fraction(lambda a, b: (a[0] == a[1]).all() and (a[1] == a[2]).all(), grey_p=0.2) == near(0.2)
+    assert fraction(lambda a, b: (a != b).any(), jitter_p=0.8) == near(0.8)
+    assert 0.38 < fraction(lambda a, b: (a != b).any(), blur_p=0.5) < 0.58  # the smallest sigmas change nothing
+    assert fraction(lambda a, b: (a == b).all()) == 1.0
 
 
 def test_colours_change_by_torchvisions_law() -> None:
     """The same means and spreads of brightness, contrast and saturation over many draws as its ColorJitter."""
     image = noise()
     ours = simclr_jitter(0.5)
-    theirs = ColorJitter(0.4, 0.4, 0.4, 0.1)
+    reference = ColorJitter(0.4, 0.4, 0.4, 0.1)
     torch.manual_seed(0)
 
     def statistics(view: Image.Image) -> list[float]:
@@ -66,7 +66,7 @@ def test_colours_change_by_torchvisions_law() -> None:
         return [x.mean(), x.std(), x.std(axis=2).mean(), x[..., 0].mean() - x[..., 2].mean()]
 
     a = np.array([statistics(ours(image, np.random.default_rng(i))) for i in range(800)])
-    b = np.array([statistics(theirs(image)) for _ in range(800)])
+    b = np.array([statistics(reference(image)) for _ in range(800)])
     error = 4 * np.sqrt((a.var(0) + b.var(0)) / 800)
     assert (np.abs(a.mean(0) - b.mean(0)) < error).all()
     np.testing.assert_allclose(a.std(0), b.std(0), rtol=0.15)
@@ -95,5 +95,5 @@ def test_blur_is_the_gaussian_of_a_tenth_of_the_side(size: int, width: int) -> N
     for channel in gaussian_blur(dot, 1.5):
         np.testing.assert_allclose(channel, expected, atol=0.51)
     pixels = np.random.default_rng(0).integers(0, 256, (3, size, size + 8), dtype=np.uint8)
-    theirs = F.gaussian_blur(torch.from_numpy(pixels).float(), [width, width], [0.8, 0.8]).numpy()
-    np.testing.assert_allclose(gaussian_blur(pixels, 0.8), theirs, atol=0.51)
+    reference = F.gaussian_blur(torch.from_numpy(pixels).float(), [width, width], [0.8, 0.8]).numpy()
+    np.testing.assert_allclose(gaussian_blur(pixels, 0.8), reference, atol=0.51)

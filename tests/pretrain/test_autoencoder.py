@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.pretrain import tiny
-from tests.pretrain.test_diffusion import batch_of, picture
+from tests.pretrain.test_diffusion import batch_of, draw_image
 from tests.pretrain.test_train import lines, run
 from tests.pretrain.tiny import config, make_pool
 from winnow.infra.errors import UsageError
@@ -40,10 +40,10 @@ def settings(**changes: Any) -> PretrainConfig:
 
 
 def test_loss_is_absolute_error_and_kl() -> None:
-    """Per value what Rombach et al. sum over a picture, the decoder fed with a draw of the latents."""
+    """Per value what Rombach et al. sum over an image, the decoder fed with a draw of the latents."""
     c = settings(objective={"autoencoder": {"kl_weight": 0.5}})
     o = make_objective(c, 0)
-    batch = batch_of(o, [Sample(picture(size=(16, 16), seed=i), "") for i in range(4)])
+    batch = batch_of(o, [Sample(draw_image(size=(16, 16), seed=i), "") for i in range(4)])
     x = batch["image"].float() / 255 * 2 - 1
     posterior = o.net.net.encode(x).latent_dist  # type: ignore[union-attr,operator]
     z = posterior.mean + posterior.std * batch["noise"]
@@ -67,7 +67,7 @@ def test_it_learns_and_loads(trained: tuple[Path, str]) -> None:
     encoder = load_encoder(str(out), device="cpu")
     assert (encoder.dim, encoder.image_size, encoder.has_text) == (3 * 8 * 8, 16, False)
     net: Any = load_checkpoint(str(out))
-    image = torch.stack([encoder.preprocess(picture(colour, (16, 16))) for colour in tiny.COLOURS.values()])
+    image = torch.stack([encoder.preprocess(draw_image(colour, (16, 16))) for colour in tiny.COLOURS.values()])
     latents = net.latents(image)
     assert float(latents.std()) == pytest.approx(1, abs=0.3)
     torch.testing.assert_close(net.decode(latents), net.net(image).sample)

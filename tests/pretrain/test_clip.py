@@ -46,7 +46,7 @@ def test_two_processes_have_the_gradient_of_the_whole_batch(tmp_path: Path) -> N
     assert expected[-1].abs() > 1e-6
 
 
-def test_the_whole_picture_is_seen_as_in_evaluation() -> None:
+def test_the_whole_image_is_seen_as_in_evaluation() -> None:
     """A crop of everything, normalised in the forward pass, is open_clip's preprocessing for evaluation."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     objective = make_objective(config(augment=(1.0, 1.0)), seed=0)
@@ -76,9 +76,9 @@ def test_crops_have_torchvisions_law() -> None:
         crop = random_resized_crop(image, 64, (0.3, 0.9), np.random.default_rng(i)).astype(float)
         ours.append([np.ptp(crop[0]), np.ptp(crop[1])])
     torch.manual_seed(0)
-    theirs = [RandomResizedCrop.get_params(image, [0.3, 0.9], [3 / 4, 4 / 3])[2:] for _ in range(400)]
+    reference = [RandomResizedCrop.get_params(image, [0.3, 0.9], [3 / 4, 4 / 3])[2:] for _ in range(400)]
     mean = np.mean(ours, 0) + 1
-    assert mean == pytest.approx(np.mean(theirs, 0)[::-1], rel=0.05)
+    assert mean == pytest.approx(np.mean(reference, 0)[::-1], rel=0.05)
 
     tall = Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 20, 3), dtype=np.uint8))
     fallback = random_resized_crop(tall, 16, (0.9, 1.0), np.random.default_rng(0))

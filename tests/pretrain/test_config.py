@@ -49,7 +49,7 @@ def test_given_values_stand_over_the_scales() -> None:
         ({"learning_rate": 1}, "learning_rate"),
         ({"batch_size": 9, "workers": 2}, "cannot be shared evenly by 2 workers"),
         ({"warmup": 6}, "warmup is 6 steps, the training has 6"),
-        ({"augment": (0.0, 1.0)}, "share of the picture's area"),
+        ({"augment": (0.0, 1.0)}, "share of the image's area"),
     ],
 )
 def test_a_wrong_config_says_what_is_wrong(changes: dict, words: str) -> None:

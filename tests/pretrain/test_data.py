@@ -7,7 +7,7 @@ import pytest
 from tests import drawing
 from tests.pretrain.tiny import make_pool, uid
 from winnow.infra.errors import WinnowError
-from winnow.infra.io.images import decode_picture
+from winnow.infra.io.images import decode_image
 from winnow.infra.pool.index import IndexStage
 from winnow.infra.pool.uids import decode_uids, save_subset
 from winnow.infra.stages.executors import SerialExecutor
@@ -59,10 +59,10 @@ def test_batches_do_not_depend_on_the_number_of_processes_or_the_start(tmp_path:
                 np.testing.assert_array_equal(a[name], b[name])
 
 
-def test_pictures_go_with_their_captions(tmp_path: Path) -> None:
+def test_images_go_with_their_captions(tmp_path: Path) -> None:
     samples = Samples(make_pool(tmp_path), None)
     for data, text in samples.read(np.array([39, 0, 17, 3, 17])):
-        red, green, blue = np.asarray(decode_picture(data)).reshape(-1, 3).mean(0)
+        red, green, blue = np.asarray(decode_image(data)).reshape(-1, 3).mean(0)
         colour = text.split()[1]
         brightest = {"red": red, "green": green, "blue": blue}
         assert colour == ("grey" if max(red, green, blue) < 150 else max(brightest, key=brightest.__getitem__))
@@ -70,10 +70,10 @@ def test_pictures_go_with_their_captions(tmp_path: Path) -> None:
 
 def test_a_subset_is_trained_on_as_often_as_it_lists(tmp_path: Path) -> None:
     pool = make_pool(tmp_path)
-    chosen = [3, 5, 5, 8, 20, 39, 39, 39]
-    save_subset(str(tmp_path / "s.npy"), decode_uids(pa.array([uid(i) for i in chosen])))
+    selected = [3, 5, 5, 8, 20, 39, 39, 39]
+    save_subset(str(tmp_path / "s.npy"), decode_uids(pa.array([uid(i) for i in selected])))
     step = seen(pool, 1, subset=str(tmp_path / "s.npy"), last=1)[0]
-    assert sorted(step["number"]) == chosen
+    assert sorted(step["number"]) == selected
 
 
 def test_a_subset_of_another_pool_is_refused(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_subset_of_another_pool_is_refused(tmp_path: Path) -> None:
         Samples(pool, str(tmp_path / "empty.npy"))
 
 
-def test_a_broken_picture_is_replaced_by_the_next_in_the_order(tmp_path: Path) -> None:
+def test_a_broken_image_is_replaced_by_the_next_in_the_order(tmp_path: Path) -> None:
     broken = (4, 11, 12)
     pool = make_pool(tmp_path, broken=broken)
     samples = Samples(pool, None)
@@ -102,10 +102,10 @@ def test_a_broken_picture_is_replaced_by_the_next_in_the_order(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("decoders", [0, 1])
-def test_a_pool_of_broken_pictures_is_an_error(decoders: int, tmp_path: Path) -> None:
+def test_a_pool_of_broken_images_is_an_error(decoders: int, tmp_path: Path) -> None:
     samples = Samples(make_pool(tmp_path, count=4, broken=(0, 1, 2, 3)), None)
     with (
-        pytest.raises(WinnowError, match="no picture of the pool can be decoded") as error,
+        pytest.raises(WinnowError, match="no image of the pool can be decoded") as error,
         Batches(samples, views, seed=0, batch=2, last=1, decoders=decoders) as batches,
     ):
         next(batches)
@@ -188,14 +188,14 @@ def bytes_read() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts by Linux's /proc")
 def test_a_tenth_of_a_pool_costs_at_most_15_percent_of_its_bytes(tmp_path: Path) -> None:
-    """The pool's tables and subset included, over one epoch; pictures of some 8 KiB."""
+    """The pool's tables and subset included, over one epoch; images of some 8 KiB."""
     source = tmp_path / "shards"
     numbers = []
     for shard in range(4):
         items = []
         for i in range(shard * 100, shard * 100 + 100):
             item = drawing.sample(i)
-            item["members"]["jpg"] = drawing.picture((120, 90, 60), i, size=(320, 240))
+            item["members"]["jpg"] = drawing.draw_image((120, 90, 60), i, size=(320, 240))
             items.append(item)
             numbers.append(i)
         drawing.write_tar(source / f"{shard:05d}.tar", items)

@@ -18,7 +18,7 @@ from tests.pretrain.tiny import COLOURS, config, make_pool
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.pretrain.config import PretrainConfig
 from winnow.pretrain.diffusion.frechet import samples_and_pool
-from winnow.pretrain.diffusion.sampling import grid, picture_seeds, sample
+from winnow.pretrain.diffusion.sampling import grid, image_seeds, sample
 from winnow.pretrain.encoder import load_encoder
 from winnow.pretrain.loop import make_objective
 from winnow.pretrain.models.diffusers import _OURS, AUTOENCODER, CONDITIONAL, UNET, arguments
@@ -39,7 +39,7 @@ def objective(model: dict[str, Any] = tiny.UNET, **params: Any) -> Objective:
     return make_objective(config(objective={"diffusion": params}, model=model), seed=0)
 
 
-def picture(colour: tuple[int, ...] = (200, 30, 30), size: tuple[int, int] = (8, 8), seed: int = 0) -> Image.Image:
+def draw_image(colour: tuple[int, ...] = (200, 30, 30), size: tuple[int, int] = (8, 8), seed: int = 0) -> Image.Image:
     noise = np.random.default_rng(seed).integers(-20, 20, (*size, 3))
     return Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8))
 
@@ -51,9 +51,9 @@ def batch_of(o: Objective, samples: list[Sample]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_loss_is_l_simple(prediction: str) -> None:
-    """Ho et al., equation 14, picture by picture; for v the target of Salimans & Ho."""
+    """Ho et al., equation 14, image by image; for v the target of Salimans & Ho."""
     o = objective(prediction=prediction, schedule="cosine")
-    batch = batch_of(o, [Sample(picture(seed=i), "") for i in range(5)])
+    batch = batch_of(o, [Sample(draw_image(seed=i), "") for i in range(5)])
     assert len(set(batch["timestep"].tolist())) > 1
     bars = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
     bars = bars[1:] / bars[0]
@@ -70,7 +70,7 @@ def test_loss_is_l_simple(prediction: str) -> None:
 def test_parts_of_a_batch_have_together_the_gradient_of_the_whole() -> None:
     """So any number of processes, and any cut, trains alike."""
     o = objective(classes=list(COLOURS))
-    batch = batch_of(o, [Sample(picture(seed=i), "red") for i in range(6)])
+    batch = batch_of(o, [Sample(draw_image(seed=i), "red") for i in range(6)])
     halves = [{name: value[i : i + 3] for name, value in batch.items()} for i in (0, 3)]
     weights = list(o.parameters())
     whole = torch.autograd.grad(o(batch).total, weights)
@@ -81,7 +81,7 @@ def test_parts_of_a_batch_have_together_the_gradient_of_the_whole() -> None:
 
 def test_views_depend_on_the_generator_alone_and_drop_the_condition_at_its_rate() -> None:
     o = objective(classes=["cat", "dog"], drop=0.25)
-    image = picture(size=(20, 31))
+    image = draw_image(size=(20, 31))
     first, again, other = (o.views(Sample(image, "dog"), np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert all(np.array_equal(first[name], again[name]) for name in first)
     assert not np.array_equal(first["noise"], other["noise"])
@@ -104,21 +104,21 @@ def test_views_depend_on_the_generator_alone_and_drop_the_condition_at_its_rate(
             o.views(Sample(image, "a bird"), np.random.default_rng(i))
 
 
-def test_the_whole_picture_is_seen_as_in_evaluation() -> None:
+def test_the_whole_image_is_seen_as_in_evaluation() -> None:
     from winnow.pretrain.models.nets import val_transform
 
     o = objective(flip=False)
-    image = picture(size=(40, 40))
+    image = draw_image(size=(40, 40))
     seen = o.views(Sample(image, ""), np.random.default_rng(0))["image"]
     torch.testing.assert_close(torch.from_numpy(seen.copy()) / 127.5 - 1, val_transform(o.preprocess())(image))
 
 
 def test_captions_are_the_condition() -> None:
     o = objective(CAPTIONED, drop=0.5)
-    views = [o.views(Sample(picture(), "a cat"), np.random.default_rng(i))["label"] for i in range(20)]
+    views = [o.views(Sample(draw_image(), "a cat"), np.random.default_rng(i))["label"] for i in range(20)]
     tokens = {tuple(view) for view in views}
     assert tokens == {tuple(o.net.tokenizer([text])[0].tolist()) for text in ("", "a cat")}  # type: ignore[union-attr]
-    batch = batch_of(o, [Sample(picture(), text) for text in ("a cat", "a dog")])
+    batch = batch_of(o, [Sample(draw_image(), text) for text in ("a cat", "a dog")])
     gradients = torch.autograd.grad(o(batch).total, o.net.text.token_embedding.weight)  # type: ignore[union-attr]
     assert gradients[0].abs().sum() > 0
     net = o.encoder().eval()
@@ -129,14 +129,14 @@ def test_captions_are_the_condition() -> None:
 
 
 def test_a_trained_model_draws_the_class_it_is_told_to() -> None:
-    """Pictures of four plain colours: samples lie nearest to their own class's colour."""
+    """Images of four plain colours: samples lie nearest to their own class's colour."""
     torch.manual_seed(0)
     o = objective(classes=list(COLOURS), timesteps=100, flip=False, prediction="v")
     optimizer = torch.optim.AdamW(o.parameters(), lr=1e-2, weight_decay=0.0)
     rng = np.random.default_rng(0)
     for step in range(250):
         names = rng.choice(list(COLOURS), 16)
-        samples = [Sample(picture(COLOURS[name], seed=step * 16 + i), name) for i, name in enumerate(names)]
+        samples = [Sample(draw_image(COLOURS[name], seed=step * 16 + i), name) for i, name in enumerate(names)]
         views = [o.views(sample, rng) for sample in samples]
         batch = {name: torch.from_numpy(np.stack([view[name] for view in views])) for name in views[0]}
         optimizer.zero_grad()
@@ -146,7 +146,7 @@ def test_a_trained_model_draws_the_class_it_is_told_to() -> None:
     net = o.encoder().eval()
     labels = torch.arange(16) % 4
     for sampler in ("ddim", "ancestral"):
-        images = net.sample(picture_seeds(0, 16), labels, steps=25, sampler=sampler)  # type: ignore[operator]
+        images = net.sample(image_seeds(0, 16), labels, steps=25, sampler=sampler)  # type: ignore[operator]
         means = images.float().mean((2, 3))
         distance = torch.cdist(means, torch.tensor(list(COLOURS.values())).float())
         assert (distance.argmin(1) == labels).float().mean() >= 0.9
@@ -164,7 +164,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def conditional(**changes: Any) -> PretrainConfig:
-    names = [f"a {sorted(COLOURS)[i % 4]} picture number {i}" for i in range(40)]
+    names = [f"a {sorted(COLOURS)[i % 4]} image number {i}" for i in range(40)]
     params = {"timesteps": 20, "feature_timestep": 2, "classes": names}
     values = {"objective": {"diffusion": params}, "model": tiny.UNET, "ema": 0.5, "log_every": 1}
     return config(**values | changes)
@@ -176,9 +176,9 @@ def test_a_checkpoint_draws_and_encodes(trained: tuple[Path, str]) -> None:
     assert about["objective"]["name"] == "diffusion" and len(about["model"]["diffusion"]["classes"]) == 40
     encoder = load_encoder(str(out), device="cpu")
     assert (encoder.dim, encoder.image_size, encoder.has_text) == (16, 8, False)
-    pictures = np.stack([encoder.preprocess(picture(colour)).numpy() for colour in COLOURS.values()])
-    features = encoder.encode_images(pictures)
-    np.testing.assert_allclose(encoder.encode_images(pictures[:1]), features[:1], atol=1e-5)
+    images = np.stack([encoder.preprocess(draw_image(colour)).numpy() for colour in COLOURS.values()])
+    features = encoder.encode_images(images)
+    np.testing.assert_allclose(encoder.encode_images(images[:1]), features[:1], atol=1e-5)
     assert len({row.tobytes() for row in features}) == 4
 
     five = sample(str(out), 5, steps=4, guidance=1.5, device="cpu")
@@ -200,7 +200,7 @@ def test_a_checkpoint_draws_and_encodes(trained: tuple[Path, str]) -> None:
 
 
 def test_middle_features_are_the_unets(trained: tuple[Path, str]) -> None:
-    """At a timestep, of the noised picture without its class, averaged over places: by the U-Net's own parts."""
+    """At a timestep, of the noised image without its class, averaged over places: by the U-Net's own parts."""
     from winnow.pretrain.encoder import load_checkpoint
 
     net: Any = load_checkpoint(str(trained[0] / "one"))
@@ -300,9 +300,9 @@ def test_keys_read_from_source_are_diffusers() -> None:
     import diffusers
 
     for name in (UNET, CONDITIONAL, AUTOENCODER):
-        theirs = inspect.signature(getattr(diffusers, name).__init__).parameters
+        reference = inspect.signature(getattr(diffusers, name).__init__).parameters
         ours = arguments(name)
-        assert list(ours) == [key for key in theirs if key != "self"]
+        assert list(ours) == [key for key in reference if key != "self"]
         for key, default in ours.items():
-            assert theirs[key].default == default or default is None
+            assert reference[key].default == default or default is None
     assert all(any(key in arguments(name) for name in (UNET, CONDITIONAL, AUTOENCODER)) for key in _OURS)

@@ -141,9 +141,9 @@ def test_the_running_mean_is_exported(stage: int, pool: str, tmp_path: Path, mon
 def test_fp16_scales_the_loss(stage: int, pool: str, plain: Path, tmp_path: Path) -> None:
     """Gradients of norm 50 overflow at the first scale; without that step it learns as much as in fp32."""
     run(pool, tmp_path, config(precision="fp16", log_every=1, zero_stage=stage))
-    ours, theirs = losses(tmp_path), losses(plain)
-    assert ours != theirs and ours[0] == pytest.approx(theirs[0], abs=0.01)
-    assert ours[-1] == pytest.approx(theirs[-1], abs=0.1)
+    ours, reference = losses(tmp_path), losses(plain)
+    assert ours != reference and ours[0] == pytest.approx(reference[0], abs=0.01)
+    assert ours[-1] == pytest.approx(reference[-1], abs=0.1)
     assert [line["loss_scale"] for line in lines(tmp_path) if "loss_scale" in line] == [32768] * 6
     assert [norm is None for norm in norms(tmp_path)] == [True] + [False] * 5
 

@@ -23,8 +23,8 @@ def test_loss_is_equation_1_of_the_paper() -> None:
     tau = 0.3
     expected = 0.0
     for i in range(4):
-        own = math.exp(q[i] @ key[i] / tau)
-        expected -= math.log(own / (own + sum(math.exp(q[i] @ k / tau) for k in queue))) / 4
+        local = math.exp(q[i] @ key[i] / tau)
+        expected -= math.log(local / (local + sum(math.exp(q[i] @ k / tau) for k in queue))) / 4
     loss, accuracy = info_nce(*(torch.from_numpy(x) for x in (q, key, queue)), tau)
     assert float(loss) == pytest.approx(expected, abs=1e-12)
     assert float(accuracy) == np.mean([q[i] @ key[i] > max(q[i] @ k for k in queue) for i in range(4)])
@@ -58,15 +58,15 @@ def test_steps_are_those_of_algorithm_1_written_plainly() -> None:
 
     for step in range(5):  # 5 batches of 8: the queue of 32 comes round
         x_q, x_k = torch.from_numpy(rng.integers(0, 256, (2, n, 3, 32, 32), dtype=np.uint8))
-        place = torch.from_numpy(rng.integers(1 << 62, size=n))
+        index_ = torch.from_numpy(rng.integers(1 << 62, size=n))
         q = by_parts(f_q, x_q)
-        shuffle = sorted(range(n), key=lambda i: int(place[i]))
+        shuffle = sorted(range(n), key=lambda i: int(index_[i]))
         shuffled = by_parts(f_k, x_k[shuffle])
         k = torch.stack([shuffled[shuffle.index(i)] for i in range(n)])
         logits = [torch.cat([(q[i] @ k[i])[None], torch.stack(list(queue)) @ q[i]]) / tau for i in range(n)]
         loss = torch.stack([F.cross_entropy(row, torch.tensor(0)) for row in logits]).mean()
 
-        losses = objective({"query": x_q, "key": x_k, "place": place})
+        losses = objective({"query": x_q, "key": x_k, "place": index_})
         torch.testing.assert_close(losses.total, loss, rtol=1e-4, atol=1e-5)
         grads, plain = torch.autograd.grad(losses.total, trained), torch.autograd.grad(loss, list(f_q.parameters()))
         with torch.no_grad():
@@ -75,8 +75,8 @@ def test_steps_are_those_of_algorithm_1_written_plainly() -> None:
             objective.after_step(step + 1)
             for parameter, grad in zip(f_q.parameters(), plain, strict=True):
                 parameter -= 0.05 * grad
-            for theirs, ours in zip(f_k.parameters(), f_q.parameters(), strict=True):
-                theirs.copy_(m * theirs + (1 - m) * ours)
+            for reference, ours in zip(f_k.parameters(), f_q.parameters(), strict=True):
+                reference.copy_(m * reference + (1 - m) * ours)
             queue.extend(k)
 
     def same(ours: nn.Module, expected: nn.Module) -> None:

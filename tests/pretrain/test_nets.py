@@ -50,26 +50,28 @@ def test_towers_give_pooled_features(model: dict, dim: int) -> None:
 
 
 @pytest.mark.parametrize("resize", ["shortest", "longest", "squash"])
-def test_pictures_are_preprocessed_together_as_open_clip_does_one_by_one(resize: str) -> None:
+def test_images_are_preprocessed_together_as_open_clip_does_one_by_one(resize: str) -> None:
     rng = np.random.default_rng(0)
     sizes = [(50, 70), (32, 32), (200, 33), (7, 90), (500, 375)]
     images = [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
-    own = {"mean": [0.1, 0.5, 0.9], "std": [0.2, 0.3, 0.7], "interpolation": "bilinear", "resize_mode": resize}
-    model = build_model(MODEL, own)
+    local = {"mean": [0.1, 0.5, 0.9], "std": [0.2, 0.3, 0.7], "interpolation": "bilinear", "resize_mode": resize}
+    model = build_model(MODEL, local)
     encoder = Encoder("model", "digest", model, None, "cpu")
-    theirs = torch.stack([image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), False)(i) for i in images])
+    reference = torch.stack(
+        [image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), False)(i) for i in images]
+    )
     crops = torch.stack([encoder.crop(image) for image in images])
     assert crops.dtype == torch.uint8
-    assert torch.equal(encoder.normalise(crops), theirs)
-    assert torch.equal(torch.stack([encoder.preprocess(image) for image in images]), theirs)
+    assert torch.equal(encoder.normalise(crops), reference)
+    assert torch.equal(torch.stack([encoder.preprocess(image) for image in images]), reference)
 
 
 def test_weights_are_those_timm_would_draw() -> None:
     torch.manual_seed(3)
     ours = build_image_tower(ModelConfig(timm="resnet18", size=64).resolved()).trunk
     torch.manual_seed(3)
-    theirs = timm.create_model("resnet18", num_classes=0)
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    reference = timm.create_model("resnet18", num_classes=0)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), reference.parameters(), strict=True))
     cfg = preprocess_config(build_image_tower(ModelConfig(timm="resnet18", size=64).resolved()))
     assert cfg["mean"] == list(timm.data.IMAGENET_DEFAULT_MEAN) and cfg["size"] == [64, 64]
 

@@ -38,7 +38,7 @@ def test_each_has_its_case() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_its_checkpoint_is_an_encoder(name: str, wholes) -> None:  # type: ignore[no-untyped-def]
-    """Rebuilt from the folder alone, and gives a unit vector a picture."""
+    """Rebuilt from the folder alone, and gives a unit vector an image."""
     whole = wholes(name)
     encoder = load_encoder(str(whole), device="cpu")
     assert (whole / "open_clip_config.json").exists() == encoder.has_text
@@ -66,7 +66,7 @@ def test_two_processes_train_as_one(pool: str, wholes, tmp_path: Path) -> None: 
     # One start of the processes does them all.
     launch([Job(c, pool, None, str(tmp_path / name), seed=0, key="key") for name, c in configs.items()], via="local")
     for name in CASES:
-        ours, theirs = (
+        ours, reference = (
             [line["loss"] for line in lines(out) if "loss" in line] for out in (tmp_path / name, wholes(name))
         )
-        assert ours == pytest.approx(theirs, rel=1e-3), name
+        assert ours == pytest.approx(reference, rel=1e-3), name

@@ -49,7 +49,7 @@ def starts(out: Path) -> list[int]:
     return [line["step"] for line in lines(out) if line.get("event") == "start"]
 
 
-def figures(out: Path) -> list[dict[str, Any]]:
+def metrics(out: Path) -> list[dict[str, Any]]:
     """The log's steps without what depends on the clock."""
     clock = {"time", "samples_per_second", "samples_per_second_per_worker", "data_wait"}
     return [{k: v for k, v in line.items() if k not in clock} for line in lines(out) if "lr" in line]
@@ -66,7 +66,7 @@ def test_killed_again_and_again_it_ends_in_the_same_bits(name: str, pool: str, t
         assert not (tmp_path / "killed" / "model.safetensors").exists()
     assert mortal.run(killed, tmp_path) == [0]
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
-    assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
     assert starts(tmp_path / "killed")[-1] >= STEPS - 2
 
 
@@ -79,7 +79,7 @@ def test_two_processes_killed_end_in_the_same_bits(name: str, pool: str, tmp_pat
         assert mortal.run(killed, tmp_path, die_at=step)[-1] == -signal.SIGKILL
     assert mortal.run(killed, tmp_path) == [0, 0]
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
-    assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", OBJECTIVES.names())
@@ -92,9 +92,9 @@ def test_another_number_of_processes_goes_on(name: str, pool: str, tmp_path: Pat
         assert codes[-1] == (-signal.SIGKILL if step else 0)
     first, second = starts(tmp_path / "killed")
     assert first == 0 and second in (2, 4)  # the checkpoint of step 4 was perhaps being written
-    ours, theirs = figures(tmp_path / "killed"), figures(tmp_path / "whole")
+    ours, reference = metrics(tmp_path / "killed"), metrics(tmp_path / "whole")
     assert [line["step"] for line in ours] == [1, 2, 3, 4, 5, 6]
-    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=2e-3)
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in reference], rel=2e-3)
 
 
 def test_another_zero_stage_goes_on(pool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,10 +145,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     expected = run(pool, tmp_path / "two", config(save_every=2, keep_checkpoints=3))
     assert same(weights(tmp_path), expected)
     for step in (2, 4, 6):
-        ours, theirs = (
+        ours, reference = (
             load_file(out / f"resume/step-{step:08d}/{resume.STATE}") for out in (tmp_path, tmp_path / "two")
         )
-        assert same(ours, theirs)
+        assert same(ours, reference)
 
 
 def test_a_full_disk_is_told_and_nothing_is_lost(pool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,8 +215,8 @@ def test_a_damaged_checkpoint_is_passed_over(lost: str, pool: str, tmp_path: Pat
     else:
         (last / lost).write_bytes((last / lost).read_bytes()[:-20])
     assert same(run(pool, tmp_path, c), whole)
-    told = [line["what"] for line in lines(tmp_path) if line.get("event") == "checkpoint passed over"]
-    assert told == ([] if lost == "all" else [f"step-00000006 is damaged ({lost})"])
+    reported = [line["what"] for line in lines(tmp_path) if line.get("event") == "checkpoint passed over"]
+    assert reported == ([] if lost == "all" else [f"step-00000006 is damaged ({lost})"])
     assert starts(tmp_path) == [0, 4]
 
 
@@ -311,7 +311,7 @@ def test_processes_end_with_the_one_that_launched_them(pool: str, tmp_path: Path
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHED, pool, str(tmp_path / "out")])
     log = tmp_path / "out" / "log.jsonl"
     deadline = time.monotonic() + 120
-    while not (log.exists() and len(figures(tmp_path / "out")) > 2):
+    while not (log.exists() and len(metrics(tmp_path / "out")) > 2):
         assert time.monotonic() < deadline and launcher.poll() is None
         time.sleep(0.2)
     launcher.kill()
@@ -322,4 +322,4 @@ def test_processes_end_with_the_one_that_launched_them(pool: str, tmp_path: Path
         size = log.stat().st_size
         assert time.monotonic() < deadline
         time.sleep(0.5)
-    assert len(figures(tmp_path / "out")) < 100_000
+    assert len(metrics(tmp_path / "out")) < 100_000

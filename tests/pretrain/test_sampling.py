@@ -112,13 +112,13 @@ def nonlinear(bars: np.ndarray):  # type: ignore[no-untyped-def]
 def test_ddim_steps_are_diffusers(clip: float | None) -> None:
     bars = alpha_bars("linear", 1000)
     epsilon, denoise = nonlinear(bars)
-    theirs = DDIMScheduler(
+    reference = DDIMScheduler(
         beta_schedule="linear", clip_sample=clip is not None, timestep_spacing="leading", set_alpha_to_one=True
     )
-    theirs.set_timesteps(1000)
+    reference.set_timesteps(1000)
     x = start = torch.randn(6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for t in theirs.timesteps.tolist():
-        x = theirs.step(epsilon(x, t), t, x, use_clipped_model_output=clip is not None).prev_sample
+    for t in reference.timesteps.tolist():
+        x = reference.step(epsilon(x, t), t, x, use_clipped_model_output=clip is not None).prev_sample
     ours = ddim(denoise, bars, start, lambda: start, steps=1000, clip=clip)
     torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-4)
 
@@ -128,11 +128,11 @@ def test_ancestral_steps_are_diffusers(variance: str) -> None:
     bars = alpha_bars("linear", 1000)
     epsilon, denoise = nonlinear(bars)
     names = {"beta": "fixed_large", "posterior": "fixed_small"}
-    theirs = DDPMScheduler(beta_schedule="linear", clip_sample=True, variance_type=names[variance])
+    reference = DDPMScheduler(beta_schedule="linear", clip_sample=True, variance_type=names[variance])
     x = start = torch.randn(6, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     generator = torch.Generator().manual_seed(5)
     for t in range(999, -1, -1):
-        x = theirs.step(epsilon(x, t), t, x, generator=generator).prev_sample
+        x = reference.step(epsilon(x, t), t, x, generator=generator).prev_sample
     generator = torch.Generator().manual_seed(5)
 
     def draw() -> torch.Tensor:
@@ -166,7 +166,7 @@ def test_strides_hold_the_first_and_the_last_timestep() -> None:
         strided(10, 11)
 
 
-def test_noise_of_a_picture_is_its_own() -> None:
+def test_noise_of_an_image_is_its_own() -> None:
     noise, other = Noise([3, 4], (2, 5)), Noise([4], (2, 5))
     first, again = noise(), noise()
     torch.testing.assert_close(other(), first[1:], rtol=0, atol=0)

@@ -33,8 +33,8 @@ def test_loss_is_equation_1_of_the_paper() -> None:
 
 def test_it_starts_where_the_paper_does_and_learns_scale_and_bias() -> None:
     objective = make_objective(config(objective="siglip"), seed=0)
-    figures = {name: value.item() for name, value in objective.figures().items()}
-    assert figures == pytest.approx({"logit_scale": 10.0, "logit_bias": -10.0})
+    metrics = {name: value.item() for name, value in objective.metrics().items()}
+    assert metrics == pytest.approx({"logit_scale": 10.0, "logit_bias": -10.0})
     trained = dict(objective.named_parameters())
     for name in ("net.logit_scale", "net.logit_bias"):
         assert trained[name].requires_grad and not objective.decays(name, trained[name])
@@ -65,5 +65,5 @@ def test_its_checkpoint_is_open_clips_with_scale_and_bias(zero_stage: int, tmp_p
 
 def test_a_model_without_a_text_tower_is_refused() -> None:
     for name in ("clip", "siglip"):
-        with pytest.raises(ValueError, match="reads captions, and resnet18 of timm reads pictures only"):
+        with pytest.raises(ValueError, match="reads captions, and resnet18 of timm reads images only"):
             config(objective=name, model={"timm": "resnet18"})

@@ -13,7 +13,7 @@ from winnow.pretrain.objectives.contrastive.simclr import Config, nt_xent, proje
 
 def test_loss_is_algorithm_1_of_the_paper() -> None:
     n, tau = 6, 0.3
-    # In the paper's order: 2k−1 and 2k are the views of picture k.
+    # In the paper's order: 2k−1 and 2k are the views of image k.
     z = np.random.default_rng(0).normal(size=(2 * n, 5))
     s = [[z[i] @ z[j] / (np.linalg.norm(z[i]) * np.linalg.norm(z[j])) for j in range(2 * n)] for i in range(2 * n)]
 
@@ -29,7 +29,7 @@ def test_loss_is_algorithm_1_of_the_paper() -> None:
     assert float(accuracy) == pytest.approx(np.mean([j == i ^ 1 for i, j in enumerate(nearest)]))
 
 
-def test_equal_views_of_orthogonal_pictures_leave_the_least_loss() -> None:
+def test_equal_views_of_orthogonal_images_leave_the_least_loss() -> None:
     """Closed form: n pairs, each at cosine 1 with its own and 0 with the 2n − 2 others."""
     eye = torch.eye(5, dtype=torch.float64)
     loss, accuracy = nt_xent(eye, eye, 0.5)
@@ -48,7 +48,7 @@ def test_head_has_the_papers_layers() -> None:
 
 
 @pytest.mark.parametrize("model", [NARROW, MODEL])
-def test_it_trains_the_encoder_alone_or_open_clips_picture_tower(model: dict) -> None:
+def test_it_trains_the_encoder_alone_or_open_clips_image_tower(model: dict) -> None:
     objective = make_objective(config(objective="simclr", model=model), seed=0)
     assert not any("text" in name or "token" in name for name, _ in objective.named_parameters())
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 64, 3), dtype=np.uint8))

@@ -85,7 +85,7 @@ def test_one_weights_file_serves_open_clip_and_winnow(whole: Path) -> None:
     model.eval()
     encoder = load_encoder(str(whole), device="cpu")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8))
-    texts = ["a red picture", "nothing"]
+    texts = ["a red image", "nothing"]
     with torch.no_grad():
         images, captions, scale = model(preprocess(image)[None], open_clip.get_tokenizer(f"local-dir:{whole}")(texts))
     logits = (
@@ -198,9 +198,9 @@ def test_bf16_trains_close_to_fp32(pool: str, whole: Path, tmp_path: Path) -> No
 
 def test_an_objective_of_ones_own_in_parts(pool: str, tmp_path: Path) -> None:
     """A loss that does not couple the batch is the same cut in four; one that does is never cut."""
-    own = config(objective=f"{THIS}:Brightness", weight_decay=0.0)
-    one = run(pool, tmp_path / "one", own)
-    four = run(pool, tmp_path / "four", own.model_copy(update={"accumulate": 4}))
+    local = config(objective=f"{THIS}:Brightness", weight_decay=0.0)
+    one = run(pool, tmp_path / "one", local)
+    four = run(pool, tmp_path / "four", local.model_copy(update={"accumulate": 4}))
     for name in one:
         torch.testing.assert_close(one[name], four[name], rtol=1e-4, atol=1e-6)
     with pytest.raises(ValidationError, match="couples the samples"):

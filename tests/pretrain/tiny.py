@@ -75,7 +75,7 @@ def uid(i: int) -> str:
 
 
 def make_pool(folder: Path, count: int = 40, broken: tuple[int, ...] = (), shards: int = 2, first: int = 0) -> str:
-    """Draw captioned pictures, numbered from `first`, into tars and index them; those in `broken` are cut short."""
+    """Draw captioned images, numbered from `first`, into tars and index them; those in `broken` are cut short."""
     source = folder / "shards"
     source.mkdir()
     rng = np.random.default_rng(0)
@@ -86,13 +86,13 @@ def make_pool(folder: Path, count: int = 40, broken: tuple[int, ...] = (), shard
                 name = sorted(COLOURS)[i % len(COLOURS)]
                 noise = rng.integers(-20, 20, (40, 48, 3))
                 pixels = np.clip(np.array(COLOURS[name]) + noise, 0, 255).astype(np.uint8)
-                picture = io.BytesIO()
-                Image.fromarray(pixels).save(picture, "JPEG")
-                data = picture.getvalue()
+                image = io.BytesIO()
+                Image.fromarray(pixels).save(image, "JPEG")
+                data = image.getvalue()
                 if i in broken:
                     data = data[:200] + bytes(len(data) - 200)
                     data = data[: len(data) // 2]
-                text = f"a {name} picture number {i}"
+                text = f"a {name} image number {i}"
                 for ext, content in (("jpg", data), ("txt", text.encode())):
                     info = tarfile.TarInfo(f"{i:05d}.{ext}")
                     info.size = len(content)
@@ -132,7 +132,7 @@ class Dying(CLIP):
 
 
 class Brightness(Objective):
-    """Predict a picture's mean brightness: a loss that does not couple the batch."""
+    """Predict an image's mean brightness: a loss that does not couple the batch."""
 
     def __init__(self, config: Any, model: dict[str, Any], augment: tuple[float, float] | None) -> None:
         super().__init__(config, model, augment)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from winnow.infra.errors import UsageError
-from winnow.pretrain.distributed import gather, own_rows
+from winnow.pretrain.distributed import gather, local_rows
 from winnow.pretrain.models.nets import (
     build_model,
     build_tokenizer,
@@ -42,7 +42,7 @@ class Config:
 
 
 class CLIP(Objective):
-    """Symmetric cross-entropy over the similarities of all pictures and captions of the global batch."""
+    """Symmetric cross-entropy over the similarities of all images and captions of the global batch."""
 
     couples_batch = True
     cacheable = True
@@ -72,7 +72,7 @@ class CLIP(Objective):
         return {"image": image, "text": self.tokens(sample.text)}
 
     def features(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """L2-normalised picture and text features, float32 [n, d] each, and the logit scale, [1]."""
+        """L2-normalised image and text features, float32 [n, d] each, and the logit scale, [1]."""
         image = (batch["image"].float() / 255 - self.mean) / self.std
         # open_clip normalises the features, and takes the scale out of its logarithm.
         image_features, text_features, scale = self.net(image, batch["text"])[:3]
@@ -82,7 +82,7 @@ class CLIP(Objective):
         return self._loss(*self.features(batch))
 
     def embed(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """L2-normalised picture and text features, float32 [n, d] each."""
+        """L2-normalised image and text features, float32 [n, d] each."""
         return self.features(batch)[:2]
 
     def loss(self, rows: tuple[torch.Tensor, ...]) -> Losses:
@@ -97,7 +97,7 @@ class CLIP(Objective):
     def after_step(self, step: int) -> None:
         self.net.logit_scale.clamp_(0, self.log_max)
 
-    def figures(self) -> dict[str, torch.Tensor]:
+    def metrics(self) -> dict[str, torch.Tensor]:
         return {"logit_scale": self.net.logit_scale.exp()}
 
     def encoder(self) -> nn.Module:
@@ -115,7 +115,7 @@ class CLIP(Objective):
 
 
 def clip_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """This process's rows of the loss against the columns of all, and the share of pictures nearest to their caption.
+    """This process's rows of the loss against the columns of all, and the share of images nearest to their caption.
 
     Each process computes n of the n·world rows; averaged over the processes, value and gradients are those of one
     process with the whole batch.
@@ -125,8 +125,8 @@ def clip_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> t
         scale: scalar that multiplies the cosines.
     """
     everyone = gather(torch.stack([image, text], dim=1))
-    own = own_rows(image)
+    local = local_rows(image)
     per_image = scale * image @ everyone[:, 1].T
     per_text = scale * text @ everyone[:, 0].T
-    loss = (F.cross_entropy(per_image, own) + F.cross_entropy(per_text, own)) / 2
-    return loss, (per_image.detach().argmax(dim=1) == own).float().mean()
+    loss = (F.cross_entropy(per_image, local) + F.cross_entropy(per_text, local)) / 2
+    return loss, (per_image.detach().argmax(dim=1) == local).float().mean()

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from winnow.pretrain.data.augment import Augmentation, Jitter
-from winnow.pretrain.distributed import gather, own_rows
+from winnow.pretrain.distributed import gather, local_rows
 from winnow.pretrain.models.batchnorm import average_statistics, over_parts
 from winnow.pretrain.models.nets import build_image_tower, image_size
 from winnow.pretrain.objectives.base import Losses, Objective, Sample
@@ -66,7 +66,7 @@ class Config:
 
 
 class MoCo(Objective):
-    """Tell the key of the same picture, from a slowly moving encoder, from a queue of keys of earlier batches."""
+    """Tell the key of the same image, from a slowly moving encoder, from a queue of keys of earlier batches."""
 
     couples_batch = True  # through batch normalisation
     teacher = True
@@ -107,13 +107,13 @@ class MoCo(Objective):
         with torch.autocast(q.device.type, enabled=False):
             q = F.normalize(q.float(), dim=1)
             self.keys = F.normalize(keys.float(), dim=1)
-            loss, accuracy = info_nce(q, self.keys[own_rows(q)], self.queue, self.temperature)
+            loss, accuracy = info_nce(q, self.keys[local_rows(q)], self.queue, self.temperature)
         return Losses(loss, {"loss": loss.detach(), "accuracy": accuracy})
 
-    def _shuffled_keys(self, images: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    def _shuffled_keys(self, images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Keys of the global batch in its order, [n·world, dim]; the parts they were normalised in are shuffled."""
-        order = gather(place).argsort()
-        mine = order[own_rows(images)]
+        order = gather(index).argsort()
+        mine = order[local_rows(images)]
         shuffled = gather(self.teacher_head(self.teacher_net(gather(images)[mine])))
         keys = torch.empty_like(shuffled)
         keys[order] = shuffled
@@ -122,8 +122,8 @@ class MoCo(Objective):
     def after_step(self, step: int) -> None:
         """θk ← m θk + (1 − m) θq (equation 2), and the batch's keys take the place of the oldest."""
         for teacher, student in ((self.teacher_net, self.net), (self.teacher_head, self.head)):
-            for theirs, ours in zip(teacher.parameters(), student.parameters(), strict=True):
-                theirs.lerp_(ours, 1 - self.momentum)
+            for key_weight, query_weight in zip(teacher.parameters(), student.parameters(), strict=True):
+                key_weight.lerp_(query_weight, 1 - self.momentum)
         rows = torch.arange(len(self.keys), device=self.queue.device)
         self.queue[self.pointer + rows] = self.keys.to(self.queue.dtype)
         self.pointer.add_(len(self.keys)).remainder_(len(self.queue))

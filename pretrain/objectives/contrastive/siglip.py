@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from winnow.pretrain.distributed import gather, own_rows
+from winnow.pretrain.distributed import gather, local_rows
 from winnow.pretrain.objectives.base import Losses
 from winnow.pretrain.objectives.contrastive import clip
 from winnow.pretrain.objectives.contrastive.clip import CLIP
@@ -36,7 +36,7 @@ class Config:
 
 
 class SigLIP(CLIP):
-    """Whether picture and caption belong together, for each pair of the global batch."""
+    """Whether image and caption belong together, for each pair of the global batch."""
 
     couples_batch = True
     cacheable = True
@@ -55,7 +55,7 @@ class SigLIP(CLIP):
     def after_step(self, step: int) -> None:
         return
 
-    def figures(self) -> dict[str, torch.Tensor]:
+    def metrics(self) -> dict[str, torch.Tensor]:
         return {"logit_scale": self.net.logit_scale.exp(), "logit_bias": self.net.logit_bias}
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -68,7 +68,7 @@ class SigLIP(CLIP):
 def siglip_loss(
     image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This process's rows of the loss against the columns of all, and the share of pictures nearest to their caption.
+    """This process's rows of the loss against the columns of all, and the share of images nearest to their caption.
 
     Averaged over the processes, value and gradients are those of one process with the whole batch.
 
@@ -77,8 +77,8 @@ def siglip_loss(
         scale: scalar t that multiplies the cosines.
         bias: scalar b that is added to them.
     """
-    own = own_rows(image)
+    local = local_rows(image)
     logits = scale * image @ gather(text).T + bias
-    signs = 2 * F.one_hot(own, logits.shape[1]) - 1
+    signs = 2 * F.one_hot(local, logits.shape[1]) - 1
     loss = -F.logsigmoid(signs * logits).sum(dim=1).mean()
-    return loss, (logits.detach().argmax(dim=1) == own).float().mean()
+    return loss, (logits.detach().argmax(dim=1) == local).float().mean()

@@ -1,7 +1,7 @@
 """SimCLR: a simple framework for contrastive learning of visual representations.
 
 Chen et al. 2020, algorithm 1, section 2 and appendix A. Batch normalisation sees both views of the whole global batch
-(section 2.2, "global BN"), so the loss is the same for any number of processes. For pictures of 32 pixels the paper's
+(section 2.2, "global BN"), so the loss is the same for any number of processes. For images of 32 pixels the paper's
 appendix B.9 has: no blur, colour strength 0.5, temperature 0.5.
 """
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from winnow.pretrain.data.augment import Augmentation, simclr_jitter
-from winnow.pretrain.distributed import gather, own_rows
+from winnow.pretrain.distributed import gather, local_rows
 from winnow.pretrain.models.batchnorm import over_whole_batch
 from winnow.pretrain.models.nets import build_image_tower, image_size
 from winnow.pretrain.objectives.base import Losses, Objective, Sample
@@ -52,7 +52,7 @@ class Config:
 
 
 class SimCLR(Objective):
-    """Of two views of each picture of the global batch, find the other among all views."""
+    """Of two views of each image of the global batch, find the other among all views."""
 
     couples_batch = True
     cacheable = True  # where the network has no batch normalisation
@@ -116,8 +116,8 @@ def nt_xent(a: torch.Tensor, b: torch.Tensor, temperature: float) -> tuple[torch
         temperature: τ.
     """
     everyone = gather(torch.stack([a, b], dim=1))
-    own, total = own_rows(a), len(everyone)
-    itself, other = torch.cat([own, own + total]), torch.cat([own + total, own])
+    local, total = local_rows(a), len(everyone)
+    itself, other = torch.cat([local, local + total]), torch.cat([local + total, local])
     logits = torch.cat([a, b]) @ everyone.transpose(0, 1).flatten(0, 1).T / temperature
     logits = logits.scatter(1, itself[:, None], -torch.inf)
     return F.cross_entropy(logits, other), (logits.detach().argmax(dim=1) == other).float().mean()

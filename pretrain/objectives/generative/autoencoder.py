@@ -27,8 +27,8 @@ class Config:
     """What the recipe may set.
 
     Args:
-        kl_weight: of the KL, as in the paper where both are sums over a picture.
-        flip: whether half of the pictures are mirrored.
+        kl_weight: of the KL, as in the paper where both are sums over an image.
+        flip: whether half of the images are mirrored.
         momentum: of the running size of the latents, which diffusion divides by.
     """
 
@@ -42,7 +42,7 @@ class Config:
 
 
 class Autoencoder(Objective):
-    """Mean absolute error of the reconstruction, and the KL by its weight over the number of values of a picture."""
+    """Mean absolute error of the reconstruction, and the KL by its weight over the number of values of an image."""
 
     network = "autoencoder"
     measured: torch.Tensor

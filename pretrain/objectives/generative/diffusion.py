@@ -22,7 +22,7 @@ from torch import nn
 
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.pretrain.diffusion import model as nets
-from winnow.pretrain.diffusion.sampling import default_labels, grid, picture_seeds, square
+from winnow.pretrain.diffusion.sampling import default_labels, grid, image_seeds, square
 from winnow.pretrain.diffusion.schedule import SCHEDULES, noised, velocity
 from winnow.pretrain.encoder import load_checkpoint
 from winnow.pretrain.models.nets import caching_tokens, random_resized_crop
@@ -41,7 +41,7 @@ class Config:
             or else the name that is its caption.
         drop: share of the samples trained without their condition, p_uncond.
         autoencoder: checkpoint of an `autoencoder` training, whose latents are diffused; frozen, and exported along.
-        flip: whether half of the pictures are mirrored, as in Ho et al.
+        flip: whether half of the images are mirrored, as in Ho et al.
         feature_timestep: where `encode_image` takes its features.
         captions: of the grid of samples drawn at the end, for a caption-conditional model.
     """
@@ -153,11 +153,11 @@ class Diffusion(Objective):
         return nets.Diffusion(model)
 
     @classmethod
-    def pictures(cls, encoder: Callable[[], Any]) -> dict[str, np.ndarray]:
+    def images(cls, encoder: Callable[[], Any]) -> dict[str, np.ndarray]:
         """64 samples by at most 50 steps of DDIM, guided by w = 2 where there is a condition."""
         net = encoder()
         steps = min(50, len(net.alpha_bar))
-        images = net.sample(picture_seeds(0, 64), default_labels(net, 64), steps=steps, guidance=2.0)
+        images = net.sample(image_seeds(0, 64), default_labels(net, 64), steps=steps, guidance=2.0)
         return {"samples": grid(images.numpy())}
 
 

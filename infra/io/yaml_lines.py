@@ -1,0 +1,79 @@
+"""YAML files read with the line of every key, so that a message can say where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from winnow.infra.errors import UsageError
+
+Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Where the values of a YAML text are.
+
+    Attributes:
+        name: of the file, for messages.
+        lines: line of each key and list item, counted from 1, by its path.
+        overrides: dotted paths whose values came from the command line.
+    """
+
+    name: str
+    lines: Mapping[Path, int] = field(default_factory=dict)
+    overrides: frozenset[str] = frozenset()
+
+    def where(self, path: Path = ()) -> str:
+        """`FILE, line N` of a value or its nearest parent; `--set KEY` where the command line gave it."""
+        while path:
+            dotted = ".".join(map(str, path))
+            if dotted in self.overrides:
+                return f"--set {dotted}"
+            if path in self.lines:
+                return f"{self.name}, line {self.lines[path]}"
+            path = path[:-1]
+        return self.name
+
+
+def read_yaml(text: str, name: str) -> tuple[dict[str, Any], Lines]:
+    """A mapping out of a YAML text.
+
+    Args:
+        text: the file's content.
+        name: of the file, for messages.
+
+    Raises:
+        UsageError: it is not valid YAML, not a mapping, or gives a key twice (YAML itself takes the last).
+    """
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"is not valid YAML ({' '.join(str(error).split())})", where=name) from None
+    if not isinstance(raw, dict) or root is None:
+        raise UsageError("is not a mapping of keys to values", where=name)
+    lines: dict[Path, int] = {}
+    _note(root, (), lines, name)
+    return raw, Lines(name, lines)
+
+
+def _note(node: yaml.Node, path: Path, lines: dict[Path, int], name: str) -> None:
+    lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[Any, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise UsageError(
+                    f'"{key.value}" is given twice (before in line {seen[key.value]})', where=f"{name}, line {line}"
+                )
+            seen[key.value] = line
+            lines[(*path, key.value)] = line
+            _note(value, (*path, key.value), lines, name)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            _note(value, (*path, i), lines, name)

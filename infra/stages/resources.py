@@ -1,0 +1,33 @@
+"""What a unit of work asks of the machine or the cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one unit of a stage takes while it runs.
+
+    Attributes:
+        cpus: CPU cores.
+        gpus: GPUs; fractions share one.
+        memory: bytes that are reserved; 0 leaves it to the scheduler.
+        gpu_optional: whether the unit runs on the CPU where there are fewer GPUs than it asks for.
+    """
+
+    cpus: float = 1
+    gpus: float = 0
+    memory: int = 0
+    gpu_optional: bool = False
+
+    def within(self, cpus: float, gpus: float) -> Resources:
+        """The same on a machine with so many cores and GPUs: no more GPUs than it has, where they are optional."""
+        return replace(self, gpus=min(self.gpus, gpus)) if self.gpu_optional else self
+
+    def lacking(self, cpus: float, gpus: float) -> str | None:
+        """What the machine has too little of, as a clause; None where the unit fits."""
+        for name, wanted, there in (("CPU", self.cpus, cpus), ("GPU", self.gpus, gpus)):
+            if wanted > there:
+                return f"wants {wanted:g} {name}, and there are {there:g}"
+        return None

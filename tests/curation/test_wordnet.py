@@ -175,7 +175,7 @@ def test_nltks_zip_is_read_as_it_is(tiny_wordnet, tmp_path):
 def test_what_is_not_there_is_told_of(tmp_path, monkeypatch, tiny_wordnet):
     with pytest.raises(WinnowError, match=r"has no index\.noun"):
         wordnet.find(str(tmp_path))
-    monkeypatch.setattr(wordnet, "places", lambda: iter([str(tmp_path)]))
+    monkeypatch.setattr(wordnet, "candidate_folders", lambda: iter([str(tmp_path)]))
     with pytest.raises(WinnowError, match=r"not installed.*wordnet-base"):
         Entity().params()
     with pytest.raises(WinnowError, match="no such list of synsets"):

@@ -122,14 +122,14 @@ def test_digest_follows_content(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [100, 600, 1030, 1200, 2047, 2049, 2300, 2560 + 17, "between samples"])
-def test_a_tar_cut_anywhere_is_noticed(tmp_path: Path, split_into_parts: int | str) -> None:
+def test_a_tar_cut_anywhere_is_noticed(tmp_path: Path, cut: int | str) -> None:
     """Within a header, within data, within the padding after them, and where a sample ends."""
     root = write_classification(tmp_path, shards=1)
-    if isinstance(split_into_parts, str):
+    if isinstance(cut, str):
         with tarfile.open(root / "test" / "0.tar") as archive:
-            split_into_parts = archive.getmembers()[6].offset
+            cut = archive.getmembers()[6].offset
     tar = root / "test" / "0.tar"
-    tar.write_bytes(tar.read_bytes()[:split_into_parts])
+    tar.write_bytes(tar.read_bytes()[:cut])
     (found,) = find_tasks(str(tmp_path))
     with pytest.raises(TaskError, match=r"0\.tar: truncated tar"):
         list(EvalSet.open(found).samples())

@@ -208,7 +208,7 @@ def test_a_budget_is_a_share_or_a_number():
 
 
 def test_a_stage_that_tolerates_nothing_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(Square, "tolerates", False)
+    monkeypatch.setattr(Square, "allow_failures", False)
     with pytest.raises(WinnowError, match="1 of 3 units failed; the first, 1: OSError: the disk blinked"):
         go(Square((0, 1, 2), str(tmp_path), trouble={1: 99}), budget=Budget(0.9))
 

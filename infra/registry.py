@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
-import importlib
 import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from winnow.infra.errors import UsageError
+from winnow.infra.importing import import_custom
 
 SHOWN = 20  # words of a table in a message
 
@@ -57,13 +57,13 @@ class Registry:
         """Import and return the object. Raises UsageError when it is not there."""
         module_name, _, attribute = self.path(name).partition(":")
         try:
-            return getattr(importlib.import_module(module_name), attribute)
+            return getattr(import_custom(module_name), attribute)
         except ModuleNotFoundError as error:
             if error.name and module_name.split(".")[0] != error.name.split(".")[0]:
                 raise
             raise UsageError(
                 f'no module "{module_name}" for {self.kind} "{name}"',
-                do="It must be importable: put the file beside the recipe, or set PYTHONPATH.",
+                do="It must be importable: put the file next to the recipe, or set PYTHONPATH.",
             ) from error
         except AttributeError:
             raise UsageError(

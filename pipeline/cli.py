@@ -12,9 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.importing import search_also
 from winnow.infra.io import storage
 from winnow.infra.pool.metadata import is_metadata
-from winnow.infra.stages.executors import Executor, make_executor
+from winnow.infra.stages.executors import make_executor
 from winnow.infra.stages.progress import RunLog
 from winnow.infra.stages.runner import Budget, execute
 from winnow.infra.stages.stage import LOCATIONS, RECORDS, Manifest, Stage, read_manifest
@@ -40,21 +41,13 @@ Overrides = Annotated[
 ]
 
 
-def _importable(*files: str | None) -> tuple[str, ...]:
-    """Let modules of one's own be found, in the working directory and beside a recipe; returns those directories."""
-    here = (str(Path.cwd()), *(str(Path(file).absolute().parent) for file in files if file is not None))
-    sys.path.extend(path for path in here if path not in sys.path)
-    return here
+def _search_custom(*files: str | None) -> None:
+    """Let `module:Class` names be found next to a recipe and in the working directory, after all else."""
+    search_also(*(Path(file).absolute().parent for file in files if file is not None), Path.cwd())
 
 
-def _executor(name: str, address: str | None, beside: str | None = None) -> Executor:
-    return make_executor(name, address, import_paths=_importable(beside))
-
-
-def _run(
-    stage: Stage, executor: str, address: str | None, max_skipped: float = 0.05, beside: str | None = None
-) -> Manifest:
-    runner = _executor(executor, address, beside)
+def _run(stage: Stage, executor: str, address: str | None, max_skipped: float = 0.05) -> Manifest:
+    runner = make_executor(executor, address)
     try:
         return execute(stage, runner, budget=Budget(max_skipped), log=RunLog(stage.out))
     finally:
@@ -94,13 +87,13 @@ def run(
     from winnow.pipeline.recipe.load import load_recipe
     from winnow.pipeline.stages import check_stage
 
-    _importable(recipe)
+    _search_custom(recipe)
     read = load_recipe(recipe, overrides)
     check_stage(until)
     from winnow.pipeline.graph import Graph
 
     graph = Graph(read, out or f"runs/{Path(recipe).stem}")
-    runner = _executor(executor, address, recipe)
+    runner = make_executor(executor, address)
     log = RunLog(graph.out)
     try:
         manifests = graph.run(runner, log, until)
@@ -121,7 +114,7 @@ def plan(
     """Check a recipe and say what running it would do, without doing it."""
     from winnow.pipeline.recipe.load import load_recipe
 
-    _importable(recipe)
+    _search_custom(recipe)
     read = load_recipe(recipe, overrides)
     from winnow.pipeline.graph import Graph
 
@@ -203,11 +196,11 @@ def curate(
     from winnow.curation.curate import CurateStage, check_uid
     from winnow.pipeline.stages import curate_stages, load_filters, print_funnel, print_why
 
-    _importable(filters)
+    _search_custom(filters)
     tree = load_filters(filters)
     if why is not None:
         check_uid(why)
-    runner = _executor(executor, address, filters)
+    runner = make_executor(executor, address)
     try:
         url = _pool(pool, storage.join(out, "work"), executor, address, max_skipped=max_skipped)
         for stage in curate_stages(tree, url, out, scorer, columns, reasons):
@@ -262,10 +255,10 @@ def pretrain(
     """Train a model; stopped and started again it goes on where it was."""
     from winnow.pipeline.stages import load_pretrain_config, pretrain_stage
 
-    _importable(config)
+    _search_custom(config)
     read = load_pretrain_config(config, overrides or [])
     url = _pool(pool, storage.join(out, "work"), executor, address, captions=read.reads_text)
-    _run(pretrain_stage(read, url, subset, seed, out), executor, address, beside=config)
+    _run(pretrain_stage(read, url, subset, seed, out), executor, address)
     typer.echo(f"Checkpoint: {storage.join(out, 'model', f'seed-{seed}')}")
 
 
@@ -345,7 +338,7 @@ def evaluate(
     if out is None:
         raise UsageError("--out is missing", do="Give the directory to write to.")
     stage = evaluate_stage(specs or [], data, tasks, protocols, out, features, precision, max_skipped)
-    runner = _executor(executor, address)
+    runner = make_executor(executor, address)
     try:
         # A broken set is missing, and the others' figures stand; how many images a set may lack the stage knows.
         execute(stage.embedding(), runner, budget=Budget(math.inf), log=RunLog(out))
@@ -426,4 +419,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # `python -m` puts the working directory first, where a file may have the name of an installed module.
+    sys.path.append(sys.path.pop(0))
     main()

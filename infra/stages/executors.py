@@ -12,6 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from winnow.infra import importing
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.stages.stage import Record, Stage, Unit, attempt
 
@@ -67,15 +68,12 @@ class RayExecutor:
     Args:
         address: of a running cluster ("auto", "ray://…"); None starts one on this machine unless RAY_ADDRESS is set.
         num_cpus: cores of a locally started Ray; None for all.
-        import_paths: directories that workers must be able to import from (the recipe's own).
     """
 
     name = "ray"
 
-    def __init__(
-        self, address: str | None = None, num_cpus: int | None = None, import_paths: tuple[str, ...] = ()
-    ) -> None:
-        self.address, self.num_cpus, self.import_paths = address, num_cpus, import_paths
+    def __init__(self, address: str | None = None, num_cpus: int | None = None) -> None:
+        self.address, self.num_cpus = address, num_cpus
         self._started = False
         self._owns = False
 
@@ -94,9 +92,8 @@ class RayExecutor:
         if not ray.is_initialized():
             address = self.address or os.environ.get("RAY_ADDRESS")
             options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-            if self.import_paths:
-                paths = [*self.import_paths, *filter(None, [os.environ.get("PYTHONPATH")])]
-                options["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
+            if folders := os.environ.get(importing.VARIABLE):
+                options["runtime_env"] = {"env_vars": {importing.VARIABLE: folders}}
             if address:
                 options["address"] = address
             else:
@@ -193,14 +190,12 @@ def _remote_attempt(stage: Stage, units: list[Unit]) -> list[Record]:
     return attempt(stage, units)
 
 
-def make_executor(
-    name: str, address: str | None = None, num_cpus: int | None = None, import_paths: tuple[str, ...] = ()
-) -> Executor:
+def make_executor(name: str, address: str | None = None, num_cpus: int | None = None) -> Executor:
     """`serial` or `ray`. Raises UsageError for another name."""
     if name == "serial":
         if address:
             raise UsageError("--address goes with the ray executor")
         return SerialExecutor()
     if name == "ray":
-        return RayExecutor(address, num_cpus, import_paths)
+        return RayExecutor(address, num_cpus)
     raise UsageError(f'unknown executor "{name}"', do="Known: ray, serial.")

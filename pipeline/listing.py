@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from winnow.curation.filters.base import parameter_name
 from winnow.curation.measures.base import Measure
 from winnow.infra.registry import Registry, config_fields, unknown
+from winnow.pipeline.printing import blocks, table
 
 _BY_SCORER = ("encoder", "digest")
 
@@ -28,31 +28,7 @@ def listing(what: str) -> str:
     if what not in tables:
         raise unknown("list", what, tables)
     rows = tables[what]()
-    return blocks(rows) if what in ("filters", "measures") else aligned(rows)
-
-
-def aligned(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows as columns of equal width."""
-    if not rows:
-        return "(none)"
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
-def blocks(rows: Sequence[tuple[str, ...]]) -> str:
-    """A paragraph a row: the first cell, then the others under it by the names that the first row has for them."""
-    names, width = rows[0][1:], max(len(name) for name in rows[0])
-    indent = " " * (width + 4)
-    found = []
-    for head, *cells in rows[1:]:
-        lines = [
-            textwrap.fill(f"  {name.ljust(width)}  {cell or '(none)'}", 100, subsequent_indent=indent)
-            for name, cell in zip(names, cells, strict=True)
-        ]
-        found.append("\n".join([head, *lines]))
-    return "\n\n".join(found)
+    return blocks(rows) if what in ("filters", "measures") else table(rows)
 
 
 def parameters(kind: Any) -> str:
@@ -126,7 +102,7 @@ def _protocols() -> Sequence[tuple[str, ...]]:
 
 
 def _recipes() -> Sequence[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = [("name", "what")]
     for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml")):
         first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
         rows.append((path.stem, first))

@@ -43,7 +43,7 @@ def wheel(checkout):
 
 @pytest.fixture(scope="module", params=["build_wheel", "build_editable"])
 def installed(request, checkout, tmp_path_factory):
-    """The `bin` folder of an environment that holds Winnow and a package `evaluate`, and the dependencies of this one."""
+    """The `bin` folder of an environment that holds Winnow, a package `evaluate` and the dependencies of this one."""
     home = tmp_path_factory.mktemp("environment")
     wheel = request.getfixturevalue("wheel") if request.param == "build_wheel" else build(checkout, request.param)
     venv.create(home, symlinks=True)

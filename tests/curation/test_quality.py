@@ -30,6 +30,7 @@ from winnow.infra.stages.runner import execute
 from winnow.infra.stages.stage import pending_units
 from winnow.pipeline.graph import Graph
 from winnow.pipeline.recipe.load import parse_recipe
+from winnow.pipeline.recipe.measures import pool_measures, target_measures
 from winnow.pretrain.encoder import encoder_digest, load_encoder
 
 
@@ -223,8 +224,8 @@ def test_a_recipe_measures_what_its_filters_read(spec, tmp_path):
     np.save(tmp_path / "head.npy", np.ones(16))
     text = RECIPE.format(folder=tmp_path, spec=spec)
     recipe = parse_recipe(text, "r.yaml", [])
-    assert list(recipe.measure_kinds()) == ["aesthetic", "clip", "image_hash", "nsfw"]
-    assert list(recipe.target_kinds(f"{tmp_path}/eval")) == ["image_hash"]
+    assert list(pool_measures(recipe)) == ["aesthetic", "clip", "image_hash", "nsfw"]
+    assert list(target_measures(recipe, f"{tmp_path}/eval")) == ["image_hash"]
     from winnow.infra.stages.progress import RunLog
 
     graph = Graph(recipe, str(tmp_path / "out"))

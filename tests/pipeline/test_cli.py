@@ -17,9 +17,9 @@ COMMANDS = {
     "run": "recipe --out --set --executor --address --until --debug",
     "plan": "recipe --out --set --debug",
     "index": "pool --out --captions --executor --address --max-skipped --debug",
-    "measure": "pool --out --measures --scorer --captions --executor --address --max-skipped --debug",
+    "measure": "pool --out --measures --set --scorer --captions --executor --address --max-skipped --debug",
     "curate": (
-        "pool --out --filters --scorer --columns --explain --why --reasons --executor --address --max-skipped --debug"
+        "pool --out --filters --measures --set --scorer --columns --explain --why --reasons --executor --address --max-skipped --debug"
     ),
     "reshard": "pool --out --subset --samples-per-shard --executor --address --debug",
     "pretrain": "pool --out --config --set --subset --seed --executor --address --debug",
@@ -79,7 +79,7 @@ def winnow(*args, monkeypatch):
         (("evaluate", "ViT-B-32:random", "--data", ".", "--out", "x", "--protocols", "kn"), 'Did you mean "knn"'),
         (("measure", "/nowhere", "--out", "x", "--measures", "clip"), "needs an encoder"),
         (("sample", "/nowhere", "--out", "x.png"), "/nowhere: no such checkpoint folder"),
-        (("sample", "/nowhere", "--out", "x.jpg"), "x.jpg: is no .png file"),
+        (("sample", "/nowhere", "--out", "x.jpg"), "x.jpg: is not a .png file"),
         (("sample", "/nowhere", "--out", "x.png", "--against", "pool"), "takes both a pool and an encoder"),
     ],
 )

@@ -3,9 +3,11 @@
 import pytest
 
 from tests.drawing import write_pool
+from winnow.curation.algebra.tree import unparse
 from winnow.infra.errors import UsageError
-from winnow.pipeline.recipe.load import load_recipe, parse_recipe
-from winnow.pipeline.stages import load_pretrain_config
+from winnow.pipeline.recipe.load import load_recipe, load_section, parse_recipe
+from winnow.pipeline.recipe.measures import pool_measures
+from winnow.pipeline.recipe.schema import PretrainSection
 
 MODEL = (
     "{embed_dim: 32, vision_cfg: {image_size: 32, patch_size: 16, width: 32, layers: 1}, "
@@ -47,7 +49,7 @@ def test_a_good_recipe(text, tmp_path):
     assert list(recipe.subsets) == ["none", "best", "both"]
     assert recipe.reference == "none"
     assert recipe.targets() == [f"{tmp_path}/shards"]
-    assert list(recipe.measure_kinds()) == ["clip"]
+    assert list(pool_measures(recipe)) == ["clip"]
     assert recipe.pretrain.seeds == (0, 1)
     assert recipe.pretrain.config().batch_size == 8
 
@@ -55,9 +57,9 @@ def test_a_good_recipe(text, tmp_path):
 def test_overrides(text, tmp_path):
     recipe = read(text, "pretrain.batch_size=16", "subsets.best.clip_score.fraction=0.5", "max_skipped=0.2")
     assert recipe.pretrain.batch_size == 16
-    assert recipe.subsets["best"] == {"clip_score": {"fraction": 0.5}}
+    assert unparse(recipe.subsets["best"]) == {"clip_score": {"fraction": 0.5}}
     assert recipe.max_skipped == 0.2
-    assert read(text, "subsets.new={basic: {}}").subsets["new"] == {"basic": {}}
+    assert unparse(read(text, "subsets.new={basic: {}}").subsets["new"]) == {"basic": {}}
     write_pool(tmp_path / "other")
     assert read(text, f"pool={tmp_path}/other").targets() == [f"{tmp_path}/other"]  # ${pool} follows
 
@@ -105,7 +107,7 @@ def test_overrides(text, tmp_path):
         ("pool: ", "pool: [", "is not valid YAML"),
     ],
 )  # fmt: skip
-def test_mistakes_are_told_with_line_and_remedy(text, old, new, words):
+def test_mistakes_are_reported_with_line_and_remedy(text, old, new, words):
     assert old in text
     with pytest.raises(UsageError) as caught:
         read(text.replace(old, new, 1))
@@ -124,7 +126,7 @@ def test_a_mistaken_override_names_itself(text):
 
 def test_what_filters_need_must_be_there(text):
     with pytest.raises(
-        UsageError, match=r'line 4: subset "best" needs clip embeddings or scores, and the recipe has no scorer'
+        UsageError, match=r'line 4: the measure "clip" needs an encoder, and there is no scorer'
     ):
         read("".join(line for line in text.splitlines(keepends=True) if not line.startswith("scorer")))
     with pytest.raises(UsageError, match=r"needs a `demo:` block"):
@@ -165,18 +167,18 @@ def test_no_such_recipe():
             "model: ViT-B-32\nsamples_seen: 640\nbatch_size: 64\nwarmup: 5\nworkers: 3\n",
             "c.yaml.*: batch_size 64 cannot",
         ),
-        ("model: ViT-B-32\nsamples_seen: 640\nbatch_size: 64\nwarmup: -1\n", "line 4: warmup: .* not -1"),
-        ("- a list\n", "no mapping"),
+        ("model: ViT-B-32\nsamples_seen: 640\nbatch_size: 64\nwarmup: -1\n", "line 4: warmup must be at least 0, not -1"),
+        ("- a list\n", "not a mapping"),
     ],
 )
 def test_a_config_of_one_training_is_read_like_a_recipe(text, words, tmp_path):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(UsageError, match=words):
-        load_pretrain_config(str(tmp_path / "c.yaml"), [])
+        load_section(PretrainSection, str(tmp_path / "c.yaml"), [])
 
 
 def test_a_training_may_be_given_on_the_command_line_alone():
     settings = ["model.timm=resnet18", "objective=simclr", "samples_seen=640", "batch_size=64", "warmup=1"]
-    assert load_pretrain_config(None, settings).steps == 10
+    assert load_section(PretrainSection, None, settings).steps == 10
     with pytest.raises(UsageError, match=r"--set warmup: .* not 'x'"):
-        load_pretrain_config(None, [*settings, "warmup=x"])
+        load_section(PretrainSection, None, [*settings, "warmup=x"])

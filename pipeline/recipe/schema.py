@@ -1,0 +1,145 @@
+"""The sections of a recipe as types. What a section alone can be wrong in is refused here; the rest in `check`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+
+from winnow.curation.filters.base import All, Filter, Node
+from winnow.curation.noise.inject import InjectConfig
+from winnow.evaluate.protocols.base import PROTOCOLS
+from winnow.infra.params import Section
+from winnow.infra.registry import unknown
+from winnow.pipeline.demo.stage import DemoConfig
+from winnow.pretrain.config import PretrainConfig
+
+DEMO = "demo:"
+
+
+def _several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+class Trusted(Section):
+    """Pairs known to be good, to train the scorer on: shards held out of the pool, or another pool."""
+
+    shards: tuple[str, ...] = ()
+    pool: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Trusted:
+        if bool(self.shards) == bool(self.pool):
+            raise ValueError("trusted takes either shards (of the pool, held out of it) or a pool")
+        return self
+
+
+class Scorer(Section):
+    """What gives `clip.score` and the embeddings: a pretrained open_clip model, a checkpoint, or one trained here.
+
+    `{model: ViT-B-32, pretrained: openai}`; `{checkpoint: PATH}` or just the path; `{trusted: …, train: …}` trains a
+    filtering network first (Fang et al. 2023, "Data Filtering Networks").
+    """
+
+    model: str | None = None
+    pretrained: str | None = None
+    checkpoint: str | None = None
+    trusted: Trusted | None = None
+    train: PretrainConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        return {"checkpoint": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one(self) -> Scorer:
+        ways = [self.model is not None, self.checkpoint is not None, self.train is not None]
+        if sum(ways) != 1:
+            raise ValueError("scorer takes one of: model with pretrained; checkpoint; trusted with train")
+        if (self.pretrained is None) == (self.model is not None):
+            raise ValueError("scorer: model and pretrained go together")
+        if (self.trusted is None) == (self.train is not None):
+            raise ValueError("scorer: trusted and train go together")
+        return self
+
+    @property
+    def spec(self) -> str:
+        """For `load_encoder`; only for a scorer that is not trained here."""
+        return self.checkpoint if self.checkpoint is not None else f"{self.model}:{self.pretrained}"
+
+
+class PretrainSection(PretrainConfig):
+    """How every subset is trained on: `winnow.pretrain.config.PretrainConfig`, and the seeds."""
+
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
+
+    def config(self) -> PretrainConfig:
+        return PretrainConfig(**self.model_dump(exclude={"seeds"}, exclude_unset=True))
+
+
+class EvaluateSection(Section):
+    """What the checkpoints are scored on."""
+
+    data: str
+    tasks: str | tuple[str, ...] = "all"
+    protocols: tuple[str, ...] = Field(("zeroshot",), min_length=1)
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    @field_validator("protocols")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in PROTOCOLS:
+                raise ValueError(str(unknown("protocol", name, PROTOCOLS)))
+        return value
+
+
+class ReshardSection(Section):
+    """Shards of the subsets."""
+
+    samples_per_shard: Annotated[int, Field(ge=1)] = 10_000
+
+
+class Recipe(Section):
+    """An experiment. A recipe file gives at least `pool` and `subsets`; a single command needs only its own sections.
+
+    The trees of `subsets` are parsed already, as is everything else: nothing behind this class reads YAML.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    pool: Annotated[tuple[str, ...], BeforeValidator(_several)] = ()
+    demo: DemoConfig | None = None
+    inject: InjectConfig | None = None
+    scorer: Scorer | None = None
+    measures: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    subsets: dict[str, Node] = Field(default_factory=dict)
+    baseline: str | None = None
+    reshard: ReshardSection | None = ReshardSection()
+    pretrain: PretrainSection | None = None
+    evaluate: EvaluateSection | None = None
+    captions: bool | None = None
+    max_skipped: float = Field(0.05, ge=0)
+
+    _text: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """The recipe as YAML holds it, with overrides and `${…}` filled in."""
+        return self._text
+
+    def filters(self) -> list[Filter]:
+        """The filters of all subsets, in order."""
+        return [item for node in self.subsets.values() for item in node.filters()]
+
+    def targets(self) -> list[str]:
+        """The target sets that filters name, each once, in order."""
+        return list(dict.fromkeys(target for item in self.filters() for target in item.targets()))
+
+    @property
+    def reference(self) -> str:
+        """The subset the others are compared with: `baseline`, else the one without a filter, else the first."""
+        if self.baseline is not None:
+            return self.baseline
+        return next((name for name, node in self.subsets.items() if node == All()), next(iter(self.subsets)))

@@ -25,7 +25,7 @@ from winnow.curation.noise.inject import InjectConfig
 from winnow.evaluate.protocols.base import PROTOCOLS
 from winnow.evaluate.sets.layout import is_data
 from winnow.infra.errors import UsageError, WinnowError
-from winnow.infra.pool.index import find_shards
+from winnow.infra.pool.layouts import find_shards
 from winnow.infra.registry import closest_word, unknown
 from winnow.pipeline.demo.stage import DemoConfig
 from winnow.pretrain.config import PretrainConfig

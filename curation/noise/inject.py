@@ -18,26 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from winnow.curation.noise import corrupt
 from winnow.infra.io import storage
-from winnow.infra.io.images import ImageError, decode_image
+from winnow.infra.io.images import ImageError, image_extension
 from winnow.infra.io.storage import digest_bytes
-from winnow.infra.io.tar import TarWriter
-from winnow.infra.pool.pool import (
-    HERE,
-    LOCATION,
-    Pool,
-    Shard,
-    shard_entry,
-    write_view,
-)
+from winnow.infra.pool.pool import Pool, Shard
 from winnow.infra.pool.uids import decode_uids, derived_uid, hash_unit
-from winnow.infra.stages.stage import (
-    Output,
-    Record,
-    Stage,
-    Unit,
-    need_manifest,
-    read_locations,
-)
+from winnow.infra.pool.views import HERE, ROLES
+from winnow.infra.pool.writer import PoolWriter, SampleWriter, shard_entries
+from winnow.infra.stages.stage import Output, Record, Stage, Unit, need_manifest, read_locations
 
 KINDS = (
     "mismatched",
@@ -123,7 +110,7 @@ class InjectStage(Stage):
     out: str
 
     name = "inject"
-    version = 1
+    version = 2
 
     def params(self) -> dict[str, Any]:
         return self.config.model_dump()
@@ -155,34 +142,22 @@ class InjectStage(Stage):
         args = unit.runtime
         digest = unit.inputs["shard"]
         shard = Shard(unit.name, args["view"], tuple(args["tars"]), args["rows"], digest, tuple(args["dropped"]))
-        table = shard.table()
-        noise = _Noise(shard, table, self.config)
-        overlay = f"{unit.name}.noise.tar"
-        files = [f"{unit.name}.parquet"]
-        # The source's digest stands for its tars: it covers their content.
-        tars = [[reference, digest] for reference in unit.params["tars"]]
+        noise = _Noise(shard, shard.table(), self.config)
+        # The source's digest covers the content of its tars.
+        writer = PoolWriter(self.out, unit.name, ((reference, digest) for reference in unit.params["tars"]))
         if noise.alters:
-            with storage.writing(self.url(overlay)) as path:
-                with TarWriter(path) as tar:
-                    noise.alter(tar)
-                tars.append([f"{HERE}/{overlay}", storage.digest_file(str(path))])
-            files.append(overlay)
+            with writer.tar(".noise") as tar:
+                noise.alter(tar)
         view = noise.view()
-        with storage.writing(self.url(files[0])) as path:
-            write_view(str(path), view)
         counts = Counter(kind for kind in view["noise"].to_pylist() if kind is not None)
-        values = {"tars": tars, "rows": view.num_rows, "noise": dict(sorted(counts.items()))}
-        return Output(files, view.num_rows, values=values)
+        return writer.view(view, noise=dict(sorted(counts.items())))
 
     def finish(self, records: list[Record]) -> Output:
-        entries, counts = [], dict.fromkeys(KINDS, 0)
+        counts = dict.fromkeys(KINDS, 0)
         for record in records:
-            view = f"{record.unit}.parquet"
-            values, digest = record.values, record.files[view]["sha256"]
-            entries.append(shard_entry(record.unit, view, digest, values["tars"], values["rows"], []))
-            for kind, count in values["noise"].items():
+            for kind, count in record.values["noise"].items():
                 counts[kind] = counts.get(kind, 0) + count
-        return Output(values={"shards": entries, "noise": counts})
+        return Output(values={"shards": shard_entries(records), "noise": counts})
 
 
 class _Noise:
@@ -252,26 +227,25 @@ class _Noise:
     def _mark(self, row: dict[str, Any], kind: str, changes: dict[str, Any]) -> None:
         row.update({name: None for name in _UNTRUE if name in row} | changes | {"noise": kind})
 
-    def alter(self, tar: TarWriter) -> None:
+    def alter(self, tar: SampleWriter) -> None:
         """Write the altered images and point their rows to them. An image that cannot be decoded stays as it is."""
-        rows = [source for source, _, _ in self.alters]
-        locations = pa.Table.from_pylist([self.rows[row] for row in rows], schema=self.schema).select(LOCATION.names)
+        rows = pa.Table.from_pylist([self.rows[source] for source, _, _ in self.alters], schema=self.schema)
         random = [self._unit(f"image {i}") for i in range(corrupt.DRAWS)]
         failed = []
-        for (source, at, kind), data in zip(self.alters, self.shard.image_bytes(locations), strict=True):
+        for (source, at, kind), sample in zip(self.alters, self.shard.samples(rows), strict=True):
             row = self.rows[at]
             try:
-                image = decode_image(data)
+                image = sample.image()
             except ImageError:
                 failed.append(at)
                 continue
             draws = tuple(float(column[source]) for column in random)
             altered = getattr(corrupt, kind)(image, draws)
             encoded = corrupt.encode(altered, draws)
-            changes = dict.fromkeys(LOCATION.names) | {"tar": len(self.shard.tars), "other": []}
-            changes |= {"image_ext": "jpg", "image_size": len(encoded)}
-            changes["image_offset"] = tar.add(f"{row['key']}.jpg", encoded)
-            self._mark(row, kind, changes | self._facts(row, kind, image, altered, encoded))
+            replaced = (image_extension(sample.members), *ROLES)
+            others = {ext: data for ext, data in sample.members.items() if ext not in replaced}
+            location = tar.add(row["key"], {"jpg": encoded} | others)
+            self._mark(row, kind, location | self._facts(row, kind, image, altered, encoded))
         # A copy without an altered image would be an unmarked exact copy.
         unmade = {at for at in failed if at >= self.n_rows}
         self.rows = [row for at, row in enumerate(self.rows) if at not in unmade]

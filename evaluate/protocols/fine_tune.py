@@ -26,7 +26,7 @@ from winnow.evaluate.protocols.zeroshot import classification_rows
 from winnow.evaluate.sets.layout import EvalSet
 from winnow.evaluate.tasks.task import NotApplicable
 from winnow.infra.io.images import decode_image
-from winnow.infra.io.prefetch import ahead
+from winnow.infra.io.prefetch import prefetch
 
 RATE = 0.05
 BATCH = 256
@@ -47,7 +47,7 @@ def loader(split: Split, indices: np.ndarray, prepare: Prepare, threads: int) ->
 
     def load(batch: np.ndarray) -> torch.Tensor:
         image_bytes = split.image_bytes([int(place) for place in batch])
-        ready = ahead(lambda image: prepare(decode_image(image, flatten=False)), image_bytes, threads)
+        ready = prefetch(lambda image: prepare(decode_image(image, flatten=False)), image_bytes, threads)
         return torch.stack(list(ready))
 
     if load(indices[:1]).nbytes * len(indices) > KEEP_BYTES:

@@ -26,7 +26,7 @@ from winnow.evaluate.tasks.task import Task, TaskError, datacomp_tasks, extra_ta
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.images import EXTENSIONS
-from winnow.infra.pool.index import tar_samples
+from winnow.infra.io.tar import tar_samples
 
 CLASSNAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"

@@ -13,7 +13,7 @@ from winnow.evaluate.sets.layout import IMAGES, MEMBERS, TaskError, file_digest,
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.images import EXTENSIONS
-from winnow.infra.pool.index import Member, tar_samples
+from winnow.infra.io.tar import Member, tar_samples
 
 SPLITS = ("test", "train", "val")
 PART_SAMPLES = 2048

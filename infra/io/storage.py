@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,26 @@ from winnow.infra.errors import UsageError, WinnowError
 _LONGEST = 8 << 20  # bytes read at once for several ranges
 
 
+def is_pipe(url: str) -> bool:
+    """True for `pipe:COMMAND`, a shell command whose output is read (webdataset's notation)."""
+    return url.startswith("pipe:")
+
+
 def is_local(url: str) -> bool:
     """True for a plain path or a file:// URL."""
-    return "://" not in url or url.startswith("file://")
+    return ("://" not in url or url.startswith("file://")) and not is_pipe(url)
+
+
+def has_ranges(url: str) -> bool:
+    """Whether parts of a file can be read; not from a pipe, nor from an HTTP server that ignores `Range`."""
+    if not url.startswith(("http://", "https://")):
+        return not is_pipe(url)
+    request = urllib.request.Request(url, headers={"Range": "bytes=0-0"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return bool(answer.status == 206)
+    except OSError:
+        return True  # reading it reports the error
 
 
 def local_path(url: str) -> Path:

@@ -22,6 +22,7 @@ from winnow.infra.io import storage
 from winnow.infra.io.storage import digest_bytes
 from winnow.infra.io.tar import TarWriter
 from winnow.infra.pool.uids import derived_uid
+from winnow.infra.pool.writer import SampleWriter
 from winnow.infra.stages.stage import Output, Record, Stage, Unit
 from winnow.pipeline.demo import draw, words
 
@@ -151,14 +152,14 @@ class DemoStage(Stage):
     def _shard(self, set: str, shard: int, start: int, count: int) -> Output:
         rows = []
         base = f"{set}/{shard:05d}"
-        with storage.writing(self.url(f"{base}.tar")) as path, TarWriter(path) as tar:
+        with storage.writing(self.url(f"{base}.tar")) as path, TarWriter(path) as file:
+            tar = SampleWriter(file)
             for i in range(count):
                 row, image = self._sample(set, start + i, key=f"{shard:05d}{i:04d}")
                 text = row["text"]
                 facts = {name: value for name, value in row.items() if name != "text"} | {"caption": text}
-                tar.add(f"{row['key']}.jpg", image)
-                tar.add(f"{row['key']}.txt", text.encode())
-                tar.add(f"{row['key']}.json", json.dumps(facts, sort_keys=True).encode())
+                members = {"jpg": image, "txt": text.encode(), "json": json.dumps(facts, sort_keys=True).encode()}
+                tar.add(row["key"], members)
                 rows.append(row)
         with storage.writing(self.url(f"{base}.parquet")) as path:
             pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), path)
@@ -218,15 +219,15 @@ class DemoStage(Stage):
         self, task: str, split: str, count: int, members: Callable[..., Iterator[tuple[str, bytes]]]
     ) -> list[str]:
         base = f"eval/wds_{task}_test/{split}"
-        with storage.writing(self.url(f"{base}/0.tar")) as path, TarWriter(path) as tar:
+        with storage.writing(self.url(f"{base}/0.tar")) as path, TarWriter(path) as file:
+            tar = SampleWriter(file)
             for number in range(count):
                 rng = self._rng(task, split, number)
 
                 def image(view: draw.View, rng: Random = rng) -> bytes:
                     return _jpeg(rng, draw.paint(rng, view, *self._size(rng)))
 
-                for ext, data in members(rng, number, image):
-                    tar.add(f"s{number:07d}.{ext}", data)
+                tar.add(f"s{number:07d}", dict(members(rng, number, image)))
         storage.write_bytes(self.url(f"{base}/nshards.txt"), b"1")
         return [f"{base}/0.tar", f"{base}/nshards.txt"]
 

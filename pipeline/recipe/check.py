@@ -9,7 +9,7 @@ from winnow.curation.measures import MEASURES
 from winnow.evaluate.sets.layout import is_data
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.params import ParameterError, Path
-from winnow.infra.pool.index import find_shards
+from winnow.infra.pool.layouts import find_shards
 from winnow.infra.pool.metadata import is_metadata
 from winnow.infra.registry import unknown
 from winnow.pipeline.recipe.measures import make_measures, pool_measures, target_measures

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from winnow.infra.io.images import ImageError, decode_image
-from winnow.infra.pool.pool import Pool, read_members
+from winnow.infra.pool.members import read_members
+from winnow.infra.pool.pool import Pool
 from winnow.pretrain.encoder import load_encoder
 
 _BATCH = 256

@@ -22,7 +22,8 @@ from winnow.curation.measures.stage import MeasureStage
 from winnow.curation.search.hamming import _masks, hamming_pairs
 from winnow.curation.search.neighbours import components, first_of_groups
 from winnow.infra.errors import UsageError, WinnowError
-from winnow.infra.pool.index import IndexStage, find_shards
+from winnow.infra.pool.index import IndexStage
+from winnow.infra.pool.layouts import find_shards
 from winnow.infra.pool.pool import Pool
 from winnow.infra.pool.uids import encode_uids, load_subset
 from winnow.infra.stages.executors import SerialExecutor

@@ -17,7 +17,8 @@ from tests.drawing import draw_image, sample, write_tar
 from winnow.curation.noise import corrupt
 from winnow.curation.noise.inject import KINDS, InjectConfig, InjectStage
 from winnow.infra.pool.index import IndexStage
-from winnow.infra.pool.pool import Pool, read_members
+from winnow.infra.pool.members import read_members
+from winnow.infra.pool.pool import Pool
 from winnow.infra.pool.uids import decode_uids, hash_unit
 from winnow.infra.stages.executors import SerialExecutor
 from winnow.infra.stages.runner import execute

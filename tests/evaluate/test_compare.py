@@ -20,8 +20,9 @@ from winnow.evaluate.stage import SCHEMA
 from winnow.evaluate.tasks.task import datacomp_tasks
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
-from winnow.infra.pool.pool import Pool, write_view
+from winnow.infra.pool.pool import Pool
 from winnow.infra.pool.uids import encode_uids, save_subset
+from winnow.infra.pool.views import write_view
 from winnow.infra.stages.executors import SerialExecutor
 from winnow.infra.stages.runner import execute
 from winnow.infra.stages.stage import MANIFEST, Manifest

@@ -1,6 +1,5 @@
 """The index against what `tarfile`, webdataset and plain reading say, and against every kind of broken input."""
 
-import gzip
 import io
 import tarfile
 
@@ -13,8 +12,9 @@ from PIL import Image
 
 from tests.drawing import draw_image, sample, uid_of, write_parquet, write_pool, write_tar
 from winnow.infra.errors import UsageError, WinnowError
-from winnow.infra.pool.index import IndexStage, tar_samples
-from winnow.infra.pool.pool import Pool, read_members
+from winnow.infra.pool.index import IndexStage
+from winnow.infra.pool.members import read_members
+from winnow.infra.pool.pool import Pool
 from winnow.infra.stages.executors import SerialExecutor
 from winnow.infra.stages.runner import Budget, execute
 
@@ -188,21 +188,6 @@ def test_members_that_webdataset_passes_over(tmp_path):
     reference = {item["__key__"] for item in wds.WebDataset(str(path), shardshuffle=False)}
     manifest = index(tmp_path / "shards", tmp_path / "pool")
     assert reference - {"sub/"} == {"a", "sub/b"} and reasons(manifest) == {} and manifest.items == 2
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (gzip.compress(bytes(5000)), "compressed; shards are plain tars"),
-        (b"<html>" * 200, "no tar"),
-        (b"", "empty file"),
-    ],
-)
-def test_what_is_no_tar_is_called_so(tmp_path, content, words):
-    (tmp_path / "0.tar").write_bytes(content)
-    with (tmp_path / "0.tar").open("rb") as file, pytest.raises(WinnowError) as caught:
-        list(tar_samples(file, ()))
-    assert caught.value.what == words
 
 
 def test_a_uid_met_in_an_earlier_shard_is_dropped(tmp_path):

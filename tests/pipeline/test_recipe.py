@@ -125,9 +125,7 @@ def test_a_mistaken_override_names_itself(text):
 
 
 def test_what_filters_need_must_be_there(text):
-    with pytest.raises(
-        UsageError, match=r'line 4: the measure "clip" needs an encoder, and there is no scorer'
-    ):
+    with pytest.raises(UsageError, match=r'line 4: the measure "clip" needs an encoder, and there is no scorer'):
         read("".join(line for line in text.splitlines(keepends=True) if not line.startswith("scorer")))
     with pytest.raises(UsageError, match=r"needs a `demo:` block"):
         read(text, "pool=demo:pool")
@@ -167,7 +165,10 @@ def test_no_such_recipe():
             "model: ViT-B-32\nsamples_seen: 640\nbatch_size: 64\nwarmup: 5\nworkers: 3\n",
             "c.yaml.*: batch_size 64 cannot",
         ),
-        ("model: ViT-B-32\nsamples_seen: 640\nbatch_size: 64\nwarmup: -1\n", "line 4: warmup must be at least 0, not -1"),
+        (
+            "model: ViT-B-32\nsamples_seen: 640\nbatch_size: 64\nwarmup: -1\n",
+            "line 4: warmup must be at least 0, not -1",
+        ),
         ("- a list\n", "not a mapping"),
     ],
 )

@@ -1,11 +1,14 @@
-"""TarWriter against the readers its tars are for."""
+"""The tar writer against tarfile and webdataset, and what the reader says of files that are not tars."""
 
+import gzip
 import hashlib
 import tarfile
 
+import pytest
 import webdataset
 
-from winnow.infra.io.tar import TarWriter
+from winnow.infra.errors import WinnowError
+from winnow.infra.io.tar import TarWriter, tar_samples
 
 MEMBERS = {
     "000000000.jpg": bytes(range(256)) * 5,
@@ -45,6 +48,17 @@ def test_webdataset_reads_it_back(tmp_path):
     assert found == MEMBERS
 
 
+def test_bytes_are_those_of_tarfiles_headers(tmp_path):
+    write(tmp_path / "a.tar")
+    expected = b""
+    for name, data in MEMBERS.items():
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        expected += info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
+    expected += bytes(1024)
+    assert (tmp_path / "a.tar").read_bytes() == expected + bytes(-len(expected) % tarfile.RECORDSIZE)
+
+
 def test_bytes_depend_on_contents_alone(tmp_path):
     write(tmp_path / "a.tar")
     write(tmp_path / "b.tar")
@@ -52,11 +66,24 @@ def test_bytes_depend_on_contents_alone(tmp_path):
     assert len(digests) == 1
 
 
-def test_an_error_leaves_no_end_of_archive(tmp_path):
-    try:
-        with TarWriter(tmp_path / "a.tar") as tar:
-            tar.add("a", b"1")
-            raise KeyError
-    except KeyError:
-        pass
-    assert (tmp_path / "a.tar").stat().st_size == 1024
+def test_a_tar_whose_writing_failed_is_not_a_complete_tar(tmp_path):
+    with pytest.raises(KeyError), TarWriter(tmp_path / "a.tar") as tar:
+        tar.add("a.txt", b"1")
+        raise KeyError
+    with (tmp_path / "a.tar").open("rb") as file, pytest.raises(WinnowError, match="truncated tar|empty file"):
+        list(tar_samples(file, None))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (gzip.compress(bytes(5000)), "compressed; shards are plain tars"),
+        (b"<html>" * 200, "not a tar"),
+        (b"", "empty file"),
+    ],
+)
+def test_files_that_are_not_tars(tmp_path, content, words):
+    (tmp_path / "0.tar").write_bytes(content)
+    with (tmp_path / "0.tar").open("rb") as file, pytest.raises(WinnowError) as caught:
+        list(tar_samples(file, ()))
+    assert caught.value.what == words

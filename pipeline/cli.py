@@ -359,7 +359,7 @@ def ls(
 
 @app.command()
 def doctor(debug: Debug = False) -> None:
-    """Check this machine: versions, shadowed packages, devices, space. Exit status 1 if something is broken."""
+    """Check this machine: versions, devices, space, one copy of winnow. Exit status 1 if something is broken."""
     from winnow.pipeline.doctor import examine
 
     findings = examine()
@@ -373,10 +373,21 @@ STOPPED = "winnow: stopped; what is finished is kept."
 INTERRUPTED = 130  # exit status, as shells have it
 
 
+# Options of earlier versions.
+_RENAMED = {"--max-set-aside": "--max-skipped"}
+
+
+def _refuse_old_options(words: list[str]) -> None:
+    for word in words:
+        if (name := word.partition("=")[0]) in _RENAMED:
+            raise UsageError(f"is now called {_RENAMED[name]}", where=name)
+
+
 def main() -> None:
     """Entry point: errors become one paragraph on stderr."""
     debug = "--debug" in sys.argv or os.environ.get("WINNOW_DEBUG") == "1"
     try:
+        _refuse_old_options(sys.argv)
         app()
     except WinnowError as error:
         if debug:

@@ -347,7 +347,9 @@ class Graph:
     def _check_captions(self) -> None:
         """Raises UsageError when the training reads captions and the given pool was indexed without."""
         config, manifest = self.recipe.pretrain, read_manifest(self.given.pool) if self.given.pool else None
-        if config and config.reads_text and manifest is not None and manifest.params.get("captions") is False:
+        params = manifest.params if manifest is not None else {}
+        without = params.get("captions") is False or "text" not in params.get("require", ["text"])
+        if config and config.reads_text and without:
             raise UsageError(
                 f"was indexed without asking for captions, from which {config.objective_name} learns",
                 where=self.given.pool,

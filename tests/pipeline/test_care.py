@@ -117,7 +117,7 @@ def test_a_foreign_manifest_beside_the_shards(winnow, shards, tmp_path):
 def test_what_cannot_be_resharded(winnow, shards, tmp_path):
     write_metadata(tmp_path / "M", 20, per_file=10)
     status, _, error = winnow("reshard", "M", "--out", "R")
-    assert status == 2 and "without images" in error
+    assert status == 2 and "without samples to copy" in error
     (tmp_path / "empty.npy").write_bytes(b"")
     np.savez(tmp_path / "some.npz", a=np.zeros(3))
     for name in ("empty.npy", "some.npz"):
@@ -190,7 +190,7 @@ def test_what_learns_from_captions_wants_a_pool_with_them(winnow, tmp_path):
     assert winnow("index", "S", "--no-captions", "--out", "P")[0] == 0
     (tmp_path / "t.yaml").write_text(yaml.safe_dump({"model": MODEL, "samples_seen": 8, "batch_size": 4, "warmup": 1}))
     status, _, error = winnow("pretrain", "P", "--config", "t.yaml", "--out", "T")
-    assert status == 2 and "without asking for captions, from which clip learns" in error
+    assert status == 2 and "without asking for captions, from which clip learns" in error, error
     assert winnow("pretrain", "P", "--config", "t.yaml", "--out", "T", "--seed", "-1")[0] == 2
 
 

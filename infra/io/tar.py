@@ -143,7 +143,7 @@ class TarWriter:
     """Writes members one after the other with webdataset's writer.
 
     The format is GNU, with UTF-8 names of any length, mtime, uid and gid 0 and mode 0644. Use it as a context manager;
-    the end of the archive is written only when the block ends without an exception.
+    the file is emptied when the block ends with an exception.
 
     Args:
         path: a local path to create.
@@ -184,7 +184,7 @@ class TarWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._file.close()
+        if kind is not None:
+            self._tar.close()
+            self._file.truncate(0)
+        self.close()

@@ -1,4 +1,4 @@
-"""Where units run: `serial` in this process, `ray` on a cluster or on a local one. Same code, same result."""
+"""Where units run: `serial` in this process, `ray` on a cluster or a local Ray. The results are the same."""
 
 from __future__ import annotations
 
@@ -14,10 +14,28 @@ from typing import Any, Protocol
 
 from winnow.infra import importing
 from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.io.storage import digest_json
 from winnow.infra.stages.stage import Record, Stage, Unit, attempt
 
-TICK = 2.0  # seconds between looks at progress notes
+TICK = 2.0  # seconds after which None is yielded, so that the driver can look at progress notes
+Group = tuple[int, list[Unit]]  # its index, and the units that run together
 _thread = threading.local()
+_set_up: set[str] = set()  # stages whose `setup` this process has called
+_set_up_lock = threading.Lock()
+
+
+def setup_token(stage: Stage) -> str:
+    """Names a stage with its parameters, so that a process knows whether it has called `setup`."""
+    return digest_json([stage.name, stage.version, stage.params(), stage.out])
+
+
+def run_here(stage: Stage, units: list[Unit], token: str) -> list[Record]:
+    """Run one group in this process, after `Stage.setup` if this is the stage's first here."""
+    with _set_up_lock:
+        if token not in _set_up:
+            stage.setup()
+            _set_up.add(token)
+    return attempt(stage, units)
 
 
 def on_ray() -> bool:
@@ -35,11 +53,11 @@ class Result:
 
 
 class Executor(Protocol):
-    """Runs groups of units; yields a Result as each ends, and None now and then while nothing does."""
+    """Runs groups of units. Yields a Result as each ends, and None every few seconds while none does."""
 
     name: str
 
-    def results(self, stage: Stage, groups: list[tuple[int, list[Unit]]]) -> Iterator[Result | None]: ...
+    def results(self, stage: Stage, groups: list[Group]) -> Iterator[Result | None]: ...
 
     def close(self) -> None: ...
 
@@ -49,10 +67,11 @@ class SerialExecutor:
 
     name = "serial"
 
-    def results(self, stage: Stage, groups: list[tuple[int, list[Unit]]]) -> Iterator[Result | None]:
+    def results(self, stage: Stage, groups: list[Group]) -> Iterator[Result | None]:
+        token = setup_token(stage)
         for index, units in groups:
             try:
-                result = Result(index, attempt(stage, units))
+                result = Result(index, run_here(stage, units, token))
             except Exception as error:
                 logging.getLogger(__name__).debug("unit failed", exc_info=True)
                 result = Result(index, error=error)
@@ -63,7 +82,8 @@ class SerialExecutor:
 
 
 class RayExecutor:
-    """Groups as Ray tasks. Connects on first use, so a run with nothing to do starts no Ray.
+    """Groups on Ray: as tasks, or on long-lived actors for stages that use GPUs or set `keep_workers`. Connects on first
+    use, so a run with nothing to do does not start Ray.
 
     Args:
         address: of a running cluster ("auto", "ray://…"); None starts one on this machine unless RAY_ADDRESS is set.
@@ -78,7 +98,7 @@ class RayExecutor:
         self._owns = False
 
     def _would_start(self) -> bool:
-        """Whether connecting means to start a Ray on this machine."""
+        """Whether connecting would start Ray on this machine."""
         ray = sys.modules.get("ray")
         running = self._started or (ray is not None and ray.is_initialized())
         return not (running or self.address or os.environ.get("RAY_ADDRESS"))
@@ -110,10 +130,9 @@ class RayExecutor:
         self._started = True
         return ray
 
-    def results(self, stage: Stage, groups: list[tuple[int, list[Unit]]]) -> Iterator[Result | None]:
+    def results(self, stage: Stage, groups: list[Group]) -> Iterator[Result | None]:
         if stage.run_on_driver and len(groups) == 1 and self._would_start():
-            yield from SerialExecutor().results(stage, groups)
-            return
+            return SerialExecutor().results(stage, groups)
         ray = self.connect()
         total = ray.cluster_resources()
         cpus, gpus = total.get("CPU", 0), total.get("GPU", 0)
@@ -123,60 +142,13 @@ class RayExecutor:
                 f"a unit of {stage.name} {lacking} in the cluster",
                 do="Ask for less in the recipe, or connect to a larger cluster with --address.",
             )
+        slots = wanted.slots(cpus, gpus)
         if stage.launches_workers:
-            fit = [there // asked for there, asked in ((cpus, wanted.cpus), (gpus, wanted.gpus)) if asked]
-            yield from self._in_threads(stage, groups, max(1, int(min(fit, default=1))))
-            return
-        remote = ray.remote(max_retries=0, num_cpus=wanted.cpus, num_gpus=wanted.gpus, memory=wanted.memory or None)(
-            _remote_attempt
-        )
-        shared = ray.put(stage)
-        waiting = deque(groups)
-        # Enough in flight to feed every core; few enough that a million units do not fill the scheduler.
-        window = max(8, 4 * int(total.get("CPU", 1)))
-        flying: dict[Any, int] = {}
-        try:
-            while waiting or flying:
-                while waiting and len(flying) < window:
-                    index, units = waiting.popleft()
-                    flying[remote.remote(shared, units)] = index
-                ready, _ = ray.wait(list(flying), num_returns=1, timeout=TICK)
-                if not ready:
-                    yield None
-                    continue
-                for reference in ready:
-                    index = flying.pop(reference)
-                    try:
-                        yield Result(index, ray.get(reference))
-                    except ray.exceptions.RayTaskError as error:
-                        cause = error.cause if isinstance(error.cause, Exception) else error
-                        yield Result(index, error=cause)
-                    except ray.exceptions.RayError as error:
-                        yield Result(index, error=error)
-        finally:
-            for reference in flying:
-                ray.cancel(reference, force=True)
-
-    def _in_threads(self, stage: Stage, groups: list[tuple[int, list[Unit]]], at_once: int) -> Iterator[Result | None]:
-        def here(units: list[Unit]) -> list[Record]:
-            _thread.on_ray = True
-            return attempt(stage, units)
-
-        with ThreadPoolExecutor(at_once) as threads:
-            flying = {threads.submit(here, units): index for index, units in groups}
-            try:
-                while flying:
-                    ready, _ = wait(flying, timeout=TICK, return_when=FIRST_COMPLETED)
-                    if not ready:
-                        yield None
-                    for future in ready:
-                        index, error = flying.pop(future), future.exception()
-                        if error is not None and not isinstance(error, Exception):
-                            raise error
-                        yield Result(index, error=error) if error else Result(index, future.result())
-            finally:
-                for future in flying:
-                    future.cancel()
+            return _in_threads(stage, groups, slots)
+        options = {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus, "memory": wanted.memory or None}
+        if wanted.gpus or stage.keep_workers:
+            return _on_actors(ray, stage, groups, min(slots, len(groups)), options)
+        return _as_tasks(ray, stage, groups, max(8, 4 * int(cpus)), options)
 
     def close(self) -> None:
         if self._owns:
@@ -186,8 +158,121 @@ class RayExecutor:
             self._started = self._owns = False
 
 
-def _remote_attempt(stage: Stage, units: list[Unit]) -> list[Record]:
-    return attempt(stage, units)
+def _as_tasks(
+    ray: Any, stage: Stage, groups: list[Group], window: int, options: dict[str, Any]
+) -> Iterator[Result | None]:
+    """Groups as tasks, `window` at most in flight: enough to feed every core, few enough for the scheduler."""
+    run = ray.remote(max_retries=0, **options)(run_here)
+    shared, token = ray.put(stage), setup_token(stage)
+    waiting = deque(groups)
+    flying: dict[Any, int] = {}
+    try:
+        while waiting or flying:
+            while waiting and len(flying) < window:
+                index, units = waiting.popleft()
+                flying[run.remote(shared, units, token)] = index
+            ready, _ = ray.wait(list(flying), num_returns=1, timeout=TICK)
+            if not ready:
+                yield None
+            for reference in ready:
+                yield _result(ray, reference, flying.pop(reference))
+    finally:
+        for reference in flying:
+            ray.cancel(reference, force=True)
+
+
+def _on_actors(
+    ray: Any, stage: Stage, groups: list[Group], count: int, options: dict[str, Any]
+) -> Iterator[Result | None]:
+    """Groups on long-lived actors, one group at a time each. An actor gets its first group once it has started, so a
+    busy cluster delays none; one that dies is replaced."""
+    actor = ray.remote(max_restarts=0, **options)(_Worker)
+    shared, token = ray.put(stage), setup_token(stage)
+    waiting = deque(groups)
+    flying: dict[Any, tuple[Any, int | None]] = {}
+
+    def start() -> None:
+        worker = actor.remote(shared, token)
+        flying[worker.started.remote()] = worker, None
+
+    def dispatch(worker: Any) -> None:
+        if waiting:
+            index, units = waiting.popleft()
+            flying[worker.run.remote(units)] = worker, index
+        else:
+            ray.kill(worker)
+
+    for _ in range(count):
+        start()
+    done = 0
+    try:
+        while done < len(groups):
+            ready, _ = ray.wait(list(flying), num_returns=1, timeout=TICK)
+            if not ready:
+                yield None
+            for reference in ready:
+                worker, index = flying.pop(reference)
+                result = _result(ray, reference, -1 if index is None else index)
+                dead = isinstance(result.error, ray.exceptions.RayActorError)
+                if index is None and result.error is not None:
+                    raise WinnowError(f"a worker of {stage.name} did not start ({result.error})")
+                if not dead:
+                    dispatch(worker)
+                elif waiting:
+                    start()
+                if index is not None:
+                    done += 1
+                    yield result
+    finally:
+        for worker, _ in flying.values():
+            ray.kill(worker)
+
+
+class _Worker:
+    """A process that keeps what `Stage.setup` loads and runs groups one after the other."""
+
+    def __init__(self, stage: Stage, token: str) -> None:
+        self._stage, self._token = stage, token
+
+    def started(self) -> None:
+        return
+
+    def run(self, units: list[Unit]) -> list[Record]:
+        return run_here(self._stage, units, self._token)
+
+
+def _result(ray: Any, reference: Any, index: int) -> Result:
+    try:
+        return Result(index, ray.get(reference) or [])
+    except ray.exceptions.RayTaskError as error:
+        return Result(index, error=error.cause if isinstance(error.cause, Exception) else error)
+    except ray.exceptions.RayError as error:
+        return Result(index, error=error)
+
+
+def _in_threads(stage: Stage, groups: list[Group], at_once: int) -> Iterator[Result | None]:
+    """Groups in threads of the driver, for stages whose units ask the cluster for processes themselves."""
+    token = setup_token(stage)
+
+    def here(units: list[Unit]) -> list[Record]:
+        _thread.on_ray = True
+        return run_here(stage, units, token)
+
+    with ThreadPoolExecutor(at_once) as threads:
+        flying = {threads.submit(here, units): index for index, units in groups}
+        try:
+            while flying:
+                ready, _ = wait(flying, timeout=TICK, return_when=FIRST_COMPLETED)
+                if not ready:
+                    yield None
+                for future in ready:
+                    index, error = flying.pop(future), future.exception()
+                    if error is not None and not isinstance(error, Exception):
+                        raise error
+                    yield Result(index, error=error) if error else Result(index, future.result())
+        finally:
+            for future in flying:
+                future.cancel()
 
 
 def make_executor(name: str, address: str | None = None, num_cpus: int | None = None) -> Executor:

@@ -123,6 +123,7 @@ class Stage(abc.ABC):
         launches_workers: whether a unit itself asks the cluster for processes and waits for them (a training); it then
             runs in a thread of the driver; `resources`, what those processes take, bounds how many run at once.
         run_on_driver: whether a single group takes less time than starting a local Ray; it then runs in the driver.
+        keep_workers: whether Ray runs the stage on long-lived processes also without a GPU.
     """
 
     name: ClassVar[str]
@@ -131,6 +132,7 @@ class Stage(abc.ABC):
     allow_failures: ClassVar[bool] = False
     launches_workers: ClassVar[bool] = False
     run_on_driver: ClassVar[bool] = False
+    keep_workers: ClassVar[bool] = False
     out: str
 
     @property

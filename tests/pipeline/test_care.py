@@ -61,7 +61,7 @@ def test_no_command_writes_over_what_it_reads(winnow, shards, tmp_path):
         ("curate", "M", "--filters", "f.yaml", "--out", "M"),
     ):
         status, _, error = winnow(*words)
-        assert status == 2 and "would write over" in error, words
+        assert status == 2 and "would overwrite" in error, words
     for name, files in before.items():
         assert bytes_of(tmp_path / name) | files == bytes_of(tmp_path / name), name
 

@@ -120,7 +120,7 @@ class Graph:
             budget = step.budget or Budget(self.recipe.max_skipped)
             manifests[step.name] = execute(stage, executor, budget=budget, log=log, label=step.name)
             if stage.out == self.pool_url:
-                check_trees(MeasuredPool(self.pool_url), self.recipe.subsets.values())
+                check_trees(MeasuredPool(self.pool_url), self.recipe.trees().values())
             if until is not None and step.name.split()[0] == until and step.name == self._last(until):
                 break
         return manifests
@@ -216,7 +216,7 @@ class Graph:
         for target in self.recipe.targets():
             name = self._target_name(target)
             targets[target] = MeasuredPool(self.url("targets", name), self.url("target-columns", name))
-        subsets = tuple(self.recipe.subsets.items())
+        subsets = tuple(self.recipe.trees().items())
         return CurateStage(MeasuredPool(self.pool_url, columns), subsets, self.url("subsets"), targets)
 
     def _subset(self, name: str) -> tuple[str, str]:

@@ -19,8 +19,8 @@ from winnow.infra.stages.stage import Stage, need_manifest, read_manifest
 from winnow.pipeline.listing import aligned
 
 if TYPE_CHECKING:
-    from winnow.curation.algebra.tree import NodeDecision
-    from winnow.curation.filters.base import Node
+    from winnow.curation.algebra.funnel import NodeDecision
+    from winnow.curation.algebra.nodes import Node
     from winnow.evaluate.stage import EvaluateStage
 
 STAGES = ("demo", "index", "inject", "pretrain", "measure", "curate", "reshard", "embed", "evaluate", "compare")
@@ -53,7 +53,7 @@ def make_measures(names: list[str], scorer: str | None) -> tuple[Any, ...]:
 
 def load_filters(path: str) -> dict[str, Any]:
     """The tree in a YAML file, checked. Raises UsageError."""
-    from winnow.curation.algebra.tree import parse
+    from winnow.curation.algebra.parse import parse
     from winnow.pipeline.recipe.load import find_lines
 
     if not storage.exists(path):
@@ -93,7 +93,7 @@ def curate_stages(
     tree: dict[str, Any], pool: str, out: str, scorer: str | None, columns: str | None, reasons: bool = True
 ) -> list[Stage]:
     """The measure stages that a tree needs, and the curate stage."""
-    from winnow.curation.algebra.tree import parse
+    from winnow.curation.algebra.parse import parse
     from winnow.curation.columns.table import measure_of
     from winnow.curation.curate import CurateStage, MeasuredPool, check_trees, columns_of
     from winnow.curation.measures.stage import MeasureStage
@@ -102,7 +102,7 @@ def curate_stages(
     node = parse(tree)
     stages: list[Stage] = []
     ready = {t: MeasuredPool(t) for item in node.filters() for t in item.targets() if is_metadata(t)}
-    check_trees(MeasuredPool(pool), [tree], ready)
+    check_trees(MeasuredPool(pool), [node], ready)
     names = sorted({name for column in columns_of(node) if (name := measure_of(column))})
     if names and columns is None:
         need_images(pool, names)
@@ -121,7 +121,7 @@ def curate_stages(
             wanted = target_measures(node, target)
             stages.append(MeasureStage(work, make_measures(wanted, scorer), join(work, "columns")))
             targets[target] = MeasuredPool(work, join(work, "columns"))
-    stages.append(CurateStage(MeasuredPool(pool, columns), (("", tree),), out, targets, reasons))
+    stages.append(CurateStage(MeasuredPool(pool, columns), (("", node),), out, targets, reasons))
     return stages
 
 

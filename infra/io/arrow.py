@@ -48,3 +48,13 @@ def float_values(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     if column.null_count:
         values = np.where(null_mask(array), np.array(np.nan, values.dtype), values)
     return values
+
+
+def as_matrix(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings of a column as float16 [n, dim], and which of them are there, bool [n]; rows of absent ones are 0."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    present = ~np.asarray(array.is_null())
+    dim = array.type.list_size
+    values = array.values.slice(array.offset * dim, len(array) * dim)
+    matrix = values.to_numpy(zero_copy_only=False).reshape(len(array), dim)
+    return np.where(present[:, None], matrix, np.float16(0)) if not present.all() else matrix, present

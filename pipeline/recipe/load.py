@@ -16,15 +16,16 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from winnow.curation.algebra.tree import parse
+from winnow.curation.algebra.nodes import Node
+from winnow.curation.algebra.parse import parse
 from winnow.curation.columns.table import measure_of
-from winnow.curation.filters.base import Node
 from winnow.curation.measures import MEASURES
 from winnow.curation.measures.base import Measure, make, with_upstream
 from winnow.curation.noise.inject import InjectConfig
 from winnow.evaluate.protocols.base import PROTOCOLS
 from winnow.evaluate.sets.layout import is_data
 from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.params import ParameterError
 from winnow.infra.pool.index import find_shards
 from winnow.infra.registry import closest_word, unknown
 from winnow.pipeline.demo.stage import DemoConfig
@@ -403,23 +404,10 @@ def _check(recipe: Recipe, source: RecipeText) -> None:
 
 
 def _check_tree(tree: Any, path: tuple[str | int, ...], source: RecipeText) -> None:
-    """Parse inner trees first, so that a fault is told of at its own line."""
-    if isinstance(tree, Mapping):
-        for key, body in tree.items():
-            if key in ("all", "any") and isinstance(body, list):
-                for i, child in enumerate(body):
-                    _check_tree(child, (*path, key, i), source)
-            elif key == "not":
-                _check_tree(body, (*path, key), source)
     try:
         parse(tree)
-    except UsageError as error:
-        key = next(iter(tree)) if isinstance(tree, Mapping) and len(tree) else None
-        path_ = (*path, key) if key is not None else path
-        inner = re.search(r'"([^"]+)"', error.what)
-        if inner and (*path_, inner[1]) in source.lines:
-            path_ = (*path_, inner[1])
-        raise UsageError(error.what, where=source.where(path_), do=error.do) from None
+    except ParameterError as error:
+        raise UsageError(error.what, where=source.where((*path, *error.path)), do=error.do) from None
 
 
 def _check_folders(recipe: Recipe, source: RecipeText) -> None:

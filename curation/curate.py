@@ -15,9 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from winnow.curation.algebra.fit import columns_of, fit_tree
-from winnow.curation.algebra.tree import NodeDecision, TreeEvaluator, fingerprint, parse, unparse
-from winnow.curation.columns.table import View
-from winnow.curation.filters.base import Filter, Node, State
+from winnow.curation.algebra.funnel import NodeDecision, TreeEvaluator
+from winnow.curation.algebra.nodes import Node
+from winnow.curation.algebra.parse import fingerprint, unparse
+from winnow.curation.columns.table import State, View
+from winnow.curation.filters.base import Filter
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.arrow import mask_array
@@ -48,14 +50,14 @@ class CurateStage(Stage):
 
     Args:
         source: the pool and its columns.
-        subsets: name and tree (YAML form) of each.
+        subsets: name and tree of each.
         out: directory.
         targets: target sets by the name that filters give them.
         reasons: whether to write for every dropped sample which node dropped it.
     """
 
     source: MeasuredPool
-    subsets: tuple[tuple[str, dict[str, Any]], ...]
+    subsets: tuple[tuple[str, Node], ...]
     out: str
     targets: dict[str, MeasuredPool] = field(default_factory=dict)
     reasons: bool = True
@@ -81,8 +83,7 @@ class CurateStage(Stage):
     def plan(self) -> list[Unit]:
         view = self._view()
         units = []
-        for name, tree in self.subsets:
-            node = parse(tree)
+        for name, node in self.subsets:
             view.check(columns_of(node))
             inputs = {"columns": view.digest(columns_of(node))}
             for number, (target, columns) in enumerate(_wanted(node)):
@@ -95,14 +96,15 @@ class CurateStage(Stage):
                     name or "subset",
                     inputs,
                     {"tree": fingerprint(node)},
-                    {"subset": name, "tree": tree},
+                    {"subset": name},
                     items=len(view) if view.pool.counted else 0,
                 )
             )
         return units
 
     def run(self, unit: Unit) -> Output:
-        node, view, prefix = parse(unit.runtime["tree"]), self._view(), unit.runtime["subset"]
+        prefix, view = unit.runtime["subset"], self._view()
+        node = dict(self.subsets)[prefix]
         timings: dict[str, float] = {}
         evaluator = TreeEvaluator(node, self.states(node, view, timings))
         kept, dropped, seen = bytearray(), [], 0
@@ -113,7 +115,7 @@ class CurateStage(Stage):
                 out = mask_array(~mask)
                 dropped.append(pa.table({"uid": batch["uid"].filter(out), "reason": why.filter(out)}))
             else:
-                mask = evaluator.keep(batch)
+                mask = evaluator.mask(batch)
             kept += decode_uids(batch["uid"].filter(mask_array(mask))).view(np.uint8).data
         uids = np.frombuffer(kept, UID_DTYPE)
         funnel = {
@@ -182,14 +184,14 @@ class CurateStage(Stage):
             uid: 32 hex characters.
 
         Returns:
-            the label of the first node that dropped the sample (None if it was kept), and each node's verdict.
+            the label of the first node that dropped the sample (None if it was kept), and each node's decision.
 
         Raises:
             UsageError: the uid is none.
             WinnowError: the pool has no such sample.
         """
         wanted = check_uid(uid)
-        node, view = parse(dict(self.subsets)[subset]), self._view()
+        node, view = dict(self.subsets)[subset], self._view()
         for shard, table in zip(view.pool.shards, view.batches(("uid",)), strict=True):
             found = np.flatnonzero(decode_uids(table["uid"]) == wanted)
             if len(found):
@@ -199,24 +201,20 @@ class CurateStage(Stage):
         raise WinnowError(f"no sample has the uid {uid}", where=self.source.pool)
 
 
-def check_trees(
-    source: MeasuredPool, trees: Iterable[dict[str, Any]], targets: Mapping[str, MeasuredPool] | None = None
-) -> None:
-    """Refuse, before anything is measured, trees that cannot come out on a pool: columns of its own that it has not,
-    too few samples, arrays of another dimension.
+def check_trees(source: MeasuredPool, nodes: Iterable[Node], targets: Mapping[str, MeasuredPool] | None = None) -> None:
+    """Refuse trees that cannot be applied to a pool, before anything is measured.
 
     Args:
-        source: the pool; its measures need not be there.
-        trees: in YAML form.
-        targets: those that are there already.
+        source: the pool; its measures need not be finished.
+        nodes: the trees.
+        targets: the target sets that are ready.
 
     Raises:
-        WinnowError: saying what to do.
+        WinnowError: the pool lacks a column, has too few samples, or holds arrays of another dimension.
     """
     pool = Pool.open(source.pool)
     view = View(pool, None, {name: source.view() for name, source in (targets or {}).items()})
-    for tree in trees:
-        node = parse(tree)
+    for node in nodes:
         view.check([column for column in columns_of(node) if view.knows(column)])
         for item in node.filters():
             item.check(view)

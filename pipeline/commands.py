@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from winnow.curation.filters.base import Node
+from winnow.curation.algebra.nodes import Node
 from winnow.evaluate.sets.layout import is_data
 from winnow.infra.errors import UsageError
 from winnow.infra.io import storage

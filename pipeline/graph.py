@@ -9,7 +9,6 @@ from functools import partial
 
 import yaml
 
-from winnow.curation.algebra.tree import unparse
 from winnow.curation.curate import CurateStage, MeasuredPool, check_trees
 from winnow.curation.measures.stage import MeasureStage
 from winnow.curation.noise.inject import InjectStage
@@ -202,7 +201,7 @@ class Graph:
     def _check_pool(self) -> None:
         """Refuse, before anything is measured, trees that cannot be applied to this pool."""
         ready = {target: MeasuredPool(target) for target in self.recipe.targets() if self._is_ready(target)}
-        check_trees(MeasuredPool(self.pool_url), [unparse(node) for node in self.recipe.subsets.values()], ready)
+        check_trees(MeasuredPool(self.pool_url), self.recipe.subsets.values(), ready)
         if self.given.columns is None:
             check_images(self.pool_url, list(pool_measures(self.recipe)))
 
@@ -310,7 +309,7 @@ class Graph:
             for target in self.recipe.targets()
         }
         source = MeasuredPool(self.pool_url, columns)
-        subsets = tuple((name, unparse(node)) for name, node in self.recipe.subsets.items())
+        subsets = tuple(self.recipe.subsets.items())
         return CurateStage(source, subsets, self.url(self.layout.subsets), targets, self.given.reasons)
 
     def _subset(self, name: str) -> tuple[str | None, str | None]:

@@ -7,7 +7,6 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from winnow.curation.filters.base import parameter_name
 from winnow.curation.measures.base import Measure
 from winnow.infra.registry import Registry, config_fields, unknown
 from winnow.pipeline.printing import blocks, table
@@ -38,7 +37,7 @@ def parameters(kind: Any) -> str:
         if item.name in _BY_SCORER and issubclass(kind, Measure):
             continue
         default = item.default_factory() if item.default_factory is not MISSING else item.default
-        name = parameter_name(item)
+        name = item.name
         parts.append(name if default is MISSING else f"{name}={default}")
     return ", ".join(parts)
 

@@ -12,7 +12,7 @@ from winnow.infra.io.storage import join
 from winnow.infra.stages.stage import need_manifest
 
 if TYPE_CHECKING:
-    from winnow.curation.algebra.tree import NodeDecision
+    from winnow.curation.algebra.funnel import NodeDecision
 
 WIDTH = 100  # of paragraphs, characters
 LONGEST = 80  # of a value in a table, characters

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from winnow.curation.algebra.tree import TreeEvaluator, fingerprint
-from winnow.curation.columns.table import View
-from winnow.curation.filters.base import All, Filter, Node, State
+from winnow.curation.algebra.funnel import TreeEvaluator
+from winnow.curation.algebra.nodes import All, Node
+from winnow.curation.algebra.parse import fingerprint
+from winnow.curation.columns.table import State, View
+from winnow.curation.filters.base import Filter
 from winnow.infra.io.arrow import mask_array
 from winnow.infra.io.storage import digest_json
 
@@ -44,7 +46,7 @@ class Survivors(View):
     def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         evaluator = TreeEvaluator(self.node, list(self.states))
         for batch in super().batches(tuple(dict.fromkeys((*columns, *columns_of(self.node))))):
-            yield batch.filter(mask_array(evaluator.keep(batch))).select(list(columns))
+            yield batch.filter(mask_array(evaluator.mask(batch))).select(list(columns))
 
 
 Fit = Callable[[Filter, View], State]

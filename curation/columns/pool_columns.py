@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from winnow.curation.columns.table import missing
-from winnow.curation.columns.threshold import SCOPES, Threshold
-from winnow.curation.filters.base import Filter, State, numbers, parameter_name
-from winnow.curation.measures.clip import as_matrix
+from winnow.curation.columns.table import View, missing, numbers
+from winnow.curation.columns.threshold import Threshold
 from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrays import is_array, load_matrix
-from winnow.infra.pool.uids import UID_DTYPE, decode_uids, encode_uids, is_member, sort_uids
-from winnow.infra.registry import unknown
-
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
+from winnow.infra.io.arrow import as_matrix
+from winnow.infra.pool.uids import UID_DTYPE, decode_uids, encode_uids
 
 
 @dataclass(frozen=True)
@@ -110,14 +104,6 @@ class _Store:
         return np.memmap(self.file, np.float16, "r", shape=(self.rows, self.dim))
 
 
-# The embeddings and the score of one model: the recipe's scorer, or a column family of DataComp's metadata.
-MODELS = {
-    "scorer": ("clip.image", "clip.text", "clip.score"),
-    "b32": ("b32_img", "b32_txt", "clip_b32_similarity_score"),
-    "l14": ("l14_img", "l14_txt", "clip_l14_similarity_score"),
-}
-
-
 def dimensions(view: View, column: str) -> int | None:
     """Of a view's embeddings; None when it has no shard, or the embeddings are not measured yet."""
     if not view.knows(column):
@@ -149,39 +135,21 @@ def target_vectors(view: View, target: str | tuple[str, ...], column: str) -> np
     return found
 
 
-class SelectionFilter(Filter):
-    """A filter whose `fit` returns the uids it keeps, sorted, as `kept`; what was not there to fit is dropped."""
-
-    def keep(self, batch: pa.Table, state: State) -> np.ndarray:
-        return is_member(decode_uids(batch["uid"]), state["kept"])
-
-
-def as_state(uids: np.ndarray, mask: np.ndarray, **more: np.ndarray) -> State:
-    """The state of a `Chosen` filter.
-
-    Args:
-        uids: dtype u8,u8, shape [n].
-        mask: which are kept, bool, shape [n].
-        more: further arrays, for `report`.
-    """
-    return {"kept": sort_uids(uids[mask]), **more}
-
-
 def passing(cutoff: Threshold, uids: np.ndarray, scores: np.ndarray, total: int) -> np.ndarray:
-    """Which of some samples a cut keeps by their scores; bool, shape [n].
+    """Which samples a threshold keeps by their scores; bool, shape [n].
 
     Args:
-        cut: a threshold, a fraction or a budget.
+        cutoff: a threshold, a fraction or a budget.
         uids: dtype u8,u8, shape [n].
         scores: float, NaN where there is none, shape [n].
         total: rows of the pool, at least n; those without a score count in a fraction, as the lowest.
     """
-    named = pa.array(encode_uids(uids)) if cutoff.budget is not None else pa.nulls(len(uids), pa.string())
+    named = pa.array(encode_uids(uids)) if cutoff.keep is not None else pa.nulls(len(uids), pa.string())
     absent = total - len(uids)
     table = pa.table({"uid": named, "score": scores.astype(np.float64)})
     rest = pa.table({"uid": pa.nulls(absent, pa.string()), "score": np.full(absent, np.nan)})
     state = cutoff.fit(_Held((table, rest)), ("score",), _score)  # type: ignore[arg-type]
-    return cutoff.keep(_score(table), table, state)
+    return cutoff.mask(_score(table), table, state)
 
 
 @dataclass(frozen=True)
@@ -194,16 +162,3 @@ class _Held:
 
 def _score(table: pa.Table) -> np.ndarray:
     return table["score"].to_numpy()
-
-
-def check_scope(name: str, of: str) -> None:
-    """Raises UsageError when `of` is neither `pool` nor `survivors`."""
-    if of not in SCOPES:
-        raise unknown(f"`of` for {name}", of, SCOPES)
-
-
-def assign_fields(node: Filter, values: Mapping[str, Any]) -> None:
-    """Set a frozen dataclass's fields from its constructor's arguments, which go by `parameter_name`."""
-    for item in fields(node):
-        value = values[parameter_name(item)]
-        object.__setattr__(node, item.name, tuple(value) if isinstance(value, list) else value)

@@ -19,6 +19,9 @@ from winnow.infra.pool.metadata import FEATURES
 from winnow.infra.pool.pool import Pool, Shard
 from winnow.infra.stages.stage import need_manifest
 
+# What a filter's `fit` learns about a pool: arrays by name, so that they can be kept in a file.
+State = dict[str, np.ndarray]
+
 # Which measure would give a column that DataComp's metadata has.
 _STAND_INS = {
     "clip_b32_similarity_score": "clip (with scorer ViT-B-32:openai), as `clip_score: {model: scorer}`",
@@ -34,6 +37,23 @@ def measure_of(column: str) -> str | None:
     """`clip.score` -> "clip"; None for a column of the pool itself."""
     name, dot, _ = column.partition(".")
     return name if dot else None
+
+
+_DATACOMP = {
+    "b32": ("b32_img", "b32_txt", "clip_b32_similarity_score"),
+    "l14": ("l14_img", "l14_txt", "clip_l14_similarity_score"),
+}
+
+
+def model_columns(model: str) -> tuple[str, str, str]:
+    """The columns of a model's image embeddings, text embeddings and scores.
+
+    Args:
+        model: `scorer`, the recipe's; `b32` or `l14`, those in DataComp's metadata; or an instance of the measure
+            `clip`.
+    """
+    name = "clip" if model == "scorer" else model
+    return _DATACOMP.get(model) or (f"{name}.image", f"{name}.text", f"{name}.score")
 
 
 @dataclass(frozen=True)
@@ -115,16 +135,6 @@ class View:
         """The view of the whole pool, where this one is of some of its samples."""
         return self
 
-    def type_of(self, column: str) -> pa.DataType:
-        """The type of a column, out of the first shard's headers."""
-        shard = self.pool.shards[0]
-        name, _, field_name = column.partition(".")
-        if not field_name:
-            return shard.schema().field(name).type
-        assert self.columns_url is not None
-        with open_parquet(storage.join(self.columns_url, self._ids()[name], f"{shard.name}.parquet")) as parquet:
-            return parquet.schema_arrow.field(field_name).type
-
     def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         """One table a shard, in pool order, with the named columns; read ahead by a thread a core."""
         ids = self._ids()
@@ -184,3 +194,8 @@ def missing(table: pa.Table, columns: Sequence[str]) -> np.ndarray:
         elif values.null_count:
             result |= null_mask(values)
     return result
+
+
+def numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """A numeric column as float64 with null as NaN, shape [n]."""
+    return column.to_numpy().astype(np.float64)

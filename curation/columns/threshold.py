@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from winnow.curation.columns.quantile import nth_largest
-from winnow.curation.filters.base import State
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.curation.columns.table import State, View
+from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrow import float_values, mask_array
+from winnow.infra.params import ParameterError
 from winnow.infra.pool.uids import decode_uids, sort_uids
-from winnow.infra.registry import unknown
 
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
-
-SCOPES = ("pool", "survivors")
 ScoreFunction = Callable[[pa.Table], np.ndarray]
 
 
@@ -38,42 +33,32 @@ class Threshold:
     Args:
         fraction: of the scope, in (0, 1].
         threshold: smallest score kept, compared in the column's own precision.
-        budget: how many to keep.
-        of: what fraction and budget are of: `pool`, or `survivors`, what the filters before it in the enclosing
+        keep: how many samples.
+        of: what fraction and keep are of: `pool`, or `survivors`, what the filters before it in the enclosing
             `all`s have kept.
     """
 
     fraction: float | None
     threshold: float | None
-    budget: int | None
+    keep: int | None
     of: str = "pool"
 
     def check(self, name: str) -> None:
-        """Raises UsageError, as the filter of that name, unless exactly one way is given, within its bounds."""
-        given = [word for word, value in self._ways().items() if value is not None]
+        """Raises ParameterError, as the filter of that name, unless exactly one way is given."""
+        ways = {"fraction": self.fraction, "threshold": self.threshold, "keep": self.keep}
+        given = [word for word, value in ways.items() if value is not None]
         if len(given) != 1:
             said = f", not {' and '.join(given)}" if given else ""
-            raise UsageError(f"{name} takes either a fraction, a threshold or keep{said}", do="Give exactly one.")
-        if self.fraction is not None and not 0 < self.fraction <= 1:
-            raise UsageError(f"{name}: fraction {self.fraction} is not in (0, 1]")
-        if self.threshold is not None and not np.isfinite(self.threshold):
-            raise UsageError(f"{name}: threshold {self.threshold} is not a number")
-        if self.budget is not None and (isinstance(self.budget, bool) or self.budget != int(self.budget)):
-            raise UsageError(f"{name}: keep {self.budget} is not a whole number")
-        if self.budget is not None and self.budget < 1:
-            raise UsageError(f"{name}: keep {self.budget} keeps nothing", do="It is a number of samples.")
-        if self.of not in SCOPES:
-            raise unknown(f"`of` for {name}", self.of, SCOPES)
+            raise ParameterError(f"{name} takes either a fraction, a threshold or keep{said}", do="Give exactly one.")
         if self.of != "pool" and self.threshold is not None:
-            raise UsageError(f"{name}: `of` goes with a fraction or with keep, a threshold is the same for all")
-
-    def _ways(self) -> dict[str, float | None]:
-        return {"fraction": self.fraction, "threshold": self.threshold, "keep": self.budget}
+            raise ParameterError(
+                f"{name}: `of` goes with a fraction or with keep, a threshold is the same for all"
+            ).below("of")
 
     @property
     def columns(self) -> tuple[str, ...]:
         """What it reads beside the score's columns."""
-        return ("uid",) if self.budget is not None else ()
+        return ("uid",) if self.keep is not None else ()
 
     def fit(self, view: View, columns: Sequence[str], score: ScoreFunction) -> State:
         """Find the threshold.
@@ -96,8 +81,8 @@ class Threshold:
         if self.fraction is not None:
             fraction = self.fraction
             return {"threshold": np.array(nth_largest(stream, lambda n: int(n * fraction))[0])}
-        assert self.budget is not None
-        budget = self.budget
+        assert self.keep is not None
+        budget = self.keep
         threshold, _ = nth_largest(stream, lambda n: budget - 1)
         state = {"threshold": np.array(threshold)}
         if threshold == -np.inf:
@@ -113,7 +98,7 @@ class Threshold:
             state["last"] = np.array([last["f0"], last["f1"]], np.uint64)
         return state
 
-    def keep(self, scores: np.ndarray, batch: pa.Table, state: State) -> np.ndarray:
+    def mask(self, scores: np.ndarray, batch: pa.Table, state: State) -> np.ndarray:
         """Which of a batch's scores pass; bool, shape [n]."""
         with np.errstate(invalid="ignore"):
             # A Python float takes the array's precision; a NumPy one (fitted, exact) would widen the array.

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from pydantic import Field
 
-from winnow.curation.columns.pool_columns import SelectionFilter, as_state, collect
-from winnow.curation.columns.threshold import Threshold
-from winnow.curation.filters.base import State
+from winnow.curation.columns.pool_columns import collect
+from winnow.curation.columns.table import View
+from winnow.curation.filters.base import Fraction, Positive, Scope, SelectionFilter, State, as_state
 from winnow.curation.search.kmeans import assign, enough, train_centroids
-from winnow.infra.errors import UsageError
+from winnow.infra.params import params
 from winnow.infra.pool.uids import hash_unit
 
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
 
-
-@dataclass(frozen=True)
+@params
 class ClusterBalanced(SelectionFilter):
     """Keep a share of the pool spread over the clusters of its embeddings.
 
@@ -38,23 +35,16 @@ class ClusterBalanced(SelectionFilter):
         of: `pool` or `survivors`: what is clustered and drawn from.
     """
 
-    clusters: int
-    fraction: float
-    power: float = 0.0
+    clusters: Positive
+    fraction: Fraction
+    power: Annotated[float, Field(ge=0, le=1)] = 0.0
     column: str = "clip.image"
     seed: int = 0
-    of: str = "pool"
+    of: Scope = "pool"
 
     name: ClassVar[str] = "cluster_balanced"
     paper: ClassVar[str] = "Vo et al. 2024 (automatic data curation)"
     example: ClassVar[dict[str, Any]] = {"clusters": 100, "fraction": 0.3}
-
-    def __post_init__(self) -> None:
-        if self.clusters < 1:
-            raise UsageError("cluster_balanced: clusters start at 1")
-        Threshold(self.fraction, None, None, self.of).check(self.name)
-        if not 0 <= self.power <= 1:
-            raise UsageError(f"cluster_balanced: power {self.power} is not in [0, 1]")
 
     def columns(self) -> tuple[str, ...]:
         return ("uid", self.column)

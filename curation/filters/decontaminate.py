@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
 from winnow.curation.columns.pool_columns import collect
-from winnow.curation.filters.base import Filter, State
-from winnow.curation.filters.near_duplicates import HASH, VECTOR, check_near
-from winnow.curation.measures.clip import as_matrix
+from winnow.curation.columns.table import View
+from winnow.curation.filters.base import Filter, Fraction, Names, State
+from winnow.curation.filters.near_duplicates import HASH, VECTOR, Radius
 from winnow.curation.search.hamming import hamming_pairs
 from winnow.curation.search.neighbours import cosine_pairs
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.errors import WinnowError
+from winnow.infra.io.arrow import as_matrix
+from winnow.infra.params import ParameterError, params
 from winnow.infra.pool.uids import decode_uids, is_member, sort_uids
 
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
 
-
-@dataclass(frozen=True)
+@params
 class Decontaminate(Filter):
     """Drop a sample whose image is too near to an image of a target set, and count per task.
 
@@ -40,20 +38,17 @@ class Decontaminate(Filter):
         cosine: least cosine, in (0, 1].
     """
 
-    target: str | tuple[str, ...]
-    radius: int | None = 4
-    cosine: float | None = None
+    target: Names
+    radius: Radius | None = 4
+    cosine: Fraction | None = None
 
     name: ClassVar[str] = "decontaminate"
     paper: ClassVar[str] = "Gadre et al. 2023 (DataComp), appendix F"
     example: ClassVar[dict[str, Any]] = {"target": "evalsets"}
 
     def __post_init__(self) -> None:
-        if not self.target:
-            raise UsageError("decontaminate: the target is empty")
         if self.radius is None and self.cosine is None:
-            raise UsageError("decontaminate takes a radius, a cosine, or both")
-        check_near(self.name, self.radius, self.cosine)
+            raise ParameterError("decontaminate takes a radius, a cosine, or both")
 
     def columns(self) -> tuple[str, ...]:
         return ("uid", *self.numeric())
@@ -114,7 +109,7 @@ class Decontaminate(Filter):
             names,
         )
 
-    def keep(self, batch: pa.Table, state: State) -> np.ndarray:
+    def mask(self, batch: pa.Table, state: State) -> np.ndarray:
         return ~is_member(decode_uids(batch["uid"]), state["near"])
 
     def report(self, state: State) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from winnow.curation.filters.clip_score import ClipScore
+from winnow.infra.params import params
 
 
-@dataclass(frozen=True, init=False)
+@params
 class Dfn(ClipScore):
     """Keep the pairs of highest image-text cosine under a CLIP trained on high-quality pairs.
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 
-from winnow.curation.columns.pool_columns import SelectionFilter, as_state, check_scope
-from winnow.curation.filters.base import State, numbers
-from winnow.infra.errors import UsageError
+from winnow.curation.columns.table import View
+from winnow.curation.filters.base import Names, Scope, SelectionFilter, State, as_state, numbers
+from winnow.infra.params import params
 from winnow.infra.pool.uids import UID_DTYPE, decode_uids
 
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
 
-
-@dataclass(frozen=True)
+@params
 class ExactDuplicates(SelectionFilter):
     """Keep of samples that agree in all columns named one, the best by a score or the first.
 
@@ -33,17 +29,12 @@ class ExactDuplicates(SelectionFilter):
         of: `pool` or `survivors`: what is compared.
     """
 
-    by: str | tuple[str, ...] = "content.sha256"
+    by: Names = "content.sha256"
     score: str | None = None
-    of: str = "pool"
+    of: Scope = "pool"
 
     name: ClassVar[str] = "exact_duplicates"
     paper: ClassVar[str] = "sha256 of the file"
-
-    def __post_init__(self) -> None:
-        if not self.by:
-            raise UsageError("exact_duplicates: by names no column")
-        check_scope(self.name, self.of)
 
     def _by(self) -> tuple[str, ...]:
         return (self.by,) if isinstance(self.by, str) else self.by

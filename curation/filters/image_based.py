@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
 
 from winnow.curation.columns.pool_columns import dimensions
-from winnow.curation.filters.base import Filter, State
-from winnow.curation.measures.clip import as_matrix
+from winnow.curation.columns.table import View
+from winnow.curation.filters.base import Filter, Names, Positive, Search, State
 from winnow.curation.search.kmeans import (
     NearestCentroid,
     check_clusters,
@@ -22,18 +22,17 @@ from winnow.curation.search.kmeans import (
     sample_vectors,
     train_centroids,
 )
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrays import is_array, load_matrix, matrix_shape
-
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
+from winnow.infra.io.arrow import as_matrix
+from winnow.infra.params import ParameterError, params
 
 _MEASURED, _DATACOMP = "clip.image", "l14_img"
 # What fastText splits at; a newline is a token of its own besides (Dictionary::readWord).
 _TOKEN = r"[^ \n\r\t\v\f\x00]+"
 
 
-@dataclass(frozen=True)
+@params
 class ImageBased(Filter):
     """English captions of some length, and an image embedding whose nearest centroid is also a target image's.
 
@@ -61,17 +60,17 @@ class ImageBased(Filter):
             on a GPU.
     """
 
-    target: str | tuple[str, ...]
+    target: Names
     centroids: str | None = None
-    clusters: int = 100_000
+    clusters: Positive = 100_000
     features: str | None = None
     target_features: str | None = None
     language: str | None = "en"
-    min_tokens: int = 2
-    min_characters: int = 6
+    min_tokens: Annotated[int, Field(ge=0)] = 2
+    min_characters: Annotated[int, Field(ge=0)] = 6
     seed: int = 0
-    sample: int | None = None
-    search: str = "exact"
+    sample: Positive | None = None
+    search: Search = "exact"
 
     name: ClassVar[str] = "image_based"
     paper: ClassVar[str] = "Gadre et al. 2023 (DataComp)"
@@ -79,21 +78,17 @@ class ImageBased(Filter):
     files: ClassVar[tuple[str, ...]] = ("centroids", "target")
 
     def __post_init__(self) -> None:
-        if isinstance(self.target, list):
-            object.__setattr__(self, "target", tuple(self.target))
-        if not self.target:
-            raise UsageError("image_based: the target is empty", do="Name a .npy file of embeddings or a folder.")
         if self.targets() and self.arrays():
-            raise UsageError(
+            raise ParameterError(
                 f"image_based: {self.arrays()[0]} is an array and {self.targets()[0]} a folder",
-                do="A target is one or several of one kind.",
-            )
-        check_clusters(self.name, self.clusters, self.sample, self.search)
+                do="The targets are either all arrays or all folders.",
+            ).below("target")
+        check_clusters(self.name, self.clusters, self.sample)
         if self.centroids is not None and not is_array(self.centroids):
-            raise UsageError(
-                f'image_based: centroids "{self.centroids}" is no .npy file',
+            raise ParameterError(
+                f'image_based: centroids "{self.centroids}" is not a .npy file',
                 do="Save them with `numpy.save`, or leave them out to cluster the pool.",
-            )
+            ).below("centroids")
 
     def _named(self) -> tuple[str, ...]:
         return (self.target,) if isinstance(self.target, str) else self.target
@@ -179,7 +174,7 @@ class ImageBased(Filter):
             for batch in view.target(name).batches((column,)):
                 yield _embeddings(batch[column])
 
-    def keep(self, batch: pa.Table, state: State) -> np.ndarray:
+    def mask(self, batch: pa.Table, state: State) -> np.ndarray:
         mask = self._caption(batch)
         vectors, present = as_matrix(batch[self.column])
         rows = np.flatnonzero(mask & present)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
-from winnow.curation.filters.base import Filter, State
-from winnow.curation.measures.clip import as_matrix
+from winnow.curation.columns.table import View
+from winnow.curation.filters.base import Filter, Names, Positive, Search, State
 from winnow.curation.search.kmeans import (
     NearestCentroid,
     check_clusters,
@@ -19,13 +18,12 @@ from winnow.curation.search.kmeans import (
     sample_vectors,
     train_centroids,
 )
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.errors import WinnowError
+from winnow.infra.io.arrow import as_matrix
+from winnow.infra.params import params
 
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
 
-
-@dataclass(frozen=True)
+@params
 class ImageCluster(Filter):
     """Cluster the pool's image embeddings; keep clusters that are the nearest of at least one target image.
 
@@ -43,27 +41,21 @@ class ImageCluster(Filter):
         search: "exact"; "coarse", whose recall the funnel states; "auto", exact up to 20,000 clusters and on a GPU.
     """
 
-    target: str | tuple[str, ...]
-    clusters: int = 100_000
-    min_hits: int = 1
+    target: Names
+    clusters: Positive = 100_000
+    min_hits: Positive = 1
     seed: int = 0
-    sample: int | None = None
-    iterations: int = 20
+    sample: Positive | None = None
+    iterations: Positive = 20
     column: str = "clip.image"
-    search: str = "auto"
+    search: Search = "auto"
 
     name: ClassVar[str] = "image_cluster"
     paper: ClassVar[str] = "Gadre et al. 2023 (DataComp)"
     example: ClassVar[dict[str, Any]] = {"target": "targets"}
 
     def __post_init__(self) -> None:
-        if isinstance(self.target, list):
-            object.__setattr__(self, "target", tuple(self.target))
-        if not self.target:
-            raise UsageError("image_cluster: the target is empty")
-        check_clusters(self.name, self.clusters, self.sample, self.search)
-        if self.min_hits < 1 or self.iterations < 1:
-            raise UsageError("image_cluster: min_hits and iterations start at 1")
+        check_clusters(self.name, self.clusters, self.sample)
 
     def columns(self) -> tuple[str, ...]:
         return (self.column,)
@@ -99,7 +91,7 @@ class ImageCluster(Filter):
             raise WinnowError("the target set has no usable image", where=", ".join(self.targets()))
         return fitted_state(nearest_centroid, hits)
 
-    def keep(self, batch: pa.Table, state: State) -> np.ndarray:
+    def mask(self, batch: pa.Table, state: State) -> np.ndarray:
         vectors, present = as_matrix(batch[self.column])
         return (state["hit"] >= self.min_hits)[nearest_centroid_of(state)(vectors)] & present
 

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
-from winnow.curation.columns.pool_columns import check_scope
-from winnow.curation.filters.base import Filter, State
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.curation.columns.table import View
+from winnow.curation.filters.base import Filter, Positive, Scope, State
+from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
+from winnow.infra.params import params
 from winnow.infra.pool.uids import decode_uids, hash_unit
-
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
 
 # The authors' `spacing`: marks stand alone, white space is a space.
 _SPACING = str.maketrans({mark: f" {mark} " for mark in ",.;:?!`"} | dict.fromkeys("\t\n\r", " "))
 
 
-@dataclass(frozen=True)
+@params
 class MetaClip(Filter):
     """Keep a caption when one of the metadata entries in it is drawn, each with probability t / max(count, t).
 
@@ -41,19 +38,14 @@ class MetaClip(Filter):
     """
 
     metadata: str
-    t: int = 20_000
+    t: Positive = 20_000
     seed: int = 0
-    of: str = "pool"
+    of: Scope = "pool"
 
     name: ClassVar[str] = "metaclip"
     paper: ClassVar[str] = "Xu et al. 2023 (MetaCLIP)"
     example: ClassVar[dict[str, Any]] = {"metadata": "entries.txt"}
     files: ClassVar[tuple[str, ...]] = ("metadata",)
-
-    def __post_init__(self) -> None:
-        if self.t < 1:
-            raise UsageError("metaclip: t starts at 1")
-        check_scope(self.name, self.of)
 
     def columns(self) -> tuple[str, ...]:
         return ("uid", "text")
@@ -69,7 +61,7 @@ class MetaClip(Filter):
             total += batch.num_rows
         return {"counts": counts, "matched": np.array(matched), "total": np.array(total)}
 
-    def keep(self, batch: pa.Table, state: State) -> np.ndarray:
+    def mask(self, batch: pa.Table, state: State) -> np.ndarray:
         matcher = Matcher.read(self.metadata)
         rows, entries = matcher.match(batch["text"])
         uids = decode_uids(batch["uid"])[rows]

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
-from winnow.curation.columns.pool_columns import SelectionFilter, as_state, check_scope, collect
-from winnow.curation.filters.base import State
+from winnow.curation.columns.pool_columns import collect
+from winnow.curation.columns.table import View
+from winnow.curation.filters.base import Fraction, Scope, SelectionFilter, State, as_state
 from winnow.curation.search.hamming import hamming_pairs
 from winnow.curation.search.neighbours import cosine_pairs, first_of_groups
-from winnow.infra.errors import UsageError
-from winnow.infra.registry import unknown
-
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
+from winnow.infra.params import ParameterError, params
 
 HASH, VECTOR = "image_hash.phash", "clip.image"
-_JOIN = ("greedy", "components")
+# Unrelated images differ in about 32 of the 64 bits.
+Radius = Annotated[int, Field(ge=0, le=16)]
 
 
-@dataclass(frozen=True)
+@params
 class NearDuplicates(SelectionFilter):
     """Keep of images near each other one, the best by a score or the first.
 
@@ -43,11 +41,11 @@ class NearDuplicates(SelectionFilter):
         of: `pool` or `survivors`: what is compared.
     """
 
-    radius: int | None = None
-    cosine: float | None = None
+    radius: Radius | None = None
+    cosine: Fraction | None = None
     score: str | None = None
-    join: str = "greedy"
-    of: str = "pool"
+    join: Literal["greedy", "components"] = "greedy"
+    of: Scope = "pool"
 
     name: ClassVar[str] = "near_duplicates"
     paper: ClassVar[str] = "Zauner 2010 (pHash); Manku et al. 2007 (search)"
@@ -55,11 +53,9 @@ class NearDuplicates(SelectionFilter):
 
     def __post_init__(self) -> None:
         if (self.radius is None) == (self.cosine is None):
-            raise UsageError("near_duplicates takes either a radius or a cosine", do="Join two of them under `all:`.")
-        check_near(self.name, self.radius, self.cosine)
-        check_scope(self.name, self.of)
-        if self.join not in _JOIN:
-            raise unknown("join for near_duplicates", self.join, _JOIN)
+            raise ParameterError(
+                "near_duplicates takes either a radius or a cosine", do="Join two of them under `all:`."
+            )
 
     def columns(self) -> tuple[str, ...]:
         return ("uid", *self.numeric(), *((self.score,) if self.score else ()))
@@ -90,11 +86,3 @@ def _ranks(keys: np.ndarray) -> np.ndarray:
     ranks = np.empty(len(keys), np.int64)
     ranks[np.argsort(keys, kind="stable")] = np.arange(len(keys))
     return ranks
-
-
-def check_near(name: str, radius: int | None, cosine: float | None) -> None:
-    """Raises UsageError for a radius or a cosine that cannot be meant."""
-    if radius is not None and not 0 <= radius <= 16:
-        raise UsageError(f"{name}: radius {radius} is not in 0 to 16", do="Unrelated images differ in some 32 bits.")
-    if cosine is not None and not 0 < cosine <= 1:
-        raise UsageError(f"{name}: cosine {cosine} is not in (0, 1]")

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from pydantic import Field
 
-from winnow.curation.columns.pool_columns import (
-    MODELS,
-    SelectionFilter,
-    as_state,
-    assign_fields,
-    collect,
-    passing,
-)
+from winnow.curation.columns.pool_columns import collect, passing
+from winnow.curation.columns.table import View, model_columns
 from winnow.curation.columns.threshold import Threshold
-from winnow.curation.filters.base import State
-from winnow.infra.errors import UsageError
-from winnow.infra.registry import unknown
-
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
+from winnow.curation.filters.base import Fraction, Model, Positive, Scope, SelectionFilter, State, as_state
+from winnow.infra.params import params
 
 _ROWS = 2048
 
 
-@dataclass(frozen=True, init=False)
+@params
 class NegClipLoss(SelectionFilter):
     """Keep samples whose negative CLIP loss, averaged over random batches, is largest.
 
@@ -47,48 +37,32 @@ class NegClipLoss(SelectionFilter):
         model: whose embeddings: `scorer`, the recipe's, or DataComp's features `b32` and `l14`.
     """
 
-    fraction: float | None = None
+    fraction: Fraction | None = None
     threshold: float | None = None
-    tau: float = 0.01
-    batch_size: int = 32_768
-    batches: int = 10
+    tau: Annotated[float, Field(gt=0)] = 0.01
+    batch_size: Positive = 32_768
+    batches: Positive = 10
     seed: int = 0
-    model: str = "scorer"
-    budget: int | None = field(default=None, metadata={"parameter": "keep"})
-    of: str = "pool"
+    model: Model = "scorer"
+    keep: Positive | None = None
+    of: Scope = "pool"
 
     name: ClassVar[str] = "neg_clip_loss"
     paper: ClassVar[str] = "Wang et al. 2024 (negCLIPLoss, NormSim)"
     example: ClassVar[dict[str, Any]] = {"fraction": 0.3}
 
-    def __init__(
-        self,
-        fraction: float | None = None,
-        threshold: float | None = None,
-        tau: float = 0.01,
-        batch_size: int = 32_768,
-        batches: int = 10,
-        seed: int = 0,
-        model: str = "scorer",
-        keep: int | None = None,
-        of: str = "pool",
-    ) -> None:
-        assign_fields(self, locals())
+    def __post_init__(self) -> None:
         self.cutoff.check(self.name)
-        if tau <= 0 or batch_size < 1 or batches < 1:
-            raise UsageError("neg_clip_loss: tau is above 0, batch_size and batches start at 1")
-        if self.model not in MODELS:
-            raise unknown("model for neg_clip_loss", self.model, MODELS)
 
     @property
     def cutoff(self) -> Threshold:
-        return Threshold(self.fraction, self.threshold, self.budget, self.of)
+        return Threshold(self.fraction, self.threshold, self.keep, self.of)
 
     def columns(self) -> tuple[str, ...]:
         return ("uid", *self.numeric())
 
     def numeric(self) -> tuple[str, ...]:
-        return MODELS[self.model][:2]
+        return model_columns(self.model)[:2]
 
     def fit(self, view: View) -> State:
         pool = collect(view, self.numeric())

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from winnow.curation.columns.pool_columns import (
-    SelectionFilter,
-    as_state,
-    assign_fields,
-    dimensions,
-    passing,
-    split_targets,
-    target_vectors,
-)
+from winnow.curation.columns.pool_columns import dimensions, passing, split_targets, target_vectors
+from winnow.curation.columns.table import View
 from winnow.curation.columns.threshold import Threshold
-from winnow.curation.filters.base import State
-from winnow.curation.measures.clip import as_matrix
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.curation.filters.base import Fraction, Names, Positive, Scope, SelectionFilter, State, as_state
+from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrays import matrix_shape
+from winnow.infra.io.arrow import as_matrix
+from winnow.infra.params import params
 from winnow.infra.pool.uids import UID_DTYPE, decode_uids
-
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
 
 _ROWS = 1024
 
 
-@dataclass(frozen=True, init=False)
+@params
 class NormSim(SelectionFilter):
     """Keep samples whose p-norm of the cosines with all target images is largest.
 
@@ -47,39 +37,25 @@ class NormSim(SelectionFilter):
         column: the pool's embeddings, by the model that embedded the targets (`l14_img` in DataComp's metadata).
     """
 
-    target: str | tuple[str, ...]
-    p: int | str = "inf"
-    fraction: float | None = None
+    target: Names
+    p: Literal[2, "inf"] = "inf"
+    fraction: Fraction | None = None
     threshold: float | None = None
     column: str = "clip.image"
-    budget: int | None = field(default=None, metadata={"parameter": "keep"})
-    of: str = "pool"
+    keep: Positive | None = None
+    of: Scope = "pool"
 
     name: ClassVar[str] = "norm_sim"
     paper: ClassVar[str] = "Wang et al. 2024 (negCLIPLoss, NormSim)"
     example: ClassVar[dict[str, Any]] = {"target": "targets", "threshold": 0.7}
     files: ClassVar[tuple[str, ...]] = ("target",)
 
-    def __init__(
-        self,
-        target: str | tuple[str, ...],
-        p: int | str = "inf",
-        fraction: float | None = None,
-        threshold: float | None = None,
-        column: str = "clip.image",
-        keep: int | None = None,
-        of: str = "pool",
-    ) -> None:
-        assign_fields(self, locals())
+    def __post_init__(self) -> None:
         self.cutoff.check(self.name)
-        if not target:
-            raise UsageError("norm_sim: the target is empty")
-        if p not in (2, "inf"):
-            raise UsageError(f'norm_sim: p is 2 or "inf", not {p!r}')
 
     @property
     def cutoff(self) -> Threshold:
-        return Threshold(self.fraction, self.threshold, self.budget, self.of)
+        return Threshold(self.fraction, self.threshold, self.keep, self.of)
 
     def columns(self) -> tuple[str, ...]:
         return ("uid", self.column)

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
-from winnow.curation.columns.pool_columns import SelectionFilter, as_state, collect, passing
+from winnow.curation.columns.pool_columns import collect, passing
+from winnow.curation.columns.table import View
 from winnow.curation.columns.threshold import Threshold
-from winnow.curation.filters.base import State
+from winnow.curation.filters.base import Fraction, Positive, Scope, SelectionFilter, State, as_state
 from winnow.curation.search.kmeans import assign, enough, train_centroids
 from winnow.curation.search.neighbours import runs
-from winnow.infra.errors import UsageError
+from winnow.infra.params import ParameterError, params
 from winnow.infra.pool.uids import hash_unit
-from winnow.infra.registry import unknown
 
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
-
-_KEEP = ("hard", "easy", "random")
 _BLOCK = 4096
 
 
-@dataclass(frozen=True)
+@params
 class SemDeDup(SelectionFilter):
     """Drop a sample whose cosine with one before it in its cluster exceeds 1 - epsilon.
 
@@ -36,7 +32,7 @@ class SemDeDup(SelectionFilter):
 
     Args:
         clusters: k of k-means (the paper: 50,000 for 440 M samples).
-        epsilon: in [0, 1]; instead of a fraction.
+        epsilon: 1 minus a cosine, in [0, 1]; instead of a fraction.
         fraction: of the pool to keep, in (0, 1].
         which_to_keep: "hard" (far from the centroid, the paper's default), "easy" (near it), or "random".
         column: of the embeddings.
@@ -44,13 +40,13 @@ class SemDeDup(SelectionFilter):
         of: `pool` or `survivors`: what is clustered and compared.
     """
 
-    clusters: int
-    epsilon: float | None = None
-    fraction: float | None = None
-    which_to_keep: str = "hard"
+    clusters: Positive
+    epsilon: Annotated[float, Field(ge=0, le=1)] | None = None
+    fraction: Fraction | None = None
+    which_to_keep: Literal["hard", "easy", "random"] = "hard"
     column: str = "clip.image"
     seed: int = 0
-    of: str = "pool"
+    of: Scope = "pool"
 
     name: ClassVar[str] = "semdedup"
     paper: ClassVar[str] = "Abbas et al. 2023 (SemDeDup)"
@@ -58,14 +54,7 @@ class SemDeDup(SelectionFilter):
 
     def __post_init__(self) -> None:
         if (self.epsilon is None) == (self.fraction is None):
-            raise UsageError("semdedup takes either an epsilon or a fraction", do="Give exactly one.")
-        if self.epsilon is not None and not 0 <= self.epsilon <= 1:
-            raise UsageError(f"semdedup: epsilon {self.epsilon} is not in [0, 1]", do="It is 1 minus a cosine.")
-        self.cutoff.check(self.name)
-        if self.clusters < 1:
-            raise UsageError("semdedup: clusters start at 1")
-        if self.which_to_keep not in _KEEP:
-            raise unknown("which_to_keep for semdedup", self.which_to_keep, _KEEP)
+            raise ParameterError("semdedup takes either an epsilon or a fraction", do="Give exactly one.")
 
     @property
     def cutoff(self) -> Threshold:

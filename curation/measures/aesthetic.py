@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from winnow.curation.measures.base import Measure, Samples
-from winnow.curation.measures.clip import as_matrix
 from winnow.curation.measures.heads import apply_head
+from winnow.infra.io.arrow import as_matrix
 from winnow.infra.io.storage import digest_file
 
 

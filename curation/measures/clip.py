@@ -83,13 +83,3 @@ def _vectors(values: np.ndarray, present: np.ndarray, dim: int) -> pa.Array:
     flat = pa.array(values.astype(np.float16).ravel(), pa.float16())
     mask = None if present.all() else pa.array(~present)
     return pa.FixedSizeListArray.from_arrays(flat, dim, mask=mask)
-
-
-def as_matrix(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings of a column as float16 [n, dim], and which of them are there, bool [n]; rows of absent ones are 0."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    present = ~np.asarray(array.is_null())
-    dim = array.type.list_size
-    values = array.values.slice(array.offset * dim, len(array) * dim)
-    matrix = values.to_numpy(zero_copy_only=False).reshape(len(array), dim)
-    return np.where(present[:, None], matrix, np.float16(0)) if not present.all() else matrix, present

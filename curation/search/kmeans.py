@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from winnow.curation.filters.base import State
-from winnow.curation.measures.clip import as_matrix
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.curation.columns.table import State, View
+from winnow.infra.errors import WinnowError
+from winnow.infra.io.arrow import as_matrix
 from winnow.infra.io.prefetch import cores
-from winnow.infra.registry import unknown
-
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
+from winnow.infra.params import ParameterError
 
 # Embeddings to train on for each centroid, unless told: FAISS's own upper bound. Beyond LARGEST bytes as float32 fewer.
 PER_CENTROID = 256
@@ -26,7 +23,6 @@ LARGEST = 8 << 30
 EXACT = 20_000
 RECALL = 0.99
 TESTED = 1000
-SEARCHES = ("auto", "exact", "coarse")
 _BATCH = 16_384
 _PRODUCTS = 64 << 20  # bytes of products at once
 
@@ -38,14 +34,12 @@ def has_gpu() -> bool:
     return bool(getattr(faiss, "get_num_gpus", lambda: 0)())
 
 
-def check_clusters(name: str, clusters: int, sample: int | None, search: str) -> None:
-    """Raises UsageError, as the filter of that name, for parameters that cannot be meant."""
-    if clusters < 1:
-        raise UsageError(f"{name}: clusters start at 1")
+def check_clusters(name: str, clusters: int, sample: int | None) -> None:
+    """Raises ParameterError, as the filter of that name, when the sample has fewer vectors than clusters."""
     if sample is not None and sample < clusters:
-        raise UsageError(f"{name}: a sample of {sample} cannot make {clusters} clusters", do="Raise the sample.")
-    if search not in SEARCHES:
-        raise unknown(f"search for {name}", search, SEARCHES)
+        raise ParameterError(
+            f"{name}: a sample of {sample} cannot make {clusters} clusters", do="Raise the sample."
+        ).below("sample")
 
 
 def enough(name: str, clusters: int, n: int) -> None:

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel
 
-from winnow.curation.algebra.tree import parse
-from winnow.curation.filters.base import Node
+from winnow.curation.algebra.nodes import Node
+from winnow.curation.algebra.parse import parse
 from winnow.infra.errors import UsageError
 from winnow.infra.io import storage
 from winnow.infra.io.yaml_lines import Lines, read_yaml
@@ -87,7 +87,7 @@ def load_tree(path: str) -> Node:
     text = storage.read_bytes(path).decode(errors="replace")
     tree, lines = read_yaml(text, path) if text.strip() else ({}, Lines(path))
     try:
-        return parse_tree(tree)
+        return parse(tree)
     except ParameterError as error:
         raise UsageError(error.what, where=lines.where(error.path), do=error.do) from None
 
@@ -139,19 +139,10 @@ def parse_subsets(subsets: Any) -> dict[str, Node]:
         if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name) or not name.strip("."):
             raise ParameterError(f'subset "{name}": a name has letters, digits and . _ + - only').below("subsets", name)
         try:
-            nodes[name] = parse_tree(tree)
+            nodes[name] = parse(tree)
         except ParameterError as error:
             raise error.below("subsets", name) from None
     return nodes
-
-
-def parse_tree(tree: Any) -> Node:
-    try:
-        return parse(tree)
-    except ParameterError:
-        raise
-    except UsageError as error:
-        raise ParameterError(error.what, do=error.do) from None
 
 
 def _unknown_key(key: Any) -> ParameterError:

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
-from winnow.curation.filters.base import All, Filter, Node
+from winnow.curation.algebra.nodes import All, Node
+from winnow.curation.filters.base import Filter
 from winnow.curation.noise.inject import InjectConfig
 from winnow.evaluate.protocols.base import PROTOCOLS
 from winnow.infra.params import Section

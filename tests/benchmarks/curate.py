@@ -195,7 +195,7 @@ def basic(folder: Path, rows: int, repeat: int) -> None:
         names |= {f"language.{name}": language[name] for name in language.column_names}
         whole = pa.table({name: part[name] for name in part.column_names} | names)
         begin = time.perf_counter()
-        Basic().keep(whole, {})
+        Basic().mask(whole, {})
         times["decide"] += time.perf_counter() - begin
         if shard is shards[0]:
             texts = [text.replace("\n", " ") for text in part["text"].to_pylist()]

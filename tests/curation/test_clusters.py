@@ -16,7 +16,8 @@ from winnow.curation.search.kmeans import (
     sample_vectors,
     train_centroids,
 )
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.errors import WinnowError
+from winnow.infra.params import ParameterError, build
 
 
 def sphere(rng, n, d):
@@ -105,10 +106,10 @@ def test_image_cluster_refuses_before_any_work():
         ImageCluster(target="t", clusters=7).check(view)
     with pytest.raises(WinnowError, match="target set is empty"):
         ImageCluster(target="empty", clusters=2).check(view)
-    with pytest.raises(UsageError, match=r'"coars".*Did you mean "coarse"'):
-        ImageCluster(target="t", search="coars")
-    with pytest.raises(UsageError, match="sample of 5 cannot make 6"):
-        ImageCluster(target="t", clusters=6, sample=5)
+    with pytest.raises(ParameterError, match=r"'coars'.*Did you mean \"coarse\""):
+        build(ImageCluster, {"target": "t", "search": "coars"}, "image_cluster")
+    with pytest.raises(ParameterError, match="sample of 5 cannot make 6"):
+        build(ImageCluster, {"target": "t", "clusters": 6, "sample": 5}, "image_cluster")
 
 
 def test_image_cluster_reports_its_recall():
@@ -124,5 +125,5 @@ def test_image_cluster_reports_its_recall():
         hit = set(np.argmax(wanted @ state["centroids"].T, axis=1).tolist())
         truth = [int(i) in hit for i in np.argmax(vectors @ state["centroids"].T, axis=1)]
         facts = node.report(state)
-        assert np.mean(node.keep(table, state) == truth) >= facts["recall of the search"] - 0.05
+        assert np.mean(node.mask(table, state) == truth) >= facts["recall of the search"] - 0.05
         assert facts["clusters"] == 40 and abs(facts["clusters with a target"] - len(hit)) <= 1

@@ -8,7 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 
+from tests.examples.caption_length import CaptionLength
+from winnow.curation.algebra.nodes import All
 from winnow.curation.curate import CurateStage, MeasuredPool
+from winnow.curation.filters.basic import Basic
+from winnow.curation.filters.clip_score import ClipScore
 from winnow.curation.measures.caption import Caption
 from winnow.curation.measures.stage import MeasureStage
 from winnow.curation.reshard import ReshardStage, subset_digest
@@ -19,8 +23,8 @@ from winnow.infra.pool.uids import encode_uids, load_subset, save_subset
 from winnow.infra.stages.executors import SerialExecutor
 from winnow.infra.stages.runner import execute
 
-OWN = {"tests.examples.caption_length:CaptionLength": {"most": 6}}
-WIDE = {"basic": {"language": None, "min_words": 1, "min_side": 8, "max_aspect": 1.03}}
+SHORT = CaptionLength(most=6)
+WIDE = Basic(language=None, min_words=1, min_side=8, max_aspect=1.03)
 
 
 def run(stage):
@@ -45,7 +49,7 @@ def wide(row):
 
 
 def test_subset_funnel_and_reasons(small_pool, columns, tmp_path):
-    tree = {"all": [WIDE, {"not": OWN}]}
+    tree = WIDE & ~SHORT
     run(CurateStage(MeasuredPool(small_pool, columns), (("", tree),), str(tmp_path)))
     short = {row["uid"] for row in rows(small_pool) if len(row["text"].split()) <= 6}
     kept = [row["uid"] for row in rows(small_pool) if wide(row) and row["uid"] not in short]
@@ -62,22 +66,22 @@ def test_subset_funnel_and_reasons(small_pool, columns, tmp_path):
 
 
 def test_no_filter_keeps_the_pool_in_uid_order(small_pool, tmp_path):
-    run(CurateStage(MeasuredPool(small_pool), (("none", {}),), str(tmp_path), reasons=False))
+    run(CurateStage(MeasuredPool(small_pool), (("none", All()),), str(tmp_path), reasons=False))
     assert np.array_equal(np.load(tmp_path / "none" / "subset.npy"), np.sort(Pool.open(small_pool).uids()))
     assert not (tmp_path / "none" / "reasons.parquet").exists()
 
 
 def test_a_subset_more_touches_no_other(small_pool, columns, tmp_path):
-    run(CurateStage(MeasuredPool(small_pool, columns), (("a", OWN),), str(tmp_path)))
+    run(CurateStage(MeasuredPool(small_pool, columns), (("a", SHORT),), str(tmp_path)))
     before = (tmp_path / "a" / "subset.npy").stat().st_mtime_ns
-    run(CurateStage(MeasuredPool(small_pool, columns), (("a", OWN), ("b", WIDE)), str(tmp_path)))
+    run(CurateStage(MeasuredPool(small_pool, columns), (("a", SHORT), ("b", WIDE)), str(tmp_path)))
     assert (tmp_path / "a" / "subset.npy").stat().st_mtime_ns == before
     assert (tmp_path / "b" / "subset.npy").exists()
 
 
 def test_columns_that_are_not_there_are_refused_before_work(small_pool, tmp_path):
     with pytest.raises(WinnowError, match="has not been measured"):
-        run(CurateStage(MeasuredPool(small_pool), (("a", {"clip_score": {"fraction": 0.3}}),), str(tmp_path)))
+        run(CurateStage(MeasuredPool(small_pool), (("a", ClipScore(fraction=0.3)),), str(tmp_path)))
     assert not (tmp_path / "a").exists()
 
 

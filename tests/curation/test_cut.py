@@ -8,7 +8,8 @@ import pytest
 
 from tests.curation.tables import Columns, kept, uids
 from winnow.curation.algebra.fit import fit_tree
-from winnow.curation.algebra.tree import TreeEvaluator, parse
+from winnow.curation.algebra.funnel import TreeEvaluator
+from winnow.curation.algebra.parse import parse
 from winnow.curation.columns.quantile import nth_largest
 from winnow.curation.filters.clip_score import ClipScore
 from winnow.curation.filters.random_fraction import RandomFraction
@@ -87,7 +88,7 @@ def scored(tree, data):
     node = parse(tree)
     view = Columns(data.slice(0, 200), data.slice(200))
     view.pool = view.columns_url = None
-    return TreeEvaluator(node, fit_tree(node, view, lambda item, seen: item.fit(seen))).keep(data)
+    return TreeEvaluator(node, fit_tree(node, view, lambda item, seen: item.fit(seen))).mask(data)
 
 
 def test_fractions_of_the_pool_and_of_what_came_before(monkeypatch):
@@ -100,7 +101,7 @@ def test_fractions_of_the_pool_and_of_what_came_before(monkeypatch):
         def __init__(self, pool, columns_url, targets, node, states):
             evaluator = TreeEvaluator(node, list(states))
             super().__init__(
-                *(part.filter(pa.array(evaluator.keep(part))) for part in (data.slice(0, 200), data.slice(200)))
+                *(part.filter(pa.array(evaluator.mask(part))) for part in (data.slice(0, 200), data.slice(200)))
             )
 
     monkeypatch.setattr("winnow.curation.algebra.fit.Survivors", Survivors)
@@ -134,7 +135,7 @@ def test_weighted_scores_are_sums_of_percentiles():
     state = node.fit(Columns(data.slice(0, 70), data.slice(70)))
     assert np.allclose(node.total(data, state), plain, equal_nan=True)
     threshold = plain_nth(node.total(data, state).tolist(), 50)
-    assert node.keep(data, state).tolist() == [not math.isnan(p) and p >= threshold - 1e-12 for p in plain]
+    assert node.mask(data, state).tolist() == [not math.isnan(p) and p >= threshold - 1e-12 for p in plain]
 
 
 def test_one_score_alone_cuts_as_the_score_itself():
@@ -157,7 +158,7 @@ def test_ranks_of_a_large_pool_come_from_a_draw(monkeypatch):
     state = node.fit(Columns(data))
     drawn = state["sorted clip.score"]
     assert 350 < len(drawn) < 550 and set(drawn) < set(whole["sorted clip.score"])
-    agree = node.keep(data, state) == Score({"clip": 1.0}, fraction=0.5).keep(data, whole)
+    agree = node.mask(data, state) == Score({"clip": 1.0}, fraction=0.5).mask(data, whole)
     assert agree.mean() > 0.99  # the cut is by the same order, whatever the ranks are drawn from
 
 
@@ -167,14 +168,13 @@ def test_ranks_of_a_large_pool_come_from_a_draw(monkeypatch):
         ({"clip": 1}, "either a fraction, a threshold or keep"),
         ({"clip": 1, "fraction": 0.1, "keep": 3}, "not fraction and keep"),
         ({"fraction": 0.1}, "no weights"),
-        ({"clip": "much", "fraction": 0.1}, "not a number"),
-        ({"clipp": 1, "fraction": 0.1}, 'Did you mean "clip"'),
+        ({"clip": "much", "fraction": 0.1}, "clip must be a number, not 'much'"),
         ({"clip": 0, "fraction": 0.1}, "all weights are 0"),
-        ({"clip": 1, "fraction": 1.5}, r"not in \(0, 1\]"),
+        ({"clip": 1, "fraction": 1.5}, "fraction must be at most 1, not 1.5"),
         ({"clip": 1, "threshold": 0.3, "of": "survivors"}, "a threshold is the same for all"),
         ({"clip": 1, "fraction": 0.3, "of": "survivor"}, 'Did you mean "survivors"'),
-        ({"clip": 1, "keep": 2.5}, "not a whole number"),
-        ({"clip": 1, "keep": 0}, "keeps nothing"),
+        ({"clip": 1, "keep": 2.5}, "keep must be a whole number, not 2.5"),
+        ({"clip": 1, "keep": 0}, "keep must be at least 1, not 0"),
     ],
 )
 def test_wrong_scores_are_refused(params, words):

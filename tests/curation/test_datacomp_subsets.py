@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from winnow.curation.algebra.parse import parse
 from winnow.curation.curate import CurateStage, MeasuredPool
 from winnow.curation.measures.caption import Caption
 from winnow.curation.measures.entity import Entity
@@ -113,7 +114,7 @@ def test_the_seven_baselines_byte_for_byte(folder):
     }
     out = place / "subsets"
     source = MeasuredPool(str(place / "metadata"), str(place / "columns"))
-    execute(CurateStage(source, tuple(trees.items()), str(out)), SerialExecutor())
+    execute(CurateStage(source, tuple((name, parse(tree)) for name, tree in trees.items()), str(out)), SerialExecutor())
     uids = table["uid"].to_pylist()
     for name, kept in plainly(place, table, vectors, dictionary).items():
         assert kept and (len(kept) < N or name == "none")

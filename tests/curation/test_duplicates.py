@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests.curation.tables import Columns, embeddings, kept, sphere, uids
 from tests.drawing import sample, write_tar
+from winnow.curation.algebra.parse import parse
 from winnow.curation.curate import CurateStage, MeasuredPool
 from winnow.curation.filters.decontaminate import Decontaminate, task_name
 from winnow.curation.filters.exact_duplicates import ExactDuplicates
@@ -22,6 +23,7 @@ from winnow.curation.measures.stage import MeasureStage
 from winnow.curation.search.hamming import _masks, hamming_pairs
 from winnow.curation.search.neighbours import components, first_of_groups
 from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.params import ParameterError, build
 from winnow.infra.pool.index import IndexStage
 from winnow.infra.pool.layouts import find_shards
 from winnow.infra.pool.pool import Pool
@@ -180,8 +182,8 @@ def test_exact_duplicates_keep_the_first_or_the_best():
     ],
 )
 def test_refused(kind, params):
-    with pytest.raises(UsageError):
-        kind(**params)
+    with pytest.raises(ParameterError):
+        build(kind, params, kind.name)
 
 
 def plain_phash(image):
@@ -258,7 +260,7 @@ def test_decontaminate_counts_per_task_against_brute_force():
         }
         for i in range(120)
     ]
-    assert node.keep(table, state).tolist() == [not found for found in near]
+    assert node.mask(table, state).tolist() == [not found for found in near]
     assert 0 < sum(bool(found) for found in near) < 120
     expected = {
         name: {
@@ -325,7 +327,7 @@ def test_the_stages_measure_drop_and_report(tmp_path):
     }
     source = MeasuredPool(str(tmp_path / "pool"), str(tmp_path / "pool-columns"))
     targets = {target: MeasuredPool(str(tmp_path / "target"), str(tmp_path / "target-columns"))}
-    run(CurateStage(source, tuple(trees.items()), str(tmp_path / "out"), targets))
+    run(CurateStage(source, tuple((name, parse(tree)) for name, tree in trees.items()), str(tmp_path / "out"), targets))
     order = list(Pool.open(str(tmp_path / "pool")).column("uid").to_pylist())
 
     def numbers(name):

@@ -15,10 +15,11 @@ from winnow.curation.columns.table import View
 from winnow.curation.measures import MEASURES
 from winnow.curation.measures.base import make
 from winnow.curation.measures.caption import Caption
-from winnow.curation.measures.clip import Clip, as_matrix
+from winnow.curation.measures.clip import Clip
 from winnow.curation.measures.language import Language
 from winnow.curation.measures.stage import MeasureStage
 from winnow.infra.errors import WinnowError
+from winnow.infra.io.arrow import as_matrix
 from winnow.infra.pool.index import IndexStage
 from winnow.infra.pool.pool import Pool
 from winnow.infra.stages.executors import SerialExecutor

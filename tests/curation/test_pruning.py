@@ -15,7 +15,8 @@ from winnow.curation.filters.random_fraction import RandomFraction
 from winnow.curation.filters.semdedup import SemDeDup, likeness_before
 from winnow.curation.search.kmeans import assign, train_centroids
 from winnow.curation.search.neighbours import cosine_pairs, nearest_neighbours
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.errors import WinnowError
+from winnow.infra.params import ParameterError, build
 
 
 def bunches(rng, n=300, d=12, centres=40, sem=0.15):
@@ -60,7 +61,7 @@ def test_semdedup_keeps_the_share_asked_for_and_says_its_epsilon():
     table = pool(vectors)
     node = SemDeDup(clusters=5, fraction=0.4)
     state = node.fit(Columns(table))
-    mask = node.keep(table, state)
+    mask = node.mask(table, state)
     assert mask.sum() >= int(300 * 0.4) + 1
     epsilon = node.report(state)["epsilon"]
     assert kept(SemDeDup(clusters=5, epsilon=epsilon - 1e-6), table).tolist() == mask.tolist()
@@ -250,10 +251,10 @@ def test_cluster_balanced_draws_as_much_of_the_rare(monkeypatch):
 
 def test_random_draws_each_sample_by_itself():
     table = pa.table({"uid": uids(4000)})
-    tenth, third = RandomFraction(0.1).keep(table, {}), RandomFraction(0.3).keep(table, {})
+    tenth, third = RandomFraction(0.1).mask(table, {}), RandomFraction(0.3).mask(table, {})
     assert abs(tenth.sum() - 400) < 5 * math.sqrt(4000 * 0.1 * 0.9) and not (tenth & ~third).any()
-    assert RandomFraction(0.3).keep(table.slice(1000, 500), {}).tolist() == third[1000:1500].tolist()
-    both = (RandomFraction(0.3, seed=1).keep(table, {}) & third).sum()
+    assert RandomFraction(0.3).mask(table.slice(1000, 500), {}).tolist() == third[1000:1500].tolist()
+    both = (RandomFraction(0.3, seed=1).mask(table, {}) & third).sum()
     assert abs(both - 360) < 5 * math.sqrt(4000 * 0.09 * 0.91)
 
 
@@ -298,5 +299,5 @@ def test_what_is_not_measured_is_dropped():
     ],
 )
 def test_refused(kind, params):
-    with pytest.raises(UsageError):
-        kind(**params)
+    with pytest.raises(ParameterError):
+        build(kind, params, kind.name)

@@ -17,13 +17,14 @@ from winnow.curation.columns.table import View
 from winnow.curation.measures.aesthetic import Aesthetic
 from winnow.curation.measures.base import Samples, with_upstream
 from winnow.curation.measures.caption_stats import CaptionStats
-from winnow.curation.measures.clip import Clip, as_matrix
+from winnow.curation.measures.clip import Clip
 from winnow.curation.measures.heads import apply_head, read_head
 from winnow.curation.measures.nsfw import Nsfw
 from winnow.curation.measures.quality import Quality
 from winnow.curation.measures.stage import MeasureStage
 from winnow.curation.measures.watermark import Watermark
 from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.io.arrow import as_matrix
 from winnow.infra.pool.pool import Pool
 from winnow.infra.stages.executors import SerialExecutor
 from winnow.infra.stages.runner import execute

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.drawing import write_pool
-from winnow.curation.algebra.tree import unparse
+from winnow.curation.algebra.parse import unparse
 from winnow.infra.errors import UsageError
 from winnow.pipeline.recipe.load import load_recipe, load_section, parse_recipe
 from winnow.pipeline.recipe.measures import pool_measures
@@ -79,7 +79,7 @@ def test_overrides(text, tmp_path):
             '{treshold: 0.2}',
             'my.yaml, line 8: unknown parameter of clip_score "treshold". Did you mean "threshold"?',
         ),
-        ("fraction: 0.3", "fraction: 3", "my.yaml, line 5: clip_score: fraction 3 is not in (0, 1]"),
+        ("fraction: 0.3", "fraction: 3", "my.yaml, line 5: clip_score: fraction must be at most 1, not 3"),
         (
             'batch_size: 8',
             'batch_size: many',

@@ -230,13 +230,14 @@ def test_a_run_on_an_object_store_gives_the_same(bucket, tmp_path):
     import fsspec
 
     from winnow.curation.curate import CurateStage, MeasuredPool
+    from winnow.curation.filters.basic import Basic
     from winnow.curation.measures.caption import Caption
     from winnow.curation.measures.stage import MeasureStage
     from winnow.curation.reshard import ReshardStage, subset_digest
 
     write_pool(tmp_path / "shards", shards=2, per_shard=6)
     fsspec.filesystem("s3").put(str(tmp_path / "shards"), f"{bucket}/shards", recursive=True)
-    tree = {"basic": {"language": None, "min_side": 8, "min_words": 1, "max_aspect": 1.02}}
+    tree = Basic(language=None, min_side=8, min_words=1, max_aspect=1.02)
 
     def chain(source, out):
         def go(stage):

@@ -241,7 +241,7 @@ class Graph:
                 runs.append(
                     TrainRun(name=name, seed=seed, pool=pool, subset=subset, digest=digest_json([source, digest]))
                 )
-        return PretrainStage(config=self.recipe.pretrain.config(), runs=tuple(runs), out=self.url("checkpoints"))
+        return PretrainStage(config=self.recipe.pretrain, runs=tuple(runs), out=self.url("checkpoints"))
 
     def _checkpoints(self) -> list[tuple[str, int, str]]:
         """(subset, seed, checkpoint name) of every training; the name is also the path below `checkpoints`."""

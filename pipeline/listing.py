@@ -10,7 +10,8 @@ from typing import Any
 
 from winnow.curation.filters.base import parameter_name
 from winnow.curation.measures.base import Measure
-from winnow.infra.registry import Registry, config_fields, unknown
+from winnow.infra.params import names_of
+from winnow.infra.registry import Registry, unknown
 
 _BY_SCORER = ("encoder", "digest")
 
@@ -102,7 +103,7 @@ def _objectives() -> Sequence[tuple[str, ...]]:
 
 def _objective(registry: Registry, name: str) -> tuple[str, ...]:
     path = registry.path(name)
-    return name, ", ".join(config_fields(path)), path.partition(":")[0].replace(".", "/") + ".py"
+    return name, ", ".join(names_of(registry.load(name).Config)), path.partition(":")[0].replace(".", "/") + ".py"
 
 
 def _tasks() -> Sequence[tuple[str, ...]]:

@@ -174,11 +174,13 @@ def print_funnel(funnel: dict[str, Any], timings: dict[str, float]) -> str:
 
 def load_pretrain_config(path: str | None, overrides: list[str]) -> Any:
     """A PretrainConfig out of a YAML file and `--set key=value`. Raises UsageError."""
-    from winnow.pipeline.recipe.load import read_model
+    from winnow.pipeline.recipe.load import check_training, read_model
     from winnow.pretrain.config import PretrainConfig
 
     text = "{}" if path is None else storage.read_bytes(path).decode(errors="replace")
-    return read_model(PretrainConfig, text, path or "--set", overrides)[0]
+    config, source = read_model(PretrainConfig, text, path or "--set", overrides)
+    check_training(config, (), source)
+    return config
 
 
 def pretrain_stage(config: Any, pool: str, subset: str | None, seed: int, out: str) -> Stage:

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -25,11 +25,13 @@ from winnow.curation.noise.inject import InjectConfig
 from winnow.evaluate.protocols.base import PROTOCOLS
 from winnow.evaluate.sets.layout import is_data
 from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.params import ParameterError
 from winnow.infra.pool.index import find_shards
 from winnow.infra.registry import closest_word, unknown
 from winnow.pipeline.demo.stage import DemoConfig
 from winnow.pretrain.config import PretrainConfig
 from winnow.pretrain.models.spec import parse_spec
+from winnow.pretrain.sections import RENAMED
 
 DEMO = "demo:"
 
@@ -88,15 +90,6 @@ class Scorer(Strict):
         return self.checkpoint if self.checkpoint is not None else f"{self.model}:{self.pretrained}"
 
 
-class PretrainSection(PretrainConfig):
-    """How every subset is trained on: `winnow.pretrain.config.PretrainConfig`, and the seeds."""
-
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
-
-    def config(self) -> PretrainConfig:
-        return PretrainConfig(**self.model_dump(exclude={"seeds"}, exclude_unset=True))
-
-
 class EvaluateSection(Strict):
     data: str
     tasks: str | tuple[str, ...] = "all"
@@ -127,7 +120,7 @@ class Recipe(Strict):
     subsets: dict[str, dict[str, Any]] = Field(min_length=1)
     baseline: str | None = None
     reshard: ReshardSection | None = ReshardSection(samples_per_shard=10_000)
-    pretrain: PretrainSection | None = None
+    pretrain: PretrainConfig | None = None
     evaluate: EvaluateSection | None = None
     captions: bool | None = None
     max_skipped: float = Field(0.05, ge=0)
@@ -344,6 +337,8 @@ def _explain(error: ValidationError, source: RecipeText, model: type[BaseModel])
     loc = fault["loc"]
     where = source.where(loc)
     dotted = ".".join(map(str, loc))
+    if fault["type"] == "extra_forbidden" and loc[-1] in RENAMED and loc[:-1] in ((), ("pretrain",), ("scorer", "train")):
+        return UsageError(f"`{loc[-1]}` is now `{RENAMED[str(loc[-1])]}`", where=where)
     if fault["type"] == "extra_forbidden":
         return unknown("key", str(loc[-1]), _fields_at(loc[:-1], model) or ["(none)"], where)
     if fault["type"] == "missing":
@@ -351,6 +346,7 @@ def _explain(error: ValidationError, source: RecipeText, model: type[BaseModel])
         return UsageError(f'"{dotted}" is missing', where=where, do=near)
     if fault["type"] == "value_error":
         cause = fault.get("ctx", {}).get("error")
+        where = source.where((*loc, *getattr(cause, "path", ())))
         return UsageError(str(cause) if cause else fault["msg"], where=where)
     return UsageError(f"{dotted}: {fault['msg'][0].lower()}{fault['msg'][1:]}, not {fault['input']!r}", where=where)
 
@@ -400,6 +396,18 @@ def _check(recipe: Recipe, source: RecipeText) -> None:
     if recipe.evaluate is not None and recipe.pretrain is None:
         raise UsageError("there is nothing to evaluate without `pretrain`", where=source.where(("evaluate",)))
     _check_folders(recipe, source)
+    scorer = recipe.scorer.train if recipe.scorer else None
+    for config, path in ((scorer, ("scorer", "train")), (recipe.pretrain, ("pretrain",))):
+        if config is not None:
+            check_training(config, path, source)
+
+
+def check_training(config: PretrainConfig, path: tuple[str, ...], source: RecipeText) -> None:
+    """Check what only the objective knows; imports torch, so it comes last."""
+    try:
+        config.check()
+    except ParameterError as error:
+        raise UsageError(error.what, where=source.where((*path, *error.path)), do=error.do) from None
 
 
 def _check_tree(tree: Any, path: tuple[str | int, ...], source: RecipeText) -> None:

@@ -31,7 +31,7 @@ pretrain:
   model: {MODEL}
   samples_seen: 64
   batch_size: 8
-  warmup: 2
+  warmup_steps: 2
   seeds: [0, 1]
 evaluate: {{data: {tmp_path}/eval}}
 """
@@ -132,7 +132,7 @@ def test_what_filters_need_must_be_there(text):
 
 
 def test_trusted_shards_are_of_the_pool(text):
-    train = f"{{model: {MODEL}, samples_seen: 8, batch_size: 4, warmup: 1}}"
+    train = f"{{model: {MODEL}, samples_seen: 8, batch_size: 4, warmup_steps: 1}}"
     good = read(text, f"scorer={{trusted: {{shards: ['00001']}}, train: {train}}}")
     assert good.scorer.trusted.shards == ("00001",)
     with pytest.raises(UsageError, match=r'unknown shard "00002"'):
@@ -162,10 +162,10 @@ def test_no_such_recipe():
     [
         ("objective: simclr\nmodel: {timm: resnet18}\nsamples_sen: 8\n", r'line 3: .*"samples_sen".*"samples_seen"'),
         (
-            "model: ViT-B-32\nsamples_seen: 640\nbatch_size: 64\nwarmup: 5\nworkers: 3\n",
+            "model: ViT-B-32\nsamples_seen: 640\nbatch_size: 64\nwarmup_steps: 5\nparallel: {num_processes: 3}\n",
             "c.yaml.*: batch_size 64 cannot",
         ),
-        ("model: ViT-B-32\nsamples_seen: 640\nbatch_size: 64\nwarmup: -1\n", "line 4: warmup: .* not -1"),
+        ("model: ViT-B-32\nsamples_seen: 640\nbatch_size: 64\nwarmup_steps: -1\n", "line 4: warmup_steps: .* not -1"),
         ("- a list\n", "no mapping"),
     ],
 )
@@ -176,7 +176,7 @@ def test_a_config_of_one_training_is_read_like_a_recipe(text, words, tmp_path):
 
 
 def test_a_training_may_be_given_on_the_command_line_alone():
-    settings = ["model.timm=resnet18", "objective=simclr", "samples_seen=640", "batch_size=64", "warmup=1"]
+    settings = ["model.timm=resnet18", "objective=simclr", "samples_seen=640", "batch_size=64", "warmup_steps=1"]
     assert load_pretrain_config(None, settings).steps == 10
-    with pytest.raises(UsageError, match=r"--set warmup: .* not 'x'"):
-        load_pretrain_config(None, [*settings, "warmup=x"])
+    with pytest.raises(UsageError, match=r"--set warmup_steps: .* not 'x'"):
+        load_pretrain_config(None, [*settings, "warmup_steps=x"])

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import difflib
-import importlib.util
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from winnow.infra.errors import UsageError
@@ -74,39 +70,3 @@ class Registry:
         """The registered name of a class, or its "module:Class"."""
         path = f"{obj.__module__}:{obj.__qualname__}"
         return next((name for name, value in self.table.items() if value == path), path)
-
-
-def config_fields(path: str) -> dict[str, bool]:
-    """The fields of the dataclass `Config` in the module of "module:Object", each with whether it has a default.
-
-    Read from the source without importing it: an objective imports torch, and a recipe with a misspelt key should be
-    refused before that takes its seconds.
-    """
-    spec = importlib.util.find_spec(path.partition(":")[0])
-    if spec is None or not spec.origin:
-        raise UsageError(f'no module "{path.partition(":")[0]}"')
-    for node in ast.parse(Path(spec.origin).read_text()).body:
-        if isinstance(node, ast.ClassDef) and node.name == "Config":
-            return {
-                item.target.id: item.value is not None
-                for item in node.body
-                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-            }
-    return {}
-
-
-def class_constants(path: str) -> dict[str, Any]:
-    """The literals that the body of "module:Class" gives to names, read as `config_fields` reads; none inherited."""
-    module, _, name = path.partition(":")
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.origin:
-        raise UsageError(f'no module "{module}"')
-    constants = {}
-    for node in ast.parse(Path(spec.origin).read_text()).body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            for item in node.body:
-                target = item.targets[0] if isinstance(item, ast.Assign) else getattr(item, "target", None)
-                if isinstance(item, ast.Assign | ast.AnnAssign) and isinstance(target, ast.Name) and item.value:
-                    with contextlib.suppress(ValueError):  # no literal
-                        constants[target.id] = ast.literal_eval(item.value)
-    return constants

@@ -232,11 +232,10 @@ def pretrain(
     debug: Debug = False,
 ) -> None:
     """Train a model; stopped and started again it goes on where it was."""
-    from winnow.pipeline.recipe.load import load_section
-    from winnow.pipeline.recipe.schema import PretrainSection
+    from winnow.pipeline.recipe.load import load_training
 
     _search_custom(config)
-    read = load_section(PretrainSection, config, [*(overrides or []), f"seeds=[{seed}]"])
+    read = load_training(config, [*(overrides or []), f"seeds=[{seed}]"])
     from winnow.pipeline.commands import pretrain_graph
 
     _run(pretrain_graph(pool, out, read, subset), executor, address)

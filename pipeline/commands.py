@@ -16,6 +16,7 @@ from winnow.pipeline.graph import Given, Graph, Layout, ready_pool
 from winnow.pipeline.recipe.check import check_images, check_measures
 from winnow.pipeline.recipe.measures import pool_measures
 from winnow.pipeline.recipe.schema import Recipe
+from winnow.pretrain.config import PretrainConfig
 
 # Where `curate`, `reshard` and `pretrain` keep what they make on the way.
 _WORK = Layout(
@@ -78,7 +79,7 @@ def reshard_graph(pool: str, out: str, subset: str | None = None, samples_per_sh
     return Graph(recipe, out, _WORK, Given(ready_pool(pool), subset=subset))
 
 
-def pretrain_graph(pool: str, out: str, config: Any, subset: str | None = None) -> Graph:
+def pretrain_graph(pool: str, out: str, config: PretrainConfig, subset: str | None = None) -> Graph:
     """Train one model for each of the config's seeds, in `out/model`."""
     recipe = _recipe(pool=(pool,), pretrain=config)
     return Graph(recipe, out, _WORK, Given(ready_pool(pool), subset=subset))

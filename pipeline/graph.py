@@ -341,7 +341,7 @@ class Graph:
                 digests = digest_json([source, digest])
                 runs.append(TrainRun(name=name or "model", seed=seed, pool=pool, subset=subset, digest=digests))
         out = self.url(self.layout.checkpoints)
-        return PretrainStage(config=self.recipe.pretrain.config(), runs=tuple(runs), out=out)
+        return PretrainStage(config=self.recipe.pretrain, runs=tuple(runs), out=out)
 
     def _check_captions(self) -> None:
         """Raises UsageError when the training reads captions and the given pool was indexed without."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from winnow.curation.measures.base import Measure
-from winnow.infra.registry import Registry, config_fields, unknown
+from winnow.infra.params import names_of
+from winnow.infra.registry import Registry, unknown
 from winnow.pipeline.printing import blocks, table
 
 _BY_SCORER = ("encoder", "digest")
@@ -77,7 +78,7 @@ def _objectives() -> Sequence[tuple[str, ...]]:
 
 def _objective(registry: Registry, name: str) -> tuple[str, ...]:
     path = registry.path(name)
-    return name, ", ".join(config_fields(path)), path.partition(":")[0].replace(".", "/") + ".py"
+    return name, ", ".join(names_of(registry.load(name).Config)), path.partition(":")[0].replace(".", "/") + ".py"
 
 
 def _tasks() -> Sequence[tuple[str, ...]]:

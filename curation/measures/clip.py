@@ -48,7 +48,7 @@ class Clip(Measure):
     def _encoder(self) -> Encoder:
         from winnow.pretrain.encoder import load_encoder
 
-        return load_encoder(self.encoder, device=self.device)
+        return load_encoder(self.encoder, device=self.device, precision="auto")
 
     def schema(self) -> pa.Schema:
         vector = pa.list_(pa.float16(), self._encoder().dim)

@@ -74,6 +74,6 @@ class Prompted(Measure):
 def _embedded(encoder: str, device: str, pairs: tuple[tuple[str, str], ...]) -> tuple[np.ndarray, np.ndarray, float]:
     from winnow.pretrain.encoder import load_encoder
 
-    model = load_encoder(encoder, device=device)
+    model = load_encoder(encoder, device=device, precision="auto")
     yes, no = zip(*pairs, strict=True)
     return model.encode_texts(yes), model.encode_texts(no), model.logit_scale

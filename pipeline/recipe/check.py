@@ -29,6 +29,17 @@ def check_recipe(recipe: Recipe) -> None:
     _check_folders(recipe)
 
 
+def check_trainings(recipe: Recipe) -> None:
+    """What only the objective and the model's library know. Imports torch, so it comes last. Raises ParameterError."""
+    trained = [(("pretrain",), recipe.pretrain), (("scorer", "train"), recipe.scorer.train if recipe.scorer else None)]
+    for path, config in trained:
+        if config is not None:
+            try:
+                config.check()
+            except ParameterError as error:
+                raise error.below(*path) from None
+
+
 def check_measures(recipe: Recipe, pool: bool = True) -> None:
     """Raises ParameterError where a measure, of the pool or of a target set, has no encoder or lacks a parameter."""
     for name in recipe.measures:

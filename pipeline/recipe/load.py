@@ -9,10 +9,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
-from pydantic import BaseModel
 
 from winnow.curation.algebra.nodes import Node
 from winnow.curation.algebra.parse import parse
@@ -21,14 +20,11 @@ from winnow.infra.io import storage
 from winnow.infra.io.yaml_lines import Lines, read_yaml
 from winnow.infra.params import ParameterError, build, names_of
 from winnow.infra.registry import unknown
-from winnow.pipeline.recipe.check import check_recipe
+from winnow.pipeline.recipe.check import check_recipe, check_trainings
 from winnow.pipeline.recipe.schema import Recipe
-
-S = TypeVar("S", bound=BaseModel)
+from winnow.pretrain.config import PretrainConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-# Keys of earlier versions.
-_RENAMED = {"max_set_aside": "max_skipped"}
 
 
 def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
@@ -54,30 +50,32 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
 def parse_recipe(text: str, name: str, overrides: list[str]) -> Recipe:
     """`load_recipe` on a text; `name` names the file in messages."""
     raw, lines = read_values(text, name, overrides)
-    with_default = {"pool": "", "subsets": ""}
     try:
         for key in raw:
             if key not in names_of(Recipe):
                 raise _unknown_key(key)
-        for key in with_default:
+        for key in ("pool", "subsets"):
             if not raw.get(key):
                 raise ParameterError(f'"{key}" is missing')
         recipe = build(Recipe, raw | {"subsets": parse_subsets(raw["subsets"])}, "")
         recipe._text = raw
         check_recipe(recipe)
+        check_trainings(recipe)
     except ParameterError as error:
         raise UsageError(error.what, where=error.where or lines.where(error.path), do=error.do) from None
     return recipe
 
 
-def load_section(kind: type[S], path: str | None, overrides: list[str]) -> S:
-    """One section of a recipe out of a YAML file of its own, or of overrides alone. Raises UsageError."""
+def load_training(path: str | None, overrides: list[str]) -> PretrainConfig:
+    """The `pretrain:` section of a recipe from a file, or from overrides alone. Raises UsageError."""
     text = "{}" if path is None else storage.read_bytes(path).decode(errors="replace")
     raw, lines = read_values(text, path or "--set", overrides)
     try:
-        return build(kind, raw, "")
+        config = build(PretrainConfig, raw, "")
+        config.check()
     except ParameterError as error:
         raise UsageError(error.what, where=lines.where(error.path), do=error.do) from None
+    return config
 
 
 def load_tree(path: str) -> Node:
@@ -146,8 +144,8 @@ def parse_subsets(subsets: Any) -> dict[str, Node]:
 
 
 def _unknown_key(key: Any) -> ParameterError:
-    if key in _RENAMED:
-        error = ParameterError(f'"{key}" is now called "{_RENAMED[key]}"')
+    if key in Recipe.renamed:
+        error = ParameterError(f"`{key}` is now `{Recipe.renamed[key]}`")
     else:
         near = unknown("key", str(key), names_of(Recipe))
         error = ParameterError(near.what, do=near.do)

@@ -70,15 +70,6 @@ class Scorer(Section):
         return self.checkpoint if self.checkpoint is not None else f"{self.model}:{self.pretrained}"
 
 
-class PretrainSection(PretrainConfig):
-    """How every subset is trained on: `winnow.pretrain.config.PretrainConfig`, and the seeds."""
-
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
-
-    def config(self) -> PretrainConfig:
-        return PretrainConfig(**self.model_dump(exclude={"seeds"}, exclude_unset=True))
-
-
 class EvaluateSection(Section):
     """What the checkpoints are scored on."""
 
@@ -109,6 +100,7 @@ class Recipe(Section):
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
+    renamed = {"max_set_aside": "max_skipped"}  # noqa: RUF012
 
     pool: Annotated[tuple[str, ...], BeforeValidator(_several)] = ()
     demo: DemoConfig | None = None
@@ -118,7 +110,7 @@ class Recipe(Section):
     subsets: dict[str, Node] = Field(default_factory=dict)
     baseline: str | None = None
     reshard: ReshardSection | None = ReshardSection()
-    pretrain: PretrainSection | None = None
+    pretrain: PretrainConfig | None = None
     evaluate: EvaluateSection | None = None
     captions: bool | None = None
     max_skipped: float = Field(0.05, ge=0)

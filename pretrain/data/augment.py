@@ -6,14 +6,13 @@ is handed in, so a view is a pure function of image and generator and any number
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torchvision.transforms.functional as F
 from PIL import Image
-
-from winnow.pretrain.models.nets import random_resized_crop
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,31 @@ class Augmentation:
         if rng.random() < self.blur_p:
             pixels = gaussian_blur(pixels, rng.uniform(0.1, 2.0))
         return pixels
+
+
+def random_resized_crop(
+    image: Image.Image, size: int, scale: tuple[float, float], rng: np.random.Generator
+) -> np.ndarray:
+    """A random crop of `scale` of the area and of aspect ratio 3/4 to 4/3, resized; uint8 [3, size, size].
+
+    torchvision's RandomResizedCrop with bicubic interpolation, which open_clip trains with, but drawn from `rng`.
+    Normalisation is left to the device, where a whole batch takes one operation.
+    """
+    width, height = image.size
+    ratio = (math.log(3 / 4), math.log(4 / 3))
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(*ratio))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            break
+    else:  # torchvision's fallback: the central crop of the nearest allowed aspect ratio
+        w = min(width, max(1, round(height * 4 / 3)))
+        h = min(height, max(1, round(width * 4 / 3)))
+        top, left = (height - h) // 2, (width - w) // 2
+    image = image.crop((left, top, left + w, top + h)).resize((size, size), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def gaussian_blur(pixels: np.ndarray, sigma: float) -> np.ndarray:

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from winnow.infra.errors import UsageError
 from winnow.infra.registry import unknown
-from winnow.pretrain.encoder import load_checkpoint
+from winnow.pretrain.checkpoint.load import load_checkpoint
 
 if TYPE_CHECKING:
     from winnow.pretrain.diffusion.model import Diffusion
@@ -58,7 +58,7 @@ def sample(
 
     model = load_checkpoint(checkpoint)
     if not isinstance(model, Diffusion):
-        raise UsageError("is no checkpoint of a diffusion training", where=checkpoint)
+        raise UsageError("is not a checkpoint of a diffusion training", where=checkpoint)
     if sampler not in SAMPLERS:
         raise unknown("sampler", sampler, SAMPLERS)
     timesteps = len(model.alpha_bar)

@@ -27,7 +27,7 @@ from winnow.infra.stages.executors import Executor, SerialExecutor
 from winnow.infra.stages.runner import Budget, execute
 from winnow.infra.stages.stage import Manifest
 from winnow.pretrain.encoder import encoder_digest
-from winnow.pretrain.models.nets import build_model
+from winnow.pretrain.models.open_clip import build_model
 
 WHOLE = Budget(0)
 

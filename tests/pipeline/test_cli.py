@@ -129,18 +129,87 @@ def test_an_unexpected_error_is_one_line_and_a_traceback_only_when_asked(monkeyp
         main()
 
 
-def test_a_wrong_recipe_is_refused_before_anything_starts(tmp_path):
-    """Whole process; what is checked is that neither torch nor Ray was loaded, which is what takes the time."""
+# A recipe with a line in place of its last one.
+RECIPE = """\
+demo: {}
+pool: demo:pool
+scorer: {model: ViT-B-32, pretrained: openai}
+pretrain: {model: ViT-B-32, samples_seen: 640, batch_size: 64, warmup_steps: 1}
+subsets: {none: {}, s: FILTER}
+"""
+WRONG_FILTERS = [
+    ("basic: {min_side: big}", "basic: min_side must be a whole number, not 'big'"),
+    ("near_duplicates: {radius: 2.5}", "near_duplicates: radius must be a whole number, not 2.5"),
+    (
+        "image_cluster: {target: demo:target, clusters: 10.5}",
+        "image_cluster: clusters must be a whole number, not 10.5",
+    ),
+    ("decontaminate: {target: 3}", "decontaminate: target"),
+    ("clip_score: {fraction: true}", "clip_score: fraction must be a number, not True"),
+    ("clip_score: {fraction: high}", "clip_score: fraction must be a number, not 'high'"),
+    ("clip_score: {fractoin: 0.3}", 'unknown parameter of clip_score "fractoin". Did you mean "fraction"?'),
+    ("clip_scor: {fraction: 0.3}", 'unknown filter "clip_scor". Did you mean "clip_score"?'),
+]
+WRONG_TRAININGS = [
+    ("objective={simclr: {dim: big}}", "dim must be a whole number, not 'big'"),
+    ("objective={moco: {queue: 3.5}}", "queue must be a whole number, not 3.5"),
+    ("seeds=3", "pretrain.seeds must be a list, not 3 (write [3])"),
+    ("lr=fast", "pretrain.lr must be a number, not 'fast'"),
+    ("warmup=3", "`warmup` is now `warmup_steps`"),
+    ("workers=3", "`workers` is now `parallel.num_processes`"),
+]
+
+
+def refused(path, *args, monkeypatch, capsys):
+    assert winnow("plan", path, *args, monkeypatch=monkeypatch) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("filters", "words"), WRONG_FILTERS)
+def test_a_wrong_filter_is_refused_with_its_line(filters, words, monkeypatch, capsys, tmp_path):
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("FILTER", f"{{all: [\n  {{{filters}}}]}}"))
+    error = refused(tmp_path / "r.yaml", monkeypatch=monkeypatch, capsys=capsys)
+    assert error.startswith(f"winnow: {tmp_path}/r.yaml, line 6: ") and words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("value", "words"), WRONG_TRAININGS)
+def test_a_wrong_training_is_refused_with_its_line(value, words, monkeypatch, capsys, tmp_path):
+    """In the file with its line, and by `--set`."""
+    text = RECIPE.replace("FILTER", "{}")
+    (tmp_path / "r.yaml").write_text(text)
+    args = ("--set", "pretrain.model={timm: resnet18}", "--set", f"pretrain.{value}")
+    error = refused(tmp_path / "r.yaml", *args, monkeypatch=monkeypatch, capsys=capsys)
+    assert error.startswith(f"winnow: --set pretrain.{value.partition('=')[0]}: ") and words in error
+    key, _, given = value.partition("=")
+    text = text.replace("model: ViT-B-32, samples_seen", f"model: {{timm: resnet18}},\n  {key}: {given}, samples_seen")
+    (tmp_path / "r.yaml").write_text(text)
+    error = refused(tmp_path / "r.yaml", monkeypatch=monkeypatch, capsys=capsys)
+    assert error.startswith(f"winnow: {tmp_path}/r.yaml, line 5: ") and words in error
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("subsets", "scorrer: 3\nsubsets", 'line 5: unknown key "scorrer". Did you mean "scorer"?'),
+        ("FILTER", "{clip_score: {fraction: high}}", "line 5: clip_score: fraction must be a number, not 'high'"),
+        ("pool: demo:pool", "pool: nowhere", "line 2: nowhere: no such folder"),
+        ("subsets", "max_set_aside: 3\nsubsets", "line 5: `max_set_aside` is now `max_skipped`"),
+        ("demo: {}", "demo: {pool: many}", "line 1: demo.pool must be a whole number, not 'many'"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_before_anything_starts(old, new, words, tmp_path):
+    """In its own process, in less than 3 seconds of it: neither torch nor Ray is loaded, which is what takes longer."""
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("pool: nowhere\nsubsets: {none: {}}\nscorrer: 3\n")
+    recipe.write_text(RECIPE.replace(old, new, 1).replace("FILTER", "{}"))
     code = (
-        "import sys\nfrom winnow.pipeline.cli import main\n"
+        "import sys, time\nfrom winnow.pipeline.cli import main\n"
         f"sys.argv = ['winnow', 'run', {str(recipe)!r}]\n"
-        "try:\n    main()\nfinally:\n    print(sorted({'torch', 'ray'} & set(sys.modules)))\n"
+        "try:\n    main()\nfinally:\n"
+        "    print(sorted({'torch', 'ray'} & set(sys.modules)), time.process_time() < 3)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and done.stdout.strip() == "[]"
-    assert 'line 3: unknown key "scorrer". Did you mean "scorer"?' in done.stderr
+    assert done.returncode == 2 and done.stdout.strip() == "[] True"
+    assert words in done.stderr
 
 
 @pytest.mark.parametrize("what", ["filters", "measures", "objectives", "tasks", "protocols", "recipes"])

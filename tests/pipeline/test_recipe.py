@@ -5,9 +5,8 @@ import pytest
 from tests.drawing import write_pool
 from winnow.curation.algebra.parse import unparse
 from winnow.infra.errors import UsageError
-from winnow.pipeline.recipe.load import load_recipe, load_section, parse_recipe
+from winnow.pipeline.recipe.load import load_recipe, load_training, parse_recipe
 from winnow.pipeline.recipe.measures import pool_measures
-from winnow.pipeline.recipe.schema import PretrainSection
 
 MODEL = (
     "{embed_dim: 32, vision_cfg: {image_size: 32, patch_size: 16, width: 32, layers: 1}, "
@@ -33,7 +32,7 @@ pretrain:
   model: {MODEL}
   samples_seen: 64
   batch_size: 8
-  warmup: 2
+  warmup_steps: 2
   seeds: [0, 1]
 evaluate: {{data: {tmp_path}/eval}}
 """
@@ -51,7 +50,7 @@ def test_a_good_recipe(text, tmp_path):
     assert recipe.targets() == [f"{tmp_path}/shards"]
     assert list(pool_measures(recipe)) == ["clip"]
     assert recipe.pretrain.seeds == (0, 1)
-    assert recipe.pretrain.config().batch_size == 8
+    assert recipe.pretrain.batch_size == 8
 
 
 def test_overrides(text, tmp_path):
@@ -83,7 +82,7 @@ def test_overrides(text, tmp_path):
         (
             'batch_size: 8',
             'batch_size: many',
-            'my.yaml, line 13: pretrain.batch_size: input should be a valid integer',
+            'my.yaml, line 13: pretrain.batch_size must be a whole number, not 'many'.',
         ),
         ("/shards\n", "/nowhere\n", "line 1: "),
         ("/eval}", "/nowhere}", "my.yaml, line 16: "),
@@ -132,7 +131,7 @@ def test_what_filters_need_must_be_there(text):
 
 
 def test_trusted_shards_are_of_the_pool(text):
-    train = f"{{model: {MODEL}, samples_seen: 8, batch_size: 4, warmup: 1}}"
+    train = f"{{model: {MODEL}, samples_seen: 8, batch_size: 4, warmup_steps: 1}}"
     good = read(text, f"scorer={{trusted: {{shards: ['00001']}}, train: {train}}}")
     assert good.scorer.trusted.shards == ("00001",)
     with pytest.raises(UsageError, match=r'unknown shard "00002"'):
@@ -162,24 +161,25 @@ def test_no_such_recipe():
     [
         ("objective: simclr\nmodel: {timm: resnet18}\nsamples_sen: 8\n", r'line 3: .*"samples_sen".*"samples_seen"'),
         (
-            "model: ViT-B-32\nsamples_seen: 640\nbatch_size: 64\nwarmup: 5\nworkers: 3\n",
+            "model: ViT-B-32\nsamples_seen: 640\nbatch_size: 64\nwarmup_steps: 5\nparallel: {num_processes: 3}\n",
             "c.yaml.*: batch_size 64 cannot",
         ),
         (
-            "model: ViT-B-32\nsamples_seen: 640\nbatch_size: 64\nwarmup: -1\n",
-            "line 4: warmup must be at least 0, not -1",
+            "model: ViT-B-32\nsamples_seen: 640\nbatch_size: 64\nwarmup_steps: -1\n",
+            "line 4: warmup_steps must be at least 0, not -1",
         ),
+        ("model: ViT-B-32\nsamples_seen: 640\nwarmup: 5\n", "line 3: `warmup` is now `warmup_steps`"),
         ("- a list\n", "not a mapping"),
     ],
 )
 def test_a_config_of_one_training_is_read_like_a_recipe(text, words, tmp_path):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(UsageError, match=words):
-        load_section(PretrainSection, str(tmp_path / "c.yaml"), [])
+        load_training(str(tmp_path / "c.yaml"), [])
 
 
 def test_a_training_may_be_given_on_the_command_line_alone():
-    settings = ["model.timm=resnet18", "objective=simclr", "samples_seen=640", "batch_size=64", "warmup=1"]
-    assert load_section(PretrainSection, None, settings).steps == 10
-    with pytest.raises(UsageError, match=r"--set warmup: .* not 'x'"):
-        load_section(PretrainSection, None, [*settings, "warmup=x"])
+    settings = ["model.timm=resnet18", "objective=simclr", "samples_seen=640", "batch_size=64", "warmup_steps=1"]
+    assert load_training(None, settings).steps == 10
+    with pytest.raises(UsageError, match=r"--set warmup_steps: warmup_steps must be a whole number, not 'x'"):
+        load_training(None, [*settings, "warmup_steps=x"])

@@ -35,7 +35,7 @@ scorer:
       text_cfg: {context_length: 16, width: 16, layers: 1, heads: 1}
     samples_seen: 24
     batch_size: 8
-    warmup: 1
+    warmup_steps: 1
 measures: {"tests.examples.brightness:Brightness": {}}
 subsets:
   none: {}
@@ -48,7 +48,7 @@ subsets:
       - clip_score: {fraction: 0.1}
   own: {"tests.examples.caption_length:CaptionLength": {most: 8}}
 reshard: {samples_per_shard: 16}
-pretrain: {model: *model, samples_seen: 16, batch_size: 8, warmup: 1, seeds: [0, 1]}
+pretrain: {model: *model, samples_seen: 16, batch_size: 8, warmup_steps: 1, seeds: [0, 1]}
 evaluate: {data: demo:eval}
 """
 

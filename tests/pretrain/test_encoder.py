@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from tests.pretrain.tiny import CASES, MODEL, config
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.pretrain.encoder import encoder_digest, load_checkpoint, load_encoder
-from winnow.pretrain.models.nets import build_image_tower, build_model, build_tokenizer
+from winnow.pretrain.models.open_clip import build_model
+from winnow.pretrain.models.tokenizer import build_tokenizer
+from winnow.pretrain.models.towers import build_image_tower
 
 TEXTS = ["a diagram", "a dog", "a cat"]
 
@@ -109,7 +111,7 @@ def test_digest_is_of_the_content(saved: tuple[Path, torch.nn.Module]) -> None:
         ("ViT-B-32:./w.pt", "no such file of weights"),
         ("runs/none", "no such checkpoint folder"),
         ("none.json:w.pt", "no such model config"),
-        ("", "named by nothing"),
+        ("", "is empty"),
         ("pixels:0", "pixels:SIZE"),
         ("/no/such/place:w.pt", "no such checkpoint"),
         (__file__, "is a file, .*CONFIG.json:WEIGHTS"),
@@ -180,7 +182,7 @@ def test_a_checkpoints_networks_with_weights_drawn_anew(tmp_path: Path) -> None:
     assert first.digest == second.digest != encoder_digest(str(tmp_path / "0"))
     trained_features = load_encoder(str(tmp_path / "1"), device="cpu").encode_images(x)
     assert np.abs(first.encode_images(x) - trained_features).max() > 1e-3
-    with pytest.raises(UsageError, match="is no checkpoint folder"):
+    with pytest.raises(UsageError, match="is not a checkpoint folder"):
         load_checkpoint(f"{tmp_path}/0:random")
 
 

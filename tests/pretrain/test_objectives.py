@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.pretrain.test_train import lines, run
-from tests.pretrain.tiny import CASES, MODEL, config, make_pool
+from tests.pretrain.tiny import CASES, MODEL, changed, config, make_pool
 from winnow.pretrain.encoder import load_encoder
 from winnow.pretrain.launch import launch
 from winnow.pretrain.loop import Job
@@ -52,7 +52,7 @@ def test_its_checkpoint_is_an_encoder(name: str, wholes) -> None:  # type: ignor
 def test_a_batch_cut_by_grad_cache_trains_as_a_whole(name: str, pool: str, tmp_path: Path) -> None:
     c = config(**CASES[name] | {"model": MODEL}, log_every=1, samples_seen=24)
     for parts in (1, 4):
-        run(pool, tmp_path / str(parts), c.model_copy(update={"grad_cache": parts}))
+        run(pool, tmp_path / str(parts), changed(c, grad_cache=parts))
     whole, cut = (
         [(line["loss"], line["grad_norm"]) for line in lines(tmp_path / str(parts)) if "loss" in line]
         for parts in (1, 4)
@@ -62,7 +62,7 @@ def test_a_batch_cut_by_grad_cache_trains_as_a_whole(name: str, pool: str, tmp_p
 
 def test_two_processes_train_as_one(pool: str, wholes, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """The losses of six steps. AdamW magnifies the noise of gradients near zero, so weights are compared elsewhere."""
-    configs = {name: config(**case, workers=2, log_every=1).model_dump(mode="json") for name, case in CASES.items()}
+    configs = {name: config(**case, num_processes=2, log_every=1) for name, case in CASES.items()}
     # One start of the processes does them all.
     launch([Job(c, pool, None, str(tmp_path / name), seed=0, key="key") for name, c in configs.items()], via="local")
     for name in CASES:

@@ -8,7 +8,8 @@ import torch
 import winnow.pretrain
 from tests.pretrain.test_train import lines, run
 from tests.pretrain.tiny import NARROW, config, make_pool
-from winnow.pretrain.data.loader import Batches, Samples
+from winnow.pretrain.data.loader import Batches
+from winnow.pretrain.data.samples import Samples
 from winnow.pretrain.loop import make_objective
 
 

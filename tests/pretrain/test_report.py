@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from pydantic import ValidationError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.pretrain.test_train import lines, run
 from tests.pretrain.tiny import MODEL, Brightness, config, make_pool
+from winnow.infra.params import ParameterError
 from winnow.pretrain.launch import launch
 from winnow.pretrain.loop import Job, make_objective
 from winnow.pretrain.monitor.flops import model_flops, peak_flops
@@ -54,12 +54,10 @@ def test_every_step_on_the_board_and_in_the_log(pool: str, tmp_path: Path, monke
 
 
 def test_the_note_tells_what_the_log_does(pool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("winnow.pretrain.monitor.report._NOTE_EVERY", 0.0)
+    monkeypatch.setattr("winnow.pretrain.monitor.metrics._NOTE_EVERY", 0.0)
     notes: list[str] = []
-    monkeypatch.setattr("winnow.pretrain.monitor.report.write_note", lambda url, text: notes.append(text))
-    job = Job(
-        config(log_every=2).model_dump(mode="json"), pool, None, str(tmp_path), seed=0, note=str(tmp_path / "note")
-    )
+    monkeypatch.setattr("winnow.pretrain.monitor.metrics.write_note", lambda url, text: notes.append(text))
+    job = Job(config(log_every=2), pool, None, str(tmp_path), seed=0, note=str(tmp_path / "note"))
     launch([job], via="local")
     assert notes[-1].startswith("step 6/6 accuracy ")
     for word in (" loss ", " lr ", " grad ", " scale ", " samples/s ", " waiting ", " replaced ", " left"):
@@ -133,5 +131,5 @@ def test_wandb_has_the_figures(pool: str, tmp_path: Path, monkeypatch: pytest.Mo
 def test_wandb_must_be_installed() -> None:
     if importlib.util.find_spec("wandb") is not None:
         pytest.skip("wandb is installed")
-    with pytest.raises(ValidationError, match="wandb is not installed; pip install wandb"):
+    with pytest.raises(ParameterError, match="wandb is not installed; pip install wandb"):
         config(wandb="tests")

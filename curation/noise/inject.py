@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from winnow.curation.noise import corrupt
 from winnow.infra.io import storage
 from winnow.infra.io.images import ImageError, image_extension
 from winnow.infra.io.storage import digest_bytes
+from winnow.infra.params import Section
 from winnow.infra.pool.pool import Pool, Shard
 from winnow.infra.pool.uids import decode_uids, derived_uid, hash_unit
 from winnow.infra.pool.views import HERE, ROLES
@@ -42,7 +43,7 @@ _ALTERED = ("near_duplicates", "tiny", "extreme_aspect", "watermark")
 _UNTRUE = ("clip_b32_similarity_score", "clip_l14_similarity_score", "face_bboxes")
 
 
-class InjectConfig(BaseModel):
+class InjectConfig(Section):
     """How much of which noise: each a fraction of the source pool's samples; a sample is drawn for one kind at most.
 
     Attributes:
@@ -56,8 +57,6 @@ class InjectConfig(BaseModel):
         watermark: text laid over the image.
         seed: of the draw.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     mismatched: float = Field(0.0, ge=0, le=1)
     duplicates: float = Field(0.0, ge=0, le=1)

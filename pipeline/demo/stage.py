@@ -16,11 +16,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from winnow.infra.io import storage
 from winnow.infra.io.storage import digest_bytes
 from winnow.infra.io.tar import TarWriter
+from winnow.infra.params import Section
 from winnow.infra.pool.uids import derived_uid
 from winnow.infra.pool.writer import SampleWriter
 from winnow.infra.stages.stage import Output, Record, Stage, Unit
@@ -41,7 +42,7 @@ _SCHEMA = pa.schema(
 )
 
 
-class DemoConfig(BaseModel):
+class DemoConfig(Section):
     """What to draw.
 
     Attributes:
@@ -52,8 +53,6 @@ class DemoConfig(BaseModel):
         shard_size: samples a shard.
         seed: of everything.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     pool: int = Field(12_000, ge=1)
     trusted: int = Field(4_000, ge=1)

@@ -22,15 +22,15 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.baseline is not None and recipe.baseline not in recipe.subsets:
         raise _at(("baseline",), unknown("baseline", recipe.baseline, recipe.subsets))
     check_measures(recipe)
-    if recipe.scorer is not None and recipe.scorer.train is None:
-        _located(("scorer",), parse_spec, recipe.scorer.spec)
     if recipe.evaluate is not None and recipe.pretrain is None:
         raise ParameterError("there is nothing to evaluate without `pretrain`").below("evaluate")
     _check_folders(recipe)
 
 
-def check_trainings(recipe: Recipe) -> None:
-    """What only the objective and the model's library know. Imports torch, so it comes last. Raises ParameterError."""
+def check_models(recipe: Recipe) -> None:
+    """What only an objective or a model's library knows. Imports torch, so it comes last. Raises ParameterError."""
+    if recipe.scorer is not None and recipe.scorer.train is None:
+        _located(("scorer",), parse_spec, recipe.scorer.spec)
     trained = [(("pretrain",), recipe.pretrain), (("scorer", "train"), recipe.scorer.train if recipe.scorer else None)]
     for path, config in trained:
         if config is not None:

@@ -20,7 +20,7 @@ from winnow.infra.io import storage
 from winnow.infra.io.yaml_lines import Lines, read_yaml
 from winnow.infra.params import ParameterError, build, names_of
 from winnow.infra.registry import unknown
-from winnow.pipeline.recipe.check import check_recipe, check_trainings
+from winnow.pipeline.recipe.check import check_models, check_recipe
 from winnow.pipeline.recipe.schema import Recipe
 from winnow.pretrain.config import PretrainConfig
 
@@ -60,7 +60,7 @@ def parse_recipe(text: str, name: str, overrides: list[str]) -> Recipe:
         recipe = build(Recipe, raw | {"subsets": parse_subsets(raw["subsets"])}, "")
         recipe._text = raw
         check_recipe(recipe)
-        check_trainings(recipe)
+        check_models(recipe)
     except ParameterError as error:
         raise UsageError(error.what, where=error.where or lines.where(error.path), do=error.do) from None
     return recipe

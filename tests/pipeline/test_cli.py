@@ -140,10 +140,7 @@ subsets: {none: {}, s: FILTER}
 WRONG_FILTERS = [
     ("basic: {min_side: big}", "basic: min_side must be a whole number, not 'big'"),
     ("near_duplicates: {radius: 2.5}", "near_duplicates: radius must be a whole number, not 2.5"),
-    (
-        "image_cluster: {target: demo:target, clusters: 10.5}",
-        "image_cluster: clusters must be a whole number, not 10.5",
-    ),
+    ("image_cluster: {target: demo:target, clusters: 10.5}", "clusters must be a whole number, not 10.5"),
     ("decontaminate: {target: 3}", "decontaminate: target"),
     ("clip_score: {fraction: true}", "clip_score: fraction must be a number, not True"),
     ("clip_score: {fraction: high}", "clip_score: fraction must be a number, not 'high'"),

@@ -82,7 +82,7 @@ def test_overrides(text, tmp_path):
         (
             'batch_size: 8',
             'batch_size: many',
-            'my.yaml, line 13: pretrain.batch_size must be a whole number, not 'many'.',
+            "my.yaml, line 13: pretrain.batch_size must be a whole number, not 'many'.",
         ),
         ("/shards\n", "/nowhere\n", "line 1: "),
         ("/eval}", "/nowhere}", "my.yaml, line 16: "),

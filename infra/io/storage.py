@@ -1,4 +1,4 @@
-"""Files anywhere fsspec reaches (disk, s3://, gs://, memory://), read by range, written whole or not at all."""
+"""Files wherever fsspec reaches (disk, s3://, gs://, memory://): read by range, written atomically."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import fsspec
 
 from winnow.infra.errors import UsageError, WinnowError
 
-_LONGEST = 8 << 20  # bytes read at once for several ranges
+_LONGEST = 8 << 20  # bytes in a merged range
 
 
 def is_pipe(url: str) -> bool:
@@ -110,10 +110,10 @@ def read_bytes(url: str) -> bytes:
 
 
 def read_ranges(url: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
-    """Many ranges of one file: one open and a `pread` each on a local disk, concurrent requests on an object store.
+    """Many ranges of one file: `pread` calls on a local disk, concurrent requests on an object store.
 
-    Ranges that lie nearly side by side are read as one, in which at most an eighth is not asked for. A range the file
-    is too short for comes back shorter than asked.
+    Neighbouring ranges are merged, so that at most an eighth of what is read is not wanted. A range that extends
+    beyond the end of the file is returned short.
     """
     spans, positions = _spans([int(offset) for offset in offsets], [int(size) for size in sizes])
     if is_local(url):
@@ -152,7 +152,7 @@ def size_of(url: str) -> int:
 
 
 def version_token(url: str) -> str:
-    """A cheap string that changes when the file does: size and modification time, or the store's ETag."""
+    """A string that changes when the file does, without reading it: size and modification time, or the ETag."""
     if is_local(url):
         stat = local_path(url).stat()
         return f"{stat.st_size}-{stat.st_mtime_ns}"
@@ -181,19 +181,19 @@ def list_tokens(url: str) -> dict[str, str]:
 
 
 def make_dir(url: str) -> None:
-    """Make a directory and those above it. Raises UsageError where a file stands in the way or writing is forbidden."""
+    """Create a directory and its parents. Raises UsageError where a file is in the way or writing is forbidden."""
     if is_local(url):
         try:
             local_path(url).mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise UsageError(f"cannot be made a directory ({error.strerror})", where=url) from error
+            raise UsageError(f"cannot be created as a directory ({error.strerror})", where=url) from error
     else:
         fs, path = _fs(url)
         fs.makedirs(path, exist_ok=True)
 
 
 def remove(url: str) -> None:
-    """Remove a file or a directory with all in it, if it is there."""
+    """Remove a file, or a directory with its content, if it exists."""
     if is_local(url):
         path = local_path(url)
         if path.is_dir():
@@ -208,10 +208,10 @@ def remove(url: str) -> None:
 
 @contextlib.contextmanager
 def writing(url: str) -> Iterator[Path]:
-    """Yields a local temporary path to write; on success it becomes `url` at once, on an exception it is removed.
+    """Yields a local temporary path to write. On success it becomes `url` atomically; on an exception it is removed.
 
-    On local disks the temporary file lies in the target's directory and is renamed; on object stores, where a
-    put is atomic, it is uploaded.
+    On local disks the temporary file is in the target's directory and is renamed. On object stores it is uploaded,
+    which is atomic.
     """
     if is_local(url):
         target = local_path(url)
@@ -237,7 +237,7 @@ def write_bytes(url: str, data: bytes) -> None:
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys, so that equal values give equal text."""
+    """JSON with sorted keys: equal values give equal text."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 

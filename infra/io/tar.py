@@ -166,7 +166,7 @@ class TarWriter:
 
     def add(self, name: str, data: bytes) -> int:
         """Append a member named `KEY.EXT`; returns the offset of its data in bytes."""
-        key, ext = split_name(name)
+        key = split_name(name)[0]
         # One call a member: within a call, webdataset sorts by extension. The name keeps its letters' case.
         self._tar.write({"__key__": key, name[len(key) + 1 :]: data})
         stream = self._tar.tarstream

@@ -116,9 +116,7 @@ class IndexStage(Stage):
         table = table_of(rows) if parquet is None else join(rows, parquet, unit.name, skipped)
         table = without_duplicates(table, unit.name, skipped)
         # The default source is the name of a directory, which may change; the pool's digest is of content alone.
-        return writer.view(
-            with_source(table, unit.params["source"]), skipped, bytes=size, content=view_digest(table)
-        )
+        return writer.view(with_source(table, unit.params["source"]), skipped, bytes=size, content=view_digest(table))
 
     def _read(self, unit: Unit, writer: PoolWriter, skipped: list[Skipped]) -> tuple[list[dict[str, Any]], str, int]:
         """The rows of a tar that stays where it is, the sha256 of its content, and its size in bytes."""

@@ -42,7 +42,7 @@ def shard_files(source: str) -> list[ShardFiles]:
     if storage.is_pipe(source):
         names = re.findall(r"([\w.-]+)\.tar\b", source)
         return [ShardFiles(names[-1] if names else f"pipe-{digest_bytes(source.encode())[:8]}", source, stream=True)]
-    if source.endswith(".tar") and not storage.is_dir(source):
+    if _is_tar(source):
         if not storage.exists(source):
             raise UsageError("no such file", where=source)
         stem = source.removesuffix(".tar")
@@ -79,7 +79,12 @@ def _below(source: str, folder: str = "") -> list[ShardFiles]:
 
 def base_url(source: str) -> str:
     """The directory that the names of a source's shards are relative to."""
-    return source.rpartition("/")[0] if source.endswith(".tar") and not storage.is_dir(source) else source
+    return source.rpartition("/")[0] if _is_tar(source) else source
+
+
+def _is_tar(source: str) -> bool:
+    # On HTTP, asking whether a URL is a directory would download it.
+    return source.endswith(".tar") and (source.startswith(("http://", "https://")) or not storage.is_dir(source))
 
 
 def source_names(sources: Sequence[str]) -> list[str]:

@@ -35,7 +35,7 @@ def read_members(tars: Sequence[str], table: pa.Table, member: str) -> list[byte
     for index in np.unique(tar[offset != _NONE]):
         rows = np.nonzero((tar == index) & (offset != _NONE))[0]
         rows = rows[np.argsort(offset[rows], kind="stable")]
-        for row, data in zip(rows, _read(tars[index], offset[rows], size[rows]), strict=True):
+        for row, data in zip(rows, _read(tars[index], offset[rows].tolist(), size[rows].tolist()), strict=True):
             out[row] = data
     return out
 

@@ -104,7 +104,9 @@ class Shard:
                 raise WinnowError(f'has no column "{name}"', where=self.view)
             if self.features is None:
                 raise WinnowError(
-                    f'no "{name}": {self.name}.npz is missing', where=self.view, do="Download the features next to the parquet."
+                    f'no "{name}": {self.name}.npz is missing',
+                    where=self.view,
+                    do="Download the features next to the parquet.",
                 )
             table = table.append_column(name, read_feature(self.features, name, table.num_rows))
         return table

@@ -15,6 +15,7 @@ from winnow.infra.io.tar import Member, TarWriter
 from winnow.infra.pool.views import HERE, locate, write_view
 from winnow.infra.stages.stage import Output, Record, Skipped
 
+
 class PoolWriter:
     """Writes one shard of a pool: any number of tars, then the view.
 

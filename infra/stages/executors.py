@@ -82,8 +82,9 @@ class SerialExecutor:
 
 
 class RayExecutor:
-    """Groups on Ray: as tasks, or on long-lived actors for stages that use GPUs or set `keep_workers`. Connects on first
-    use, so a run with nothing to do does not start Ray.
+    """Groups on Ray: as tasks, or on long-lived actors for stages that use GPUs or set `keep_workers`.
+
+    It connects on first use, so a run with nothing to do does not start Ray.
 
     Args:
         address: of a running cluster ("auto", "ray://…"); None starts one on this machine unless RAY_ADDRESS is set.

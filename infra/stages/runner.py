@@ -41,7 +41,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if not self.max_skipped >= 0:
-            raise UsageError(f"max_skipped cannot be {self.max_skipped:g}", do="Give a fraction, or a number from 1 up.")
+            raise UsageError(f"max_skipped cannot be {self.max_skipped:g}", do="Give a fraction or a number.")
 
     def check(self, reasons: Counter[str], items: int, where: str) -> None:
         """Raises WinnowError when too much was skipped.

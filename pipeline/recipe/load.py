@@ -337,7 +337,11 @@ def _explain(error: ValidationError, source: RecipeText, model: type[BaseModel])
     loc = fault["loc"]
     where = source.where(loc)
     dotted = ".".join(map(str, loc))
-    if fault["type"] == "extra_forbidden" and loc[-1] in RENAMED and loc[:-1] in ((), ("pretrain",), ("scorer", "train")):
+    if (
+        fault["type"] == "extra_forbidden"
+        and loc[-1] in RENAMED
+        and loc[:-1] in ((), ("pretrain",), ("scorer", "train"))
+    ):
         return UsageError(f"`{loc[-1]}` is now `{RENAMED[str(loc[-1])]}`", where=where)
     if fault["type"] == "extra_forbidden":
         return unknown("key", str(loc[-1]), _fields_at(loc[:-1], model) or ["(none)"], where)

@@ -188,7 +188,9 @@ def test_a_run_that_fails_half_way_is_not_taken_for_finished(winnow, shards, tmp
 def test_what_learns_from_captions_wants_a_pool_with_them(winnow, tmp_path):
     write_pool(tmp_path / "S", shards=1, per_shard=8)
     assert winnow("index", "S", "--no-captions", "--out", "P")[0] == 0
-    (tmp_path / "t.yaml").write_text(yaml.safe_dump({"model": MODEL, "samples_seen": 8, "batch_size": 4, "warmup_steps": 1}))
+    (tmp_path / "t.yaml").write_text(
+        yaml.safe_dump({"model": MODEL, "samples_seen": 8, "batch_size": 4, "warmup_steps": 1})
+    )
     status, _, error = winnow("pretrain", "P", "--config", "t.yaml", "--out", "T")
     assert status == 2 and "without asking for captions, from which clip learns" in error
     assert winnow("pretrain", "P", "--config", "t.yaml", "--out", "T", "--seed", "-1")[0] == 2

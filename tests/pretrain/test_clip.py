@@ -12,7 +12,7 @@ from torchvision.transforms.functional import resized_crop
 from tests.pretrain.halves import features, gradients, one_of_two
 from tests.pretrain.tiny import MODEL, config
 from winnow.pretrain.data.augment import random_resized_crop
-from winnow.pretrain.engine.engine import learning_rate
+from winnow.pretrain.engine.optimizers import learning_rate
 from winnow.pretrain.loop import make_objective
 from winnow.pretrain.models.open_clip import build_model
 from winnow.pretrain.models.preprocessing import preprocess_config, val_transform

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from tests.pretrain.fractions import CASES, one_of_two
+from tests.pretrain.two_processes import CASES, one_of_two
 
 
 @pytest.fixture(scope="module")

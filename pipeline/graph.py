@@ -6,12 +6,11 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import yaml
 
 from winnow.curation.curate import CurateStage, MeasuredPool, check_trees
-from winnow.curation.measures.base import Measure, make
+from winnow.curation.measures.base import Measure, MeasureSpec, make
 from winnow.curation.measures.stage import MeasureStage
 from winnow.curation.noise.inject import InjectStage
 from winnow.curation.reshard import ReshardStage
@@ -188,12 +187,12 @@ class Graph:
             return self.url("scorer", "scorer", "seed-0")
         return scorer.spec
 
-    def _made(self, kinds: dict[str, tuple[type[Measure], dict[str, Any]]]) -> tuple[Measure, ...]:
+    def _made(self, specs: dict[str, MeasureSpec]) -> tuple[Measure, ...]:
         def scorer() -> tuple[str, str]:
             spec = self._encoder()
             return spec, encoder_digest(spec)
 
-        return tuple(make(kind, params, scorer) for kind, params in kinds.values())
+        return tuple(make(spec, scorer) for spec in specs.values())
 
     def _target_name(self, target: str) -> str:
         name = re.sub(r"[^\w.-]", "-", storage.name_of(target))

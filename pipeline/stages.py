@@ -38,8 +38,7 @@ def make_measures(names: list[str], scorer: str | None) -> tuple[Any, ...]:
     Raises:
         UsageError: one wants an encoder and there is none, or parameters that only a recipe can give.
     """
-    from winnow.curation.measures import MEASURES
-    from winnow.curation.measures.base import make, with_upstream
+    from winnow.curation.measures.base import make, parse_measures, with_upstream
 
     def encoder() -> tuple[str, str]:
         if scorer is None:
@@ -48,7 +47,9 @@ def make_measures(names: list[str], scorer: str | None) -> tuple[Any, ...]:
 
         return scorer, encoder_digest(scorer)
 
-    return tuple(make(kind, {}, encoder) for kind in with_upstream(names, MEASURES.load).values())
+    custom = parse_measures({name: {} for name in names if ":" in name})
+    wanted = [*custom, *(name for name in names if ":" not in name)]
+    return tuple(make(spec, encoder) for spec in with_upstream(wanted, custom).values())
 
 
 def load_filters(path: str) -> dict[str, Any]:
@@ -77,6 +78,8 @@ def need_images(pool: str, names: list[str], where: str | None = None) -> None:
     from winnow.curation.measures import MEASURES
 
     for name in names:
+        if name not in MEASURES.table and ":" not in name:
+            continue
         kind = MEASURES.load(name)
         if (kind.pixels or kind.encoded) and is_metadata(pool):
             hint = "Give the shards with the images as the pool."

@@ -9,18 +9,18 @@ import re
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from winnow.curation.algebra.fit import columns_of
 from winnow.curation.algebra.nodes import Node
 from winnow.curation.algebra.parse import parse
 from winnow.curation.columns.table import measure_of
-from winnow.curation.measures import MEASURES
-from winnow.curation.measures.base import Measure, make, with_upstream
+from winnow.curation.measures.base import MeasureSpec, parse_measures, with_upstream
 from winnow.curation.noise.inject import InjectConfig
 from winnow.evaluate.protocols.base import PROTOCOLS
 from winnow.evaluate.sets.layout import is_data
@@ -158,27 +158,18 @@ class Recipe(Strict):
         others = self.scorer or self.inject or self.measure_kinds() or "text" in columns
         return self.pretrain.reads_text or bool(others)
 
-    def measure_kinds(self) -> dict[str, tuple[type[Measure], dict[str, Any]]]:
-        """The measures to run, by name: those the filters' columns belong to and those asked for, with parameters."""
-        kinds = {}
-        for key, params in self.measures.items():
-            kind = MEASURES.load(key)
-            kinds[kind.name] = (kind, params)
+    def measure_kinds(self) -> dict[str, MeasureSpec]:
+        """The measures to run, by name: those the filters' columns belong to and those asked for."""
+        specs = parse_measures(self.measures)
         filters = [item for node in self.trees().values() for item in node.filters()]
-        columns = {column for item in filters for column in item.columns()}
-        wanted = {name for column in columns if (name := measure_of(column))} - set(kinds)
-        wanted |= {name for kind, _ in kinds.values() for name in kind.upstream()}
-        for name, kind in with_upstream(wanted, MEASURES.load).items():
-            kinds.setdefault(name, (kind, {}))
-        return dict(sorted(kinds.items()))
+        columns = [column for item in filters for column in item.columns()]
+        return with_upstream([*specs, *(name for column in columns if (name := measure_of(column)))], specs)
 
-    def target_kinds(self, target: str) -> dict[str, tuple[type[Measure], dict[str, Any]]]:
+    def target_kinds(self, target: str) -> dict[str, MeasureSpec]:
         """The measures to run on a target set, with the parameters they have on the pool."""
         filters = [item for node in self.trees().values() for item in node.filters() if target in item.targets()]
-        columns = {column for item in filters for column in item.target_columns()}
-        known = self.measure_kinds()
-        wanted = with_upstream({name for column in columns if (name := measure_of(column))}, MEASURES.load)
-        return {name: known.get(name, (kind, {})) for name, kind in wanted.items()}
+        columns = [column for item in filters for column in item.target_columns()]
+        return with_upstream([name for c in columns if (name := measure_of(c))], parse_measures(self.measures))
 
     def targets(self) -> list[str]:
         """The target sets that filters name, each once, in order."""
@@ -366,23 +357,19 @@ def _check(recipe: Recipe, source: RecipeText) -> None:
         _check_tree(tree, ("subsets", name), source)
     if recipe.baseline is not None and recipe.baseline not in recipe.subsets:
         raise unknown("baseline", recipe.baseline, recipe.subsets, source.where(("baseline",)))
-    for name, params in recipe.measures.items():
+    try:
+        parse_measures(recipe.measures)
+    except ParameterError as error:
+        raise UsageError(error.what, where=source.where(("measures", *error.path)), do=error.do) from None
+    for name, node in recipe.trees().items():
+        read = [measure for column in columns_of(node) if (measure := measure_of(column))]
         try:
-            kind = MEASURES.load(name)
-            known = {item.name for item in fields(kind)} - {"encoder", "digest"}
-            for key in params:
-                if key not in known:
-                    raise unknown(f"parameter of {name}", key, known or ["(none)"])
+            with_upstream(read, parse_measures(recipe.measures))
         except UsageError as error:
-            raise UsageError(error.what, where=source.where(("measures", name)), do=error.do) from None
-    for name, (kind, params) in recipe.measure_kinds().items():
-        try:
-            make(kind, params, lambda: ("", ""))
-        except (UsageError, TypeError) as error:
-            what, do = (error.what, error.do) if isinstance(error, UsageError) else (str(error), None)
-            raise UsageError(what, where=source.where(("measures", name)), do=do) from None
-    on_targets = [name for target in recipe.targets() for name in recipe.target_kinds(target)]
-    if recipe.scorer is None and "clip" in (*recipe.measure_kinds(), *on_targets):
+            raise UsageError(error.what, where=source.where(("subsets", name)), do=error.do) from None
+    used = [*recipe.measure_kinds().values()]
+    used += [spec for target in recipe.targets() for spec in recipe.target_kinds(target).values()]
+    if recipe.scorer is None and any(spec.needs_scorer for spec in used):
         users = [
             name
             for name, node in recipe.trees().items()

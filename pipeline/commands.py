@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from winnow.curation.algebra.nodes import Node
+from winnow.curation.measures.base import MeasureSpec
 from winnow.evaluate.sets.layout import is_data
 from winnow.infra.errors import UsageError
 from winnow.infra.io import storage
@@ -14,7 +15,6 @@ from winnow.infra.pool.pool import Pool
 from winnow.infra.registry import unknown
 from winnow.pipeline.graph import Given, Graph, Layout, ready_pool
 from winnow.pipeline.recipe.check import check_images, check_measures
-from winnow.pipeline.recipe.measures import pool_measures
 from winnow.pipeline.recipe.schema import Recipe
 from winnow.pretrain.config import PretrainConfig
 
@@ -41,14 +41,14 @@ def index_graph(pools: Sequence[str], out: str, captions: bool = True, max_skipp
 def measure_graph(
     pool: str,
     out: str,
-    measures: dict[str, Any],
+    measures: Mapping[str, MeasureSpec],
     scorer: str | None = None,
     captions: bool = True,
     max_skipped: float = 0.05,
 ) -> Graph:
     """Measure `out/columns`; a pool without an index gets one in `out/pool`."""
     recipe = _recipe(pool=(pool,), measures=measures, scorer=scorer, captions=captions, max_skipped=max_skipped)
-    check_images(pool, list(measures))
+    check_images(pool, recipe.pool_measures().values())
     check_measures(recipe)
     return Graph(recipe, out, Layout(recipe=""), Given(ready_pool(pool), keep_columns=True))
 
@@ -57,7 +57,7 @@ def curate_graph(
     pool: str,
     out: str,
     tree: Node,
-    measures: dict[str, Any] | None = None,
+    measures: Mapping[str, MeasureSpec] | None = None,
     scorer: str | None = None,
     columns: str | None = None,
     reasons: bool = False,
@@ -66,7 +66,7 @@ def curate_graph(
     """Apply one tree; subset.npy, funnel.json and the manifest are in `out` itself, all else in `out/work`."""
     recipe = _recipe(pool=(pool,), subsets={"": tree}, measures=measures or {}, scorer=scorer, max_skipped=max_skipped)
     if columns is None:
-        check_images(pool, list(pool_measures(recipe)))
+        check_images(pool, recipe.pool_measures().values())
     check_measures(recipe, pool=columns is None)
     return Graph(recipe, out, _WORK, Given(ready_pool(pool), columns, reasons=reasons))
 

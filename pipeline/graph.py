@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import yaml
 
 from winnow.curation.curate import CurateStage, MeasuredPool, check_trees
+from winnow.curation.measures.base import Measure, MeasureSpec, make
 from winnow.curation.measures.stage import MeasureStage
 from winnow.curation.noise.inject import InjectStage
 from winnow.curation.reshard import ReshardStage
@@ -36,7 +38,6 @@ from winnow.infra.stages.stage import (
 )
 from winnow.pipeline.demo.stage import DemoStage
 from winnow.pipeline.recipe.check import check_images
-from winnow.pipeline.recipe.measures import make_measures, pool_measures, target_measures
 from winnow.pipeline.recipe.schema import DEMO, Recipe
 from winnow.pipeline.steps import STEPS, FinishedRun, Step, StepPlan, run_steps
 from winnow.pretrain.encoder import encoder_digest
@@ -152,7 +153,7 @@ class Graph:
             name = storage.name_of(target)
             steps.append(Step(f"index {name}", partial(self._target, target)))
             steps.append(Step(f"measure {name}", partial(self._measure_target, target)))
-        if pool_measures(recipe) and given.columns is None:
+        if recipe.pool_measures() and given.columns is None:
             steps.append(Step("measure", self._measure))
         if recipe.subsets:
             steps.append(Step("curate", self.curate_stage))
@@ -203,7 +204,7 @@ class Graph:
         ready = {target: MeasuredPool(target) for target in self.recipe.targets() if self._is_ready(target)}
         check_trees(MeasuredPool(self.pool_url), self.recipe.subsets.values(), ready)
         if self.given.columns is None:
-            check_images(self.pool_url, list(pool_measures(self.recipe)))
+            check_images(self.pool_url, self.recipe.pool_measures().values())
 
     def plan(self) -> list[StepPlan]:
         """How far each step is, without doing anything."""
@@ -244,7 +245,7 @@ class Graph:
         if recipe.captions is not None or recipe.pretrain is None:
             return recipe.captions is not False
         columns = {column for item in recipe.filters() for column in item.columns()}
-        others = recipe.scorer or recipe.inject or pool_measures(recipe) or "text" in columns
+        others = recipe.scorer or recipe.inject or recipe.pool_measures() or "text" in columns
         return recipe.pretrain.reads_text or bool(others)
 
     def _inject(self) -> Stage:
@@ -274,6 +275,9 @@ class Graph:
             spec = self.url("scorer", "scorer", "seed-0")
         return spec, encoder_digest(spec)
 
+    def _made(self, specs: Mapping[str, MeasureSpec]) -> tuple[Measure, ...]:
+        return tuple(make(spec, self._encoder) for spec in specs.values())
+
     def _is_ready(self, target: str) -> bool:
         """Whether a target set needs no index: DataComp's metadata."""
         return not target.startswith(DEMO) and is_metadata(target)
@@ -290,17 +294,17 @@ class Graph:
 
     def _measure_target(self, target: str) -> Stage:
         pool, columns = self._target_urls(target)
-        return MeasureStage(pool, make_measures(target_measures(self.recipe, target), self._encoder), columns)
+        return MeasureStage(pool, self._made(self.recipe.target_measures(target)), columns)
 
     def _measure(self) -> Stage:
-        made = make_measures(pool_measures(self.recipe), self._encoder)
+        made = self._made(self.recipe.pool_measures())
         stage = MeasureStage(self.pool_url, made, self.url(self.layout.columns))
         return stage.with_existing() if self.given.keep_columns else stage
 
     def curate_stage(self) -> CurateStage:
         """The stage that writes the subsets."""
         columns = self.given.columns
-        if columns is None and pool_measures(self.recipe):
+        if columns is None and self.recipe.pool_measures():
             columns = self.url(self.layout.columns)
         targets = {
             target: MeasuredPool(self.resolve(target))

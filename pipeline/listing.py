@@ -7,12 +7,9 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from winnow.curation.measures.base import Measure
 from winnow.infra.params import names_of
 from winnow.infra.registry import Registry, unknown
 from winnow.pipeline.printing import blocks, table
-
-_BY_SCORER = ("encoder", "digest")
 
 
 def listing(what: str) -> str:
@@ -35,7 +32,7 @@ def parameters(kind: Any) -> str:
     """`name=default` of a dataclass's fields; a name alone must be given. The recipe's scorer is not a parameter."""
     parts = []
     for item in fields(kind):
-        if item.name in _BY_SCORER and issubclass(kind, Measure):
+        if item.name in getattr(kind, "filled", ()):
             continue
         default = item.default_factory() if item.default_factory is not MISSING else item.default
         name = item.name
@@ -65,7 +62,7 @@ def _measures() -> Sequence[tuple[str, ...]]:
     for name in MEASURES.names():
         kind = MEASURES.load(name)
         files = [word for word, wanted in (("pixels", kind.pixels), ("files", kind.encoded)) if wanted]
-        reads = ", ".join([*files, *kind.reads, *kind.derived])
+        reads = ", ".join([*files, *kind.reads, *kind(**kind.example).derived()])
         rows.append((name, kind.summary, reads, parameters(kind)))
     return rows
 

@@ -17,6 +17,7 @@ from winnow.infra.io.prefetch import prefetch
 from winnow.infra.io.storage import digest_json
 from winnow.infra.pool.metadata import FEATURES
 from winnow.infra.pool.pool import Pool, Shard
+from winnow.infra.registry import unknown
 from winnow.infra.stages.stage import need_manifest
 
 # What a filter's `fit` learns about a pool: arrays by name, so that they can be kept in a file.
@@ -110,7 +111,8 @@ class View:
                             f'no "{column}": {shard.name}.npz is missing', where=shard.view, do="Fetch it."
                         )
             if measure is not None and measure not in ids:
-                MEASURES.path(measure)
+                if measure not in MEASURES.table:
+                    raise unknown("measure", measure, [*ids, *MEASURES.table])
                 raise WinnowError(
                     f'column "{column}" has not been measured',
                     where=self.pool.url,

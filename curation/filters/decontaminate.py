@@ -36,12 +36,15 @@ class Decontaminate(Filter):
             list of such.
         radius: most bits that differ, 0 to 16.
         cosine: least cosine, in (0, 1].
+        column: of the embeddings.
     """
 
     target: Names
     radius: Radius | None = 4
     cosine: Fraction | None = None
+    column: str = VECTOR
 
+    added: ClassVar[tuple[str, ...]] = ("column",)
     name: ClassVar[str] = "decontaminate"
     paper: ClassVar[str] = "Gadre et al. 2023 (DataComp), appendix F"
     example: ClassVar[dict[str, Any]] = {"target": "evalsets"}
@@ -61,20 +64,20 @@ class Decontaminate(Filter):
 
     def target_columns(self) -> tuple[str, ...]:
         hashed = (HASH,) if self.radius is not None else ()
-        return (*hashed, VECTOR) if self.cosine is not None else hashed
+        return (*hashed, self.column) if self.cosine is not None else hashed
 
     def fit(self, view: View) -> State:
         hashes, vectors, task, names = self._images(view)
         if not len(task):
             raise WinnowError("the target sets have no usable image", where=", ".join(self.targets()))
-        pool = collect(view, [VECTOR] if vectors is not None else [], [HASH] if hashes is not None else [])
+        pool = collect(view, [self.column] if vectors is not None else [], [HASH] if hashes is not None else [])
         pairs = [np.empty((2, 0), np.int64)]
         if hashes is not None:
             assert self.radius is not None
             pairs.append(np.stack(hamming_pairs(pool.numbers[HASH], hashes, self.radius)))
         if vectors is not None:
             assert self.cosine is not None
-            pairs.append(np.stack(cosine_pairs(pool.vectors[VECTOR], vectors, self.cosine)))
+            pairs.append(np.stack(cosine_pairs(pool.vectors[self.column], vectors, self.cosine)))
         sample, image = np.concatenate(pairs, axis=1)
         kinds = len(names)
         near = np.unique(sample * kinds + task[image]) % kinds
@@ -101,7 +104,7 @@ class Decontaminate(Filter):
                 if self.radius is not None:
                     hashes.append(batch[HASH].to_numpy().astype(np.uint64))
                 if self.cosine is not None:
-                    vectors.append(as_matrix(batch[VECTOR])[0])
+                    vectors.append(as_matrix(batch[self.column])[0])
         return (
             np.concatenate(hashes) if hashes else None,
             np.concatenate(vectors) if vectors else None,

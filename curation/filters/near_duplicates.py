@@ -39,6 +39,7 @@ class NearDuplicates(SelectionFilter):
             first in the pool.
         join: "greedy" or "components".
         of: `pool` or `survivors`: what is compared.
+        column: of the hashes or embeddings; None for `image_hash.phash` with a radius, `clip.image` with a cosine.
     """
 
     radius: Radius | None = None
@@ -46,7 +47,9 @@ class NearDuplicates(SelectionFilter):
     score: str | None = None
     join: Literal["greedy", "components"] = "greedy"
     of: Scope = "pool"
+    column: str | None = None
 
+    added: ClassVar[tuple[str, ...]] = ("column",)
     name: ClassVar[str] = "near_duplicates"
     paper: ClassVar[str] = "Zauner 2010 (pHash); Manku et al. 2007 (search)"
     example: ClassVar[dict[str, Any]] = {"radius": 4}
@@ -61,19 +64,20 @@ class NearDuplicates(SelectionFilter):
         return ("uid", *self.numeric(), *((self.score,) if self.score else ()))
 
     def numeric(self) -> tuple[str, ...]:
-        return (HASH if self.cosine is None else VECTOR,)
+        return (self.column or (HASH if self.cosine is None else VECTOR),)
 
     def fit(self, view: View) -> State:
-        vectors, scalars = ((), (HASH,)) if self.cosine is None else ((VECTOR,), ())
+        (column,) = self.numeric()
+        vectors, scalars = ((), (column,)) if self.cosine is None else ((column,), ())
         pool = collect(view, vectors, scalars, (self.score,) if self.score else ())
         score = pool.numbers[self.score] if self.score else np.zeros(len(pool))
         rank = _ranks(-np.nan_to_num(score, nan=-np.inf))
         if self.cosine is not None:
-            near = cosine_pairs(pool.vectors[VECTOR], None, self.cosine)
+            near = cosine_pairs(pool.vectors[column], None, self.cosine)
             return as_state(pool.uids, first_of_groups(*near, rank, self.join))
         assert self.radius is not None
         # Equal hashes are as one: what is near one of them is near all, and the best of them speaks for them.
-        values, owner = np.unique(pool.numbers[HASH], return_inverse=True)
+        values, owner = np.unique(pool.numbers[column], return_inverse=True)
         lead = np.full(len(values), len(rank), np.int64)
         np.minimum.at(lead, owner, rank)
         near = hamming_pairs(values, None, self.radius)

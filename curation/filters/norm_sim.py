@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from winnow.curation.columns.pool_columns import dimensions, passing, split_targets, target_vectors
-from winnow.curation.columns.table import View
+from winnow.curation.columns.table import View, measure_of
 from winnow.curation.columns.threshold import Threshold
 from winnow.curation.filters.base import Fraction, Names, Positive, Scope, SelectionFilter, State, as_state
 from winnow.infra.errors import WinnowError
@@ -67,7 +67,7 @@ class NormSim(SelectionFilter):
         return split_targets(self.target)[0]
 
     def target_columns(self) -> tuple[str, ...]:
-        return ("clip.image",)
+        return (self.column if measure_of(self.column) else "clip.image",)
 
     def check(self, view: View) -> None:
         width = dimensions(view, self.column)
@@ -83,7 +83,7 @@ class NormSim(SelectionFilter):
                 )
 
     def fit(self, view: View) -> State:
-        target = target_vectors(view, self.target, "clip.image")
+        target = target_vectors(view, self.target, self.target_columns()[0])
         scores, uids = [np.empty(0)], [np.empty(0, UID_DTYPE)]
         for batch in view.batches(self.columns()):
             vectors, present = as_matrix(batch[self.column])

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from winnow.curation.measures.base import Measure, Samples
+from winnow.infra.params import params
 
 _FILE = r"(?i)^\S+\.(jpe?g|png|gif|webp|bmp|tiff?|svg|heic)$"
 _CAMERA = r"(?i)^(img|dsc|dscn|dscf|dcim|pict|p|image|photo|screenshot|wp)[ _-]?\d{2,}[\d _-]*$"
 
 
-@dataclass(frozen=True)
+@params
 class CaptionStats(Measure):
     """Shares of a caption's characters, and whether it is a file name.
 

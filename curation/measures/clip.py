@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
-from winnow.curation.measures.base import Measure, Samples
+from winnow.curation.measures.base import Device, Measure, Samples
+from winnow.infra.params import params
 from winnow.infra.stages.resources import Resources
 
 if TYPE_CHECKING:
     from winnow.pretrain.encoder import Encoder
 
 
-@dataclass(frozen=True)
+@params
 class Clip(Measure):
     """`clip.image`, `clip.text`: L2-normalised embeddings, float16 lists of fixed size; `clip.score`: their cosine.
 
@@ -23,20 +23,21 @@ class Clip(Measure):
     without a caption (a target set's) has an image embedding alone.
 
     Args:
-        encoder: what `winnow.pretrain.encoder.load_encoder` takes.
-        digest: of the encoder's content; it stands for the encoder in the key, so that the path does not.
+        encoder: what `winnow.pretrain.encoder.load_encoder` takes; empty for the recipe's scorer.
+        digest: of the encoder's content, which enters the content key instead of its path. Winnow fills it in.
         device: "auto", "cpu" or "cuda".
     """
 
-    encoder: str
-    digest: str
-    device: str = "auto"
+    encoder: str = ""
+    digest: str = ""
+    device: Device = "auto"
 
     name: ClassVar[str] = "clip"
     version: ClassVar[int] = 2
     pixels: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = ("text",)
-    summary: ClassVar[str] = "image and text embeddings and their cosine, by the recipe's scorer"
+    filled: ClassVar[tuple[str, ...]] = ("digest",)
+    summary: ClassVar[str] = "image and text embeddings and their cosine, by the recipe's scorer or an encoder"
 
     def params(self) -> dict[str, Any]:
         return {"encoder": self.digest}
@@ -49,6 +50,9 @@ class Clip(Measure):
         from winnow.pretrain.encoder import load_encoder
 
         return load_encoder(self.encoder, device=self.device, precision="auto")
+
+    def setup(self) -> None:
+        self._encoder()
 
     def schema(self) -> pa.Schema:
         vector = pa.list_(pa.float16(), self._encoder().dim)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,12 +15,13 @@ from winnow.curation.measures.base import Measure, Samples
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.content import content_digest
+from winnow.infra.params import params
 
 MAX_WORDS = 500_000  # remembered, some 50 MB; then they are looked up anew
 MAX_BYTES = 64 << 20
 
 
-@dataclass(frozen=True)
+@params
 class Entity(Measure):
     """`entity.in21k`: bool, whether a word of the caption is an ImageNet-21k class; null without a caption.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -11,11 +10,12 @@ import pyarrow as pa
 from PIL import Image
 
 from winnow.curation.measures.base import Measure, Samples
+from winnow.infra.params import params
 
 _SIDE, _LOW = 32, 8
 
 
-@dataclass(frozen=True)
+@params
 class ImageHash(Measure):
     """`image_hash.phash`: 64-bit pHash, uint64; near images differ in few bits.
 

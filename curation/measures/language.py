@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
 from winnow.curation.measures.base import Measure, Samples
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.errors import WinnowError
 from winnow.infra.io.content import content_digest
 from winnow.infra.io.storage import exists
-from winnow.infra.registry import unknown
-
-IDENTIFIERS = ("fasttext", "gcld3")
+from winnow.infra.params import ParameterError, params
 
 
-@dataclass(frozen=True)
+@params
 class Language(Measure):
     """`language.code`: most probable ISO 639 code; `language.probability`: float32.
 
@@ -33,7 +30,7 @@ class Language(Measure):
     """
 
     path: str | None = None
-    identifier: str = "fasttext"
+    identifier: Literal["fasttext", "gcld3"] = "fasttext"
 
     name: ClassVar[str] = "language"
     version: ClassVar[int] = 1
@@ -41,10 +38,10 @@ class Language(Measure):
     summary: ClassVar[str] = "language of the caption by fastText lid.176 or CLD3"
 
     def __post_init__(self) -> None:
-        if self.identifier not in IDENTIFIERS:
-            raise unknown("identifier for language", self.identifier, IDENTIFIERS)
         if self.path is not None and self.identifier != "fasttext":
-            raise UsageError("language: a path is that of a fastText model", do="Leave out path or identifier.")
+            raise ParameterError(
+                "language: a path is that of a fastText model", do="Leave out path or identifier."
+            ).below("path")
 
     def params(self) -> dict[str, Any]:
         if self.identifier == "gcld3":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -10,9 +9,10 @@ import pyarrow as pa
 from PIL import Image
 
 from winnow.curation.measures.base import Measure, Samples
+from winnow.infra.params import params
 
 
-@dataclass(frozen=True)
+@params
 class Quality(Measure):
     """`quality.sharpness`: variance of the luma's Laplacian; `quality.entropy`: of its histogram, in bits. float32.
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +18,7 @@ from winnow.infra.errors import UsageError
 from winnow.infra.io import storage
 from winnow.infra.io.images import ImageError, decode_image
 from winnow.infra.io.storage import digest_json
-from winnow.infra.pool.pool import Pool, Shard
+from winnow.infra.pool.pool import LOCATION, Pool, Shard, read_members
 from winnow.infra.stages.resources import Resources
 from winnow.infra.stages.stage import (
     Output,
@@ -63,6 +64,10 @@ class MeasureStage(Stage):
         wanted = max((measure.resources for measure in self.measures), key=lambda item: item.gpus, default=Resources())
         return replace(wanted, cpus=self.threads)
 
+    def setup(self) -> None:
+        for measure in self.measures:
+            measure.setup()
+
     def params(self) -> dict[str, Any]:
         return {}
 
@@ -96,7 +101,7 @@ class MeasureStage(Stage):
                 what = f'"{lacking[0]}", which is not measured' if lacking else "what reads it in turn"
                 raise UsageError(f'measure "{left[0].name}" reads {what}', do="Measure both.")
             done += ready
-            left = [measure for measure in left if measure not in ready]
+            left = [measure for measure in left if measure.name not in {item.name for item in done}]
         return done
 
     def ids(self) -> dict[str, str]:
@@ -104,7 +109,7 @@ class MeasureStage(Stage):
         ids: dict[str, str] = {}
         for measure in self.ordered():
             ids[measure.name] = measure.id
-            if measure.derived:
+            if measure.derived():
                 read = [measure.id, *(ids[name] for name in measure.upstream())]
                 ids[measure.name] = f"{measure.name}-{digest_json(read)[:8]}"
         return ids
@@ -115,8 +120,8 @@ class MeasureStage(Stage):
             Unit(
                 f"{ids[measure.name]}/{shard.name}",
                 {"shard": shard.digest},
-                {"measure": measure.name, "version": measure.version, "params": measure.params()}
-                | ({"reads": [ids[name] for name in measure.upstream()]} if measure.derived else {}),
+                {"measure": type(measure).name, "version": measure.version, "params": measure.params()}
+                | ({"reads": [ids[name] for name in measure.upstream()]} if measure.derived() else {}),
                 {"shard": shard.name, "measure": measure.name},
                 group=shard.name,
                 items=shard.rows,
@@ -130,8 +135,8 @@ class MeasureStage(Stage):
         wanted = {unit.runtime["measure"]: unit for unit in units}
         measures = [measure for measure in self.ordered() if measure.name in wanted]
         shard = Pool.open(self.pool).shard(units[0].runtime["shard"])
-        direct = [measure for measure in measures if not measure.derived]
-        for together in filter(None, [direct, *([measure] for measure in measures if measure.derived)]):
+        direct = [measure for measure in measures if not measure.derived()]
+        for together in filter(None, [direct, *([measure] for measure in measures if measure.derived())]):
             skipped: list[Skipped] = []
             with contextlib.ExitStack() as files:
                 writers = {}
@@ -156,14 +161,14 @@ class MeasureStage(Stage):
     def _samples(
         self, shard: Shard, measures: list[Measure], ids: dict[str, str], skipped: list[Skipped]
     ) -> Iterator[Samples]:
-        if not any(measure.derived for measure in measures):
+        if not any(measure.derived() for measure in measures):
             yield from read_samples(shard, measures, self.threads, skipped)
             return
         (measure,) = measures
         view = View(Pool.open(self.pool), self.out)
-        table = view.table(shard, ("uid", *measure.reads, *measure.derived), ids)
+        table = view.table(shard, ("uid", *measure.reads, *measure.derived()), ids)
         for start in range(0, table.num_rows, BATCH):
-            yield Samples(table.slice(start, BATCH), [])
+            yield Samples(table.slice(start, BATCH))
 
     def finish(self, records: list[Record]) -> Output:
         digests: dict[str, dict[str, str]] = {}
@@ -180,12 +185,15 @@ def read_samples(shard: Shard, measures: list[Measure], threads: int, skipped: l
     """A shard's samples in order, in batches; images are read and decoded ahead of the one who computes."""
     pixels = any(measure.pixels for measure in measures)
     encoded = any(measure.encoded for measure in measures)
-    columns = ["uid", *dict.fromkeys(name for measure in measures for name in measure.reads)]
-    table = shard.table([*columns, *_LOCATION] if pixels or encoded else columns)
+    members = any(measure.members for measure in measures)
+    columns = ["uid", *(name for measure in measures for name in measure.reads)]
+    columns += LOCATION.names if members else _LOCATION if pixels or encoded else []
+    read = partial(read_members, shard.tars) if members else None
+    table = shard.table(list(dict.fromkeys(columns)))
     slices = [table.slice(start, BATCH) for start in range(0, table.num_rows, BATCH)]
     if not (pixels or encoded):
         for part in slices:
-            yield Samples(part, [])
+            yield Samples(part, read=read)
         return
 
     def load(part: pa.Table) -> tuple[list[Any], list[bytes], list[Skipped]]:
@@ -208,4 +216,4 @@ def read_samples(shard: Shard, measures: list[Measure], threads: int, skipped: l
             if number + threads + 1 < len(slices):
                 ahead.append(workers.submit(load, slices[number + threads + 1]))
             skipped.extend(bad)
-            yield Samples(part, images, files)
+            yield Samples(part, images, files, read)

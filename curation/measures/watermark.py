@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from winnow.curation.measures.prompted import Prompted
+from winnow.infra.params import params
 
 
-@dataclass(frozen=True)
+@params
 class Watermark(Prompted):
     """`watermark.score`: probability of a watermark, float32, by a head on the CLIP embedding or zero-shot by prompts.
 

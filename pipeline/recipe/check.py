@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from winnow.curation.measures import MEASURES
+from winnow.curation.columns.table import measure_of
+from winnow.curation.measures.base import MeasureSpec, with_upstream
 from winnow.evaluate.sets.layout import is_data
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.params import ParameterError, Path
 from winnow.infra.pool.layouts import find_shards
 from winnow.infra.pool.metadata import is_metadata
 from winnow.infra.registry import unknown
-from winnow.pipeline.recipe.measures import make_measures, pool_measures, target_measures
 from winnow.pipeline.recipe.schema import DEMO, Recipe
 from winnow.pretrain.models.spec import parse_spec
 
@@ -41,49 +41,38 @@ def check_models(recipe: Recipe) -> None:
 
 
 def check_measures(recipe: Recipe, pool: bool = True) -> None:
-    """Raises ParameterError where a measure, of the pool or of a target set, has no encoder or lacks a parameter."""
-    for name in recipe.measures:
-        _located(("measures", name), MEASURES.load, name)
+    """Raises ParameterError where a measure is not known, lacks a parameter, or has no encoder.
 
-    def scorer() -> tuple[str, str]:
-        if recipe.scorer is None:
-            do = "Add `scorer: {model: ViT-B-32, pretrained: openai}`, a checkpoint, or one to train on trusted pairs."
-            raise UsageError(f'the measure "{name}" needs an encoder, and there is no scorer', do=do)
-        return "", ""
-
-    specs = pool_measures(recipe) if pool else {}
-    for target in recipe.targets():
-        specs |= target_measures(recipe, target)
-    for name, spec in specs.items():
-        try:
-            make_measures({name: spec}, scorer)
-        except (UsageError, TypeError) as error:
-            what, do = (error.what, error.do) if isinstance(error, UsageError) else (str(error), None)
-            raise ParameterError(what, do=do).below(*_asked_for(recipe, name)) from None
-
-
-def _asked_for(recipe: Recipe, measure: str) -> Path:
-    """The key that asks for a measure, or the first subset that reads it."""
-    if measure in recipe.measures:
-        return ("measures", measure)
+    Args:
+        recipe: its measures and the trees of its subsets are checked.
+        pool: whether the pool is measured; else the target sets alone.
+    """
     for name, node in recipe.subsets.items():
-        columns = {column for item in node.filters() for column in (*item.columns(), *item.target_columns())}
-        if any(column.startswith(f"{measure}.") for column in columns):
-            return ("subsets", name)
-    return ("subsets",)
+        for item in node.filters():
+            columns = [*(item.columns() if pool else ()), *(item.target_columns() if item.targets() else ())]
+            read = [measure for column in columns if (measure := measure_of(column))]
+            _located(("subsets", name), _check_specs, recipe, read)
+    if pool:
+        _located(("measures",), _check_specs, recipe, list(recipe.measures))
 
 
-def check_images(pool: str, names: list[str]) -> None:
+def _check_specs(recipe: Recipe, names: list[str]) -> None:
+    for spec in with_upstream(names, recipe.measures).values():
+        if spec.needs_scorer and recipe.scorer is None:
+            do = "Add `scorer: {model: ViT-B-32, pretrained: openai}`, a checkpoint, or one to train on trusted pairs."
+            raise UsageError(f'the measure "{spec.name}" needs an encoder, and there is no scorer', do=do)
+
+
+def check_images(pool: str, specs: Iterable[MeasureSpec]) -> None:
     """Raises UsageError when a measure wants images and the pool is a folder of metadata."""
     if not is_metadata(pool):
         return
-    for name in names:
-        kind = MEASURES.load(name)
-        if kind.pixels or kind.encoded:
+    for spec in specs:
+        if spec.kind.pixels or spec.kind.encoded or spec.kind.members:
             hint = "Give the shards with the images as the pool."
-            if name == "clip":
+            if spec.kind.name == "clip":
                 hint += " Scores and embeddings that the metadata has are called by `model: b32` or `l14`, `l14_img` …"
-            what = f'the measure "{name}" needs images, and the pool is a folder of metadata'
+            what = f'the measure "{spec.name}" needs images, and the pool is a folder of metadata'
             raise UsageError(what, where=pool, do=hint)
 
 

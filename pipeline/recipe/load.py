@@ -15,6 +15,7 @@ import yaml
 
 from winnow.curation.algebra.nodes import Node
 from winnow.curation.algebra.parse import parse
+from winnow.curation.measures.base import MeasureSpec, parse_measures
 from winnow.infra.errors import UsageError
 from winnow.infra.io import storage
 from winnow.infra.io.yaml_lines import Lines, read_yaml
@@ -57,7 +58,8 @@ def parse_recipe(text: str, name: str, overrides: list[str]) -> Recipe:
         for key in ("pool", "subsets"):
             if not raw.get(key):
                 raise ParameterError(f'"{key}" is missing')
-        recipe = build(Recipe, raw | {"subsets": parse_subsets(raw["subsets"])}, "")
+        parsed = {"subsets": parse_subsets(raw["subsets"]), "measures": _measures(raw.get("measures"))}
+        recipe = build(Recipe, raw | parsed, "")
         recipe._text = raw
         check_recipe(recipe)
         check_models(recipe)
@@ -90,7 +92,7 @@ def load_tree(path: str) -> Node:
         raise UsageError(error.what, where=lines.where(error.path), do=error.do) from None
 
 
-def load_measures(given: str, overrides: list[str]) -> dict[str, Any]:
+def load_measures(given: str, overrides: list[str]) -> dict[str, MeasureSpec]:
     """The measures that a command line asks for.
 
     Args:
@@ -109,15 +111,18 @@ def load_measures(given: str, overrides: list[str]) -> dict[str, Any]:
     else:
         names = [part.strip() for part in given.split(",") if part.strip()]
         text = yaml.safe_dump({part: {} for part in names})
-    raw, _ = read_yaml(text, name)
-    outer = {"measures": raw}
+    raw, lines = read_yaml(text, name)
+    whole = {"measures": raw}
     for item in overrides:
         if not item.startswith("measures."):
-            raise UsageError(
-                "only measures can be set here", where=f"--set {item}", do="Write measures.NAME.KEY=VALUE."
-            )
-        _override(outer, item)
-    return outer["measures"]
+            what = "only parameters of measures can be set here"
+            raise UsageError(what, where=f"--set {item}", do="Write measures.NAME.PARAMETER=VALUE.")
+        _override(whole, item)
+    try:
+        return parse_measures(whole["measures"])
+    except ParameterError as error:
+        where = lines.where(error.path) if name == given else "--measures"
+        raise UsageError(error.what, where=where, do=error.do) from None
 
 
 def read_values(text: str, name: str, overrides: list[str]) -> tuple[dict[str, Any], Lines]:
@@ -141,6 +146,15 @@ def parse_subsets(subsets: Any) -> dict[str, Node]:
         except ParameterError as error:
             raise error.below("subsets", name) from None
     return nodes
+
+
+def _measures(given: Any) -> dict[str, MeasureSpec]:
+    if not isinstance(given, Mapping | None):
+        raise ParameterError(f"measures must be a mapping of names to parameters, not {given!r}").below("measures")
+    try:
+        return parse_measures(given or {})
+    except ParameterError as error:
+        raise error.below("measures") from None
 
 
 def _unknown_key(key: Any) -> ParameterError:

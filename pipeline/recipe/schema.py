@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from winnow.curation.algebra.nodes import All, Node
+from winnow.curation.columns.table import measure_of
 from winnow.curation.filters.base import Filter
+from winnow.curation.measures.base import MeasureSpec, with_upstream
 from winnow.curation.noise.inject import InjectConfig
 from winnow.evaluate.protocols.base import PROTOCOLS
 from winnow.infra.params import Section
@@ -20,6 +23,10 @@ DEMO = "demo:"
 
 def _several(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
+
+
+def _measures_of(columns: Iterable[str]) -> list[str]:
+    return [name for column in columns if (name := measure_of(column))]
 
 
 class Trusted(Section):
@@ -106,7 +113,7 @@ class Recipe(Section):
     demo: DemoConfig | None = None
     inject: InjectConfig | None = None
     scorer: Scorer | None = None
-    measures: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    measures: dict[str, MeasureSpec] = Field(default_factory=dict)
     subsets: dict[str, Node] = Field(default_factory=dict)
     baseline: str | None = None
     reshard: ReshardSection | None = ReshardSection()
@@ -129,6 +136,16 @@ class Recipe(Section):
     def targets(self) -> list[str]:
         """The target sets that filters name, each once, in order."""
         return list(dict.fromkeys(target for item in self.filters() for target in item.targets()))
+
+    def pool_measures(self) -> dict[str, MeasureSpec]:
+        """The measures of the pool by name: those asked for, those that filters read, and what these read in turn."""
+        columns = [column for item in self.filters() for column in item.columns()]
+        return with_upstream([*self.measures, *_measures_of(columns)], self.measures)
+
+    def target_measures(self, target: str) -> dict[str, MeasureSpec]:
+        """The measures of a target set, with the parameters they have on the pool."""
+        columns = [column for item in self.filters() if target in item.targets() for column in item.target_columns()]
+        return with_upstream(_measures_of(columns), self.measures)
 
     @property
     def reference(self) -> str:

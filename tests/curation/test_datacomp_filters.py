@@ -15,7 +15,7 @@ from winnow.curation.filters.laion2b import Laion2b
 from winnow.curation.filters.text_based import TextBased
 from winnow.curation.measures.base import Samples
 from winnow.curation.measures.language import Language, _load
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.errors import WinnowError
 from winnow.infra.params import ParameterError, build
 
 CAPTIONS = [
@@ -284,10 +284,10 @@ def test_cld3_by_its_package():
 def test_identifiers_that_are_not_there():
     import importlib.util
 
-    with pytest.raises(UsageError, match='Did you mean "gcld3"'):
-        Language(identifier="cld3")
-    with pytest.raises(UsageError, match="fastText model"):
-        Language(path="lid.176.bin", identifier="gcld3")
+    with pytest.raises(ParameterError, match='Did you mean "gcld3"'):
+        build(Language, {"identifier": "cld3"}, "language")
+    with pytest.raises(ParameterError, match="fastText model"):
+        build(Language, {"path": "lid.176.bin", "identifier": "gcld3"}, "language")
     if importlib.util.find_spec("gcld3") is None:
         with pytest.raises(WinnowError, match=r"gcld3 is not installed.*protobuf"):
             Language(identifier="gcld3").params()

@@ -13,7 +13,7 @@ from tests.evaluate.sets import write_config
 from tests.examples.brightness import Brightness
 from winnow.curation.columns.table import View
 from winnow.curation.measures import MEASURES
-from winnow.curation.measures.base import make
+from winnow.curation.measures.base import MeasureSpec, make
 from winnow.curation.measures.caption import Caption
 from winnow.curation.measures.clip import Clip
 from winnow.curation.measures.language import Language
@@ -105,7 +105,7 @@ def test_registered_measures_hold_the_contract(name, small_pool, tmp_path, clip)
     kind = MEASURES.load(name)
     np.save(tmp_path / "head.npy", np.ones(16))
     params = {"head": str(tmp_path / "head.npy")} if name == "aesthetic" else {}
-    made = clip if name == "clip" else make(kind, params, lambda: (clip.encoder, clip.digest))
+    made = clip if name == "clip" else make(MeasureSpec(name, kind, params), lambda: (clip.encoder, clip.digest))
     assert kind.name == name and kind.summary and kind.__doc__
     manifest = measure(small_pool, (made, clip) if made.upstream() else (made,), tmp_path / "columns")
     for shard in Pool.open(small_pool).shards:

@@ -25,13 +25,13 @@ from winnow.curation.measures.stage import MeasureStage
 from winnow.curation.measures.watermark import Watermark
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io.arrow import as_matrix
+from winnow.infra.params import build
 from winnow.infra.pool.pool import Pool
 from winnow.infra.stages.executors import SerialExecutor
 from winnow.infra.stages.runner import execute
 from winnow.infra.stages.stage import pending_units
 from winnow.pipeline.graph import Graph
 from winnow.pipeline.recipe.load import parse_recipe
-from winnow.pipeline.recipe.measures import pool_measures, target_measures
 from winnow.pretrain.encoder import encoder_digest, load_encoder
 
 
@@ -164,7 +164,7 @@ def measure(pool, measures, out):
 
 def test_prompts_are_a_softmax_over_each_pair(small_pool, spec, tmp_path):
     clip = Clip(spec, encoder_digest(spec), device="cpu")
-    local = Nsfw(yes=["bad", "worse"], no=["good", "better"], encoder=spec, digest=clip.digest)
+    local = Nsfw(yes=("bad", "worse"), no=("good", "better"), encoder=spec, digest=clip.digest)
     measure(small_pool, (local, clip, Watermark(encoder=spec, digest=clip.digest)), tmp_path)
     model = load_encoder(spec, device="cpu")
     yes, no = model.encode_texts(["bad", "worse"]), model.encode_texts(["good", "better"])
@@ -175,7 +175,7 @@ def test_prompts_are_a_softmax_over_each_pair(small_pool, spec, tmp_path):
         assert np.allclose(batch["nsfw.score"].to_numpy(), (a / (a + b)).mean(axis=1), atol=1e-4)
         assert batch["watermark.score"].null_count == 0
     with pytest.raises(UsageError, match="make no pairs"):
-        Nsfw(yes=["bad"], encoder=spec, digest="")
+        build(Nsfw, {"yes": ["bad"]}, "nsfw")
 
 
 def test_a_derived_measure_reads_the_other_and_follows_it(small_pool, spec, tmp_path):
@@ -225,21 +225,19 @@ def test_a_recipe_measures_what_its_filters_read(spec, tmp_path):
     np.save(tmp_path / "head.npy", np.ones(16))
     text = RECIPE.format(folder=tmp_path, spec=spec)
     recipe = parse_recipe(text, "r.yaml", [])
-    assert list(pool_measures(recipe)) == ["aesthetic", "clip", "image_hash", "nsfw"]
-    assert list(target_measures(recipe, f"{tmp_path}/eval")) == ["image_hash"]
+    assert list(recipe.pool_measures()) == ["aesthetic", "clip", "image_hash", "nsfw"]
+    assert list(recipe.target_measures(f"{tmp_path}/eval")) == ["image_hash"]
     from winnow.infra.stages.progress import RunLog
 
     graph = Graph(recipe, str(tmp_path / "out"))
     manifests = graph.run(SerialExecutor(), RunLog(str(tmp_path / "out"), stream=None), until="curate")
     sizes = manifests["curate"].values["subsets"]
     assert sizes["none"] == 12 and sizes["fair"] == sizes["safe"] == 7 and sizes["clean"] <= 10
-    with pytest.raises(UsageError, match='measure "aesthetic" needs "head"'):
+    with pytest.raises(UsageError, match='aesthetic needs "head"'):
         parse_recipe(text.replace("measures:", "max_skipped: 0.1 #"), "r.yaml", [])
     with pytest.raises(UsageError, match="no scorer"):
         parse_recipe(text.replace("scorer:", "max_skipped: 0.1 #"), "r.yaml", [])
 
 
 def test_upstream_measures_are_taken_along():
-    from winnow.curation.measures import MEASURES
-
-    assert list(with_upstream(["nsfw", "caption"], MEASURES.load)) == ["caption", "clip", "nsfw"]
+    assert list(with_upstream(["nsfw", "caption"])) == ["caption", "clip", "nsfw"]

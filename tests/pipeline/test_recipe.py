@@ -6,7 +6,6 @@ from tests.drawing import write_pool
 from winnow.curation.algebra.parse import unparse
 from winnow.infra.errors import UsageError
 from winnow.pipeline.recipe.load import load_recipe, load_training, parse_recipe
-from winnow.pipeline.recipe.measures import pool_measures
 
 MODEL = (
     "{embed_dim: 32, vision_cfg: {image_size: 32, patch_size: 16, width: 32, layers: 1}, "
@@ -48,7 +47,7 @@ def test_a_good_recipe(text, tmp_path):
     assert list(recipe.subsets) == ["none", "best", "both"]
     assert recipe.reference == "none"
     assert recipe.targets() == [f"{tmp_path}/shards"]
-    assert list(pool_measures(recipe)) == ["clip"]
+    assert list(recipe.pool_measures()) == ["clip"]
     assert recipe.pretrain.seeds == (0, 1)
     assert recipe.pretrain.batch_size == 8
 

@@ -240,7 +240,7 @@ def evaluate_stage(
     max_skipped: float = 0.05,
 ) -> EvaluateStage:
     """The stage that scores checkpoints; its `embedding()` comes first. Raises UsageError for a wrong argument."""
-    from winnow.evaluate.protocols.base import applies
+    from winnow.evaluate.protocols import PROTOCOLS
     from winnow.evaluate.sets.layout import is_data
     from winnow.evaluate.stage import EvaluateStage
     from winnow.pretrain.encoder import encoder_digest
@@ -254,7 +254,7 @@ def evaluate_stage(
         raise UsageError("no such folder", where=data)
     selected = _names(protocols)
     for protocol in selected:
-        applies(protocol, "")
+        PROTOCOLS.path(protocol)
     if not _names(tasks):
         raise UsageError("no task to evaluate", do="Give all, or names, comma-separated.")
     if precision not in ("float32", "bfloat16"):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-__all__ = ["Encoder", "encoder_digest", "load_encoder", "parse_spec"]
+__all__ = ["Encoder", "encoder_digest", "load_encoder", "load_encoders", "parse_spec"]
 
 _CACHED = 2
 _cache: dict[tuple[str, str, str], Encoder] = {}
@@ -65,6 +65,37 @@ def load_encoder(spec: str, device: str = "auto", threads: int | None = None, pr
     while len(_cache) > _CACHED:
         del _cache[next(iter(_cache))]
     return encoder
+
+
+# The encoders that `load_encoders` was last asked for in this process: the next call mostly wants the same.
+_together: dict[tuple[str, str, str, str], Encoder] = {}
+
+
+def load_encoders(
+    wanted: Sequence[tuple[str, str]], device: str = "auto", threads: int | None = None, precision: str = "auto"
+) -> list[Encoder | WinnowError]:
+    """The encoder of each (spec, digest), or the error that says why it cannot be loaded.
+
+    Those asked for last stay in memory, so a process needs memory for all that are used together.
+
+    Raises:
+        UsageError: a spec names nothing.
+    """
+    keys = [(spec, digest, device, precision) for spec, digest in wanted]
+    for key in set(_together) - set(keys):
+        del _together[key]
+    found: list[Encoder | WinnowError] = []
+    for key in keys:
+        if key not in _together:
+            try:
+                _together[key] = load_encoder(key[0], device=device, threads=threads, precision=precision)
+            except UsageError:
+                raise
+            except WinnowError as error:
+                found.append(error)
+                continue
+        found.append(_together[key])
+    return found
 
 
 def load_checkpoint(url: str) -> torch.nn.Module:

@@ -13,7 +13,7 @@ from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.arrow import float_values, null_mask
 from winnow.infra.io.parquet import open_parquet, unreadable
-from winnow.infra.io.prefetch import ahead
+from winnow.infra.io.prefetch import prefetch
 from winnow.infra.io.storage import digest_json
 from winnow.infra.pool.metadata import FEATURES
 from winnow.infra.pool.pool import Pool, Shard
@@ -128,7 +128,7 @@ class View:
     def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         """One table a shard, in pool order, with the named columns; read ahead by a thread a core."""
         ids = self._ids()
-        return ahead(lambda shard: self.table(shard, columns, ids), self.pool.shards)
+        return prefetch(lambda shard: self.table(shard, columns, ids), self.pool.shards)
 
     def shards(self, columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
         """As `batches`, each table with the name of its shard."""

@@ -18,11 +18,10 @@ from winnow.evaluate.report.pool_view import (
     read_funnel,
 )
 from winnow.evaluate.report.tables import comparison_csv, comparison_text
-from winnow.evaluate.stage import SCORES
+from winnow.evaluate.scores import read_scores
 from winnow.evaluate.statistics.aggregate import Estimate, SubsetScores, compare, headline
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
-from winnow.infra.io.parquet import read_parquet
 from winnow.infra.pool.pool import Pool
 from winnow.infra.pool.uids import load_subset
 from winnow.infra.registry import unknown
@@ -157,7 +156,7 @@ def _main_scores(
 ) -> tuple[str, dict[str, dict[str, Estimate]]]:
     """The protocol compared by, which is the run's first that gave scores, and by it the main metric of each checkpoint
     on each task that has one; the mean over the protocol's own seeds."""
-    rows = read_parquet(storage.join(url, SCORES)).to_pylist()
+    rows = read_scores(url).to_pylist()
     given = {row["protocol"] for row in rows}
     protocol = next((name for name in protocols if name in given), protocols[0])
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}

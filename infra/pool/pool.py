@@ -15,7 +15,7 @@ from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.arrow import mask_array
 from winnow.infra.io.parquet import open_parquet, unreadable
-from winnow.infra.io.prefetch import ahead
+from winnow.infra.io.prefetch import prefetch
 from winnow.infra.io.storage import digest_json
 from winnow.infra.pool.metadata import FEATURES, feature_dims, is_metadata, metadata_files, read_feature
 from winnow.infra.pool.uids import decode_uids
@@ -207,7 +207,7 @@ class Pool:
         return Pool(url, tuple(shards), digest_json([[shard.name, shard.digest] for shard in shards]))
 
     def __len__(self) -> int:
-        return sum(ahead(lambda shard: shard.rows, self.shards))
+        return sum(prefetch(lambda shard: shard.rows, self.shards))
 
     @property
     def counted(self) -> bool:

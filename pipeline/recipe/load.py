@@ -22,7 +22,7 @@ from winnow.curation.filters.base import Node
 from winnow.curation.measures import MEASURES
 from winnow.curation.measures.base import Measure, make, with_upstream
 from winnow.curation.noise.inject import InjectConfig
-from winnow.evaluate.protocols.base import PROTOCOLS
+from winnow.evaluate.protocols import PROTOCOLS
 from winnow.evaluate.sets.layout import is_data
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.pool.index import find_shards
@@ -107,8 +107,8 @@ class EvaluateSection(Strict):
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            if name not in PROTOCOLS:
-                raise ValueError(str(unknown("protocol", name, PROTOCOLS)))
+            if name not in PROTOCOLS.table and ":" not in name:
+                raise ValueError(str(unknown("protocol", name, PROTOCOLS.table)))
         return value
 
 

@@ -120,7 +120,7 @@ def clip_score(folder: Path, rows: int, repeat: int) -> None:
 
 def _bound(part: Path) -> None:
     """What of the work cannot be left out, each alone on all cores: read, decode, sort, write."""
-    from winnow.infra.io.prefetch import ahead
+    from winnow.infra.io.prefetch import prefetch
     from winnow.infra.pool.uids import UID_DTYPE, sort_uids
 
     paths = sorted(part.glob("*.parquet"))
@@ -136,7 +136,7 @@ def _bound(part: Path) -> None:
         return pq.ParquetFile(str(path), pre_buffer=False).read(_COLUMNS, use_threads=False).num_rows
 
     start = time.perf_counter()
-    rows = sum(ahead(read, paths))
+    rows = sum(prefetch(read, paths))
     decoded = time.perf_counter() - start
     pairs = np.random.default_rng(0).integers(0, 2**64, (int(rows * 0.3), 2), np.uint64).view(UID_DTYPE).ravel()
     start = time.perf_counter()

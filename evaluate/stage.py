@@ -225,6 +225,8 @@ class EvaluateStage(SetsStage):
             "not_applicable": results.unfit,
             "left_out": results.left_out,
         }
+        if own := {protocol.name: protocol.metric for protocol in protocols if protocol.metric is not None}:
+            values["protocol_metrics"] = own
         official = {found.task.key for found in found_tasks if found.task.group != "extra"}
         return Output(self._write(results, official), values=values)
 

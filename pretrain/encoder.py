@@ -9,7 +9,7 @@ import hashlib
 import json
 import pickle
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-__all__ = ["Encoder", "encoder_digest", "load_encoder", "load_encoders", "parse_spec"]
+__all__ = ["Encoder", "encoder_digest", "load_encoder", "load_encoders", "load_sampler", "parse_spec"]
 
 _CACHED = 2
 _cache: dict[tuple[str, str, str], Encoder] = {}
@@ -96,6 +96,17 @@ def load_encoders(
                 continue
         found.append(_together[key])
     return found
+
+
+def load_sampler(spec: str) -> Callable[..., np.ndarray]:
+    """A function that draws images from a diffusion checkpoint: number of images to uint8 [n, 3, H, W].
+
+    Its keyword arguments are those of `winnow.pretrain.diffusion.sampling.sample`. It raises UsageError where the
+    checkpoint draws no images.
+    """
+    from winnow.pretrain.diffusion.sampling import sample
+
+    return functools.partial(sample, spec)
 
 
 def load_checkpoint(url: str) -> torch.nn.Module:

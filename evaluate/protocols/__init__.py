@@ -16,6 +16,7 @@ PROTOCOLS = Registry(
         "linear_10pct": "winnow.evaluate.protocols.few_labels:LINEAR_10PCT",
         "finetune_1pct": "winnow.evaluate.protocols.fine_tune:FINETUNE_1PCT",
         "finetune_10pct": "winnow.evaluate.protocols.fine_tune:FINETUNE_10PCT",
+        "frechet": "winnow.evaluate.protocols.frechet:FRECHET",
     },
 )
 # What a test set consists of; each names a subclass of `winnow.evaluate.protocols.base.Kind`.
@@ -28,5 +29,6 @@ KINDS = Registry(
         "face_attributes": "winnow.evaluate.protocols.faces:FaceAttributes",
         "winogavil": "winnow.evaluate.protocols.winogavil:WinoGAViL",
         "retrieval": "winnow.evaluate.protocols.retrieval:Retrieval",
+        "images": "winnow.evaluate.protocols.frechet:Images",
     },
 )

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from winnow.evaluate.protocols.base import PROTOCOLS, applies
+from winnow.evaluate.protocols.base import EvalSet
 from winnow.evaluate.report.tables import text_table
 from winnow.evaluate.sets import hub, packed
-from winnow.evaluate.sets.layout import TYPE, EvalSet, FoundTask, find_tasks, split_tars
+from winnow.evaluate.sets.files import open_set, split_tars
+from winnow.evaluate.sets.layout import TYPE, FoundTask, find_tasks
 from winnow.evaluate.sets.shards import has_split, shard_index
-from winnow.evaluate.tasks.task import Task, TaskError, datacomp_tasks, find_task
+from winnow.evaluate.tasks.read import datacomp_tasks, find_task
+from winnow.evaluate.tasks.task import Task, TaskError
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 
@@ -72,14 +74,12 @@ def _check(found: FoundTask) -> TaskCheck:
         lost = _lost_shards(url)
         if lost:
             return TaskCheck(task, INCOMPLETE, note="no " + ", ".join(lost))
-        test_set = EvalSet.open(found)
-        if not any(applies(protocol, task.kind) for protocol in PROTOCOLS):
+        if found.kind is None:
             return TaskCheck(task, INCOMPLETE, note=f'{TYPE}: no protocol evaluates the kind "{task.kind}"')
+        test_set = open_set(task, url)
         if not storage.is_local(test_set.url):
             return TaskCheck(task, COMPLETE, note=_train_fault(found, test_set))
-        count = sum(_count(tar) for tar in test_set.tars)
-        if task.kind == "winogavil":
-            count = len(test_set.associations())
+        count = found.kind.count(test_set, sum(_count(tar) for tar in test_set.tars))
     except hub.Unreachable:
         raise
     except TaskError as error:

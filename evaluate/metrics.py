@@ -253,3 +253,28 @@ def average_precision_stderr(scores: np.ndarray, targets: np.ndarray, seed: int 
         draws = min(block, RESAMPLES - low)
         values.append(_precisions(rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(float), classes))
     return float(np.concatenate(values).std(ddof=1))
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """`frechet_distance` between two sets of features, float [n, d] and [m, d]."""
+    return frechet_distance(*moments(a), *moments(b))
+
+
+def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:
+    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½), squared as FID is; μ [d], Σ [d, d].
+
+    Heusel et al. 2017, equation 6. The trace of the root is that of (Σ₁^½ Σ₂ Σ₁^½)^½, which is symmetric, so that no
+    complex numbers arise.
+    """
+    values, vectors = np.linalg.eigh(np.asarray(cov1, np.float64))
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    inner = root @ np.asarray(cov2, np.float64) @ root
+    cross = np.sqrt(np.linalg.eigvalsh((inner + inner.T) / 2).clip(0)).sum()
+    difference = np.asarray(mu1, np.float64) - np.asarray(mu2, np.float64)
+    return float(difference @ difference + np.trace(cov1) + np.trace(cov2) - 2 * cross)
+
+
+def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [d] and unbiased covariance [d, d], float64, of features [n, d]."""
+    features = np.asarray(features, np.float64)
+    return features.mean(0), np.atleast_2d(np.cov(features, rowvar=False))

@@ -154,8 +154,8 @@ def draw_samples(
     write_image(out, grid(images))
     lines = [f"{n:,} samples: {out}"]
     if pool is not None and encoder is not None:
-        from winnow.pretrain.diffusion.frechet import samples_and_pool
+        from winnow.evaluate.protocols.frechet import distance_to_pool
 
-        distance, real = samples_and_pool(images, pool, encoder)
+        distance, real = distance_to_pool(images, pool, encoder)
         lines.append(f"Fréchet distance of {n:,} samples from {real:,} images, over {encoder}: {distance:.5g}")
     return lines

@@ -79,7 +79,7 @@ def _objective(registry: Registry, name: str) -> tuple[str, ...]:
 
 
 def _tasks() -> Sequence[tuple[str, ...]]:
-    from winnow.evaluate.tasks.task import datacomp_tasks
+    from winnow.evaluate.tasks.read import datacomp_tasks
 
     rows = [("name", "kind", "group", "metric", "classes", "scored")]
     for task in datacomp_tasks().values():
@@ -89,12 +89,13 @@ def _tasks() -> Sequence[tuple[str, ...]]:
 
 
 def _protocols() -> Sequence[tuple[str, ...]]:
-    from winnow.evaluate.protocols.base import NEED_TEXT, NEED_TRAIN, PROTOCOLS, SEEDS
+    from winnow.evaluate.protocols import PROTOCOLS
 
     rows = [("name", "needs", "seeds", "kinds of task")]
-    for name, registry in PROTOCOLS.items():
-        needs = [*(["a text tower"] if name in NEED_TEXT else []), *(["a train split"] if name in NEED_TRAIN else [])]
-        rows.append((name, ", ".join(needs), ", ".join(map(str, SEEDS.get(name, ()))), ", ".join(registry.names())))
+    for name in PROTOCOLS.table:
+        protocol = PROTOCOLS.load(name)
+        seeds = ", ".join(map(str, protocol.seeds))
+        rows.append((name, ", ".join(sorted(protocol.needs)), seeds, ", ".join(sorted(protocol.kinds))))
     return rows
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,15 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-__all__ = ["Encoder", "encoder_digest", "load_checkpoint", "load_encoder", "load_encoders", "parse_spec"]
+__all__ = [
+    "Encoder",
+    "encoder_digest",
+    "load_checkpoint",
+    "load_encoder",
+    "load_encoders",
+    "load_sampler",
+    "parse_spec",
+]
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 _KEPT = 2  # encoders loaded one by one
@@ -95,6 +104,17 @@ def _load(spec: str, digest: str, device: str, threads: int | None, precision: s
     model, tokenizer = load_network(parse_spec(spec))
     encoder = _cache[key] = Encoder(spec, digest, model, tokenizer, device, precision)
     return encoder
+
+
+def load_sampler(spec: str) -> Callable[..., np.ndarray]:
+    """A function that draws images from a diffusion checkpoint: number of images to uint8 [n, 3, H, W].
+
+    Its keyword arguments are those of `winnow.pretrain.diffusion.sampling.sample`. It raises UsageError where the
+    checkpoint draws no images.
+    """
+    from winnow.pretrain.diffusion.sampling import sample
+
+    return functools.partial(sample, spec)
 
 
 def load_checkpoint(url: str) -> torch.nn.Module:

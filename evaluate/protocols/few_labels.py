@@ -6,12 +6,15 @@ Chen et al. 2020 (SimCLR), section 6 and appendix B.5, samples so, and fine-tune
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
-from winnow.evaluate.protocols.base import Features, Row, Split
+from winnow.evaluate.protocols.base import EvalSet, Features, Protocol, Row, Split
 from winnow.evaluate.protocols.linear import probe, train_split
 from winnow.evaluate.protocols.zeroshot import classification_rows
-from winnow.evaluate.sets.layout import EvalSet
+
+SEEDS = (0, 1, 2)
 
 
 def few_labels(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -27,16 +30,6 @@ def few_labels(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(selected))
 
 
-def linear_1pct(features: Features, test_set: EvalSet) -> list[Row]:
-    """`linear_few` with 1 %."""
-    return linear_few(features, test_set, 0.01)
-
-
-def linear_10pct(features: Features, test_set: EvalSet) -> list[Row]:
-    """`linear_few` with 10 %."""
-    return linear_few(features, test_set, 0.1)
-
-
 def linear_few(features: Features, test_set: EvalSet, fraction: float) -> list[Row]:
     """The test set's figures by the probe on a part of the train split drawn from the seed.
 
@@ -44,6 +37,20 @@ def linear_few(features: Features, test_set: EvalSet, fraction: float) -> list[R
     """
     train = train_split(features, test_set)
     indices = few_labels(train.labels, fraction, features.seed)
-    part = Split(train.images[indices], train.labels[indices], train.image_bytes)
+    part = Split(train.images[indices], train.labels[indices], train.samples)
     scores = probe(part, None, features.images, len(test_set.classnames), features.device)
     return classification_rows(scores, features, test_set)
+
+
+def _protocol(name: str, fraction: float) -> Protocol:
+    return Protocol(
+        name,
+        kinds=frozenset({"zeroshot_classification"}),
+        run=functools.partial(linear_few, fraction=fraction),
+        needs=frozenset({"train"}),
+        seeds=SEEDS,
+    )
+
+
+LINEAR_1PCT = _protocol("linear_1pct", 0.01)
+LINEAR_10PCT = _protocol("linear_10pct", 0.1)

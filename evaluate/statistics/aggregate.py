@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from winnow.evaluate.tasks.task import datacomp_tasks
+from winnow.evaluate.tasks.read import datacomp_tasks
 
 # Aggregates as DataComp reports them: name for people, group.
 AGGREGATES = {"imagenet": "ImageNet", "shift": "ImageNet shifts", "vtab": "VTAB", "retrieval": "Retrieval"}

@@ -12,9 +12,9 @@ from winnow.curation.columns.table import measure_of
 from winnow.curation.filters.base import Filter
 from winnow.curation.measures.base import MeasureSpec, with_upstream
 from winnow.curation.noise.inject import InjectConfig
-from winnow.evaluate.protocols.base import PROTOCOLS
-from winnow.infra.params import Section
-from winnow.infra.registry import unknown
+from winnow.evaluate.protocols import PROTOCOLS
+from winnow.infra.errors import UsageError
+from winnow.infra.params import InvalidValue, Section
 from winnow.pipeline.demo.stage import DemoConfig
 from winnow.pretrain.config import PretrainConfig
 
@@ -88,9 +88,11 @@ class EvaluateSection(Section):
     @field_validator("protocols")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for name in value:
-            if name not in PROTOCOLS:
-                raise ValueError(str(unknown("protocol", name, PROTOCOLS)))
+        for i, name in enumerate(value):
+            try:
+                PROTOCOLS.path(name)
+            except UsageError as error:
+                raise InvalidValue(error.what, i, do=error.do) from None
         return value
 
 

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from winnow.evaluate.report.tables import comparison_csv, comparison_text
+from winnow.evaluate.sets.layout import extra_task
 from winnow.evaluate.statistics.aggregate import (
     Estimate,
     SubsetScores,
@@ -15,7 +16,7 @@ from winnow.evaluate.statistics.aggregate import (
     headline,
     significance,
 )
-from winnow.evaluate.tasks.task import datacomp_tasks, extra_task
+from winnow.evaluate.tasks.read import datacomp_tasks
 
 
 def facts(*tasks) -> dict:

@@ -16,8 +16,8 @@ import pytest
 from tests.drawing import write_pool
 from winnow.evaluate.report.compare import CompareStage, SubsetEntry
 from winnow.evaluate.report.pool_view import funnel_rows, look
-from winnow.evaluate.stage import SCHEMA
-from winnow.evaluate.tasks.task import datacomp_tasks
+from winnow.evaluate.scores import SCHEMA
+from winnow.evaluate.tasks.read import datacomp_tasks
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
 from winnow.infra.pool.pool import Pool

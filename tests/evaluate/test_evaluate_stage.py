@@ -16,10 +16,20 @@ import torch
 from PIL import Image
 
 from tests.drawing import COLORS, draw_image, write_tar
-from tests.evaluate.sets import CONFIG, TEMPLATES, write_classification, write_config, write_retrieval
-from winnow.evaluate.protocols.base import PROTOCOLS, Row
+from tests.evaluate.sets import (
+    CONFIG,
+    TEMPLATES,
+    image_of,
+    open_found,
+    write_classification,
+    write_config,
+    write_retrieval,
+)
+from winnow.evaluate.protocols import KINDS
+from winnow.evaluate.protocols.base import Kind, Row, Target, read_captions
 from winnow.evaluate.report.score_table import scores_text
-from winnow.evaluate.sets.layout import EvalSet, find_tasks
+from winnow.evaluate.sets.layout import find_tasks
+from winnow.evaluate.sets.shards import samples_of
 from winnow.evaluate.stage import EvaluateStage
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
@@ -79,15 +89,15 @@ def test_against_a_plain_open_clip_loop(tmp_path: Path, data: Path) -> None:
     run(stage)
 
     unit = torch.nn.functional.normalize
-    found = {entry.task.key: EvalSet.open(entry) for entry in find_tasks(str(data))}
+    found = {entry.task.key: open_found(entry) for entry in find_tasks(str(data))}
     with torch.no_grad():
         weights = []
         for name in COLORS:
             prompts = unit(model.encode_text(tokenizer([t.format(c=name) for t in TEMPLATES])), dim=-1)
             weights.append(unit(prompts.mean(dim=0), dim=0))
         right, right5, per_class = [], [], {}
-        for sample in found["colors"].samples():
-            image = transform(Image.open(io.BytesIO(sample.image)))[None]
+        for sample in samples_of(found["colors"]):
+            image = transform(Image.open(io.BytesIO(image_of(sample))))[None]
             logits = 100 * unit(model.encode_image(image), dim=-1)[0] @ torch.stack(weights).T
             order = logits.argsort(descending=True).tolist()
             right.append(order[0] == sample.label)
@@ -98,11 +108,11 @@ def test_against_a_plain_open_clip_loop(tmp_path: Path, data: Path) -> None:
         assert got["acc5"] == pytest.approx(np.mean(right5))
         assert got["mean_per_class_recall"] == pytest.approx(np.mean([np.mean(v) for v in per_class.values()]))
 
-        samples = list(found["retrieval-colors"].samples())
+        samples = list(samples_of(found["retrieval-colors"]))
         images = torch.cat(
-            [unit(model.encode_image(transform(Image.open(io.BytesIO(s.image)))[None]), dim=-1) for s in samples]
+            [unit(model.encode_image(transform(Image.open(io.BytesIO(image_of(s))))[None]), dim=-1) for s in samples]
         )
-        captions = [(i, text) for i, s in enumerate(samples) for text in s.captions]
+        captions = [(i, text) for i, s in enumerate(samples) for text in s.texts]
         texts = torch.cat([unit(model.encode_text(tokenizer([text])), dim=-1) for _, text in captions])
         scores = texts @ images.T
         got = metrics(stage, "retrieval-colors")
@@ -242,16 +252,26 @@ def test_features_that_are_not_finite_give_no_figure(data: Path, tmp_path: Path)
     assert next(line for line in text.splitlines() if "average" in line).count("–") == 2
 
 
-def pairs(features, test_set) -> list[Row]:
-    """A kind of one's own: is an image nearer to its second caption than to its first?"""
-    first = features.encode_texts([captions[0] for captions in features.captions])
-    second = features.encode_texts([captions[1] for captions in features.captions])
-    fraction = float(np.mean(np.sum(features.images * (second - first), axis=1) > 0))
-    return [Row("acc1", fraction, len(first), 0.0)]
+class Pairs(Kind):
+    """A custom kind: is an image nearer to its second caption than to its first?"""
+
+    protocols = frozenset({"zeroshot"})
+
+    def members(self, task) -> tuple[str, ...]:
+        return ("txt",)
+
+    def read(self, sample) -> Target:
+        return Target(captions=read_captions(sample))
+
+    def zeroshot(self, features, test_set) -> list[Row]:
+        first = features.encode_texts([captions[0] for captions in features.captions])
+        second = features.encode_texts([captions[1] for captions in features.captions])
+        fraction = float(np.mean(np.sum(features.images * (second - first), axis=1) > 0))
+        return [Row("acc1", fraction, len(first), 0.0)]
 
 
-def test_a_kind_of_ones_own(tmp_path: Path, spec: str, monkeypatch) -> None:
-    monkeypatch.setitem(PROTOCOLS["zeroshot"].table, "pairs", f"{__name__}:pairs")
+def test_a_registered_kind(tmp_path: Path, spec: str, monkeypatch) -> None:
+    monkeypatch.setitem(KINDS.table, "pairs", f"{__name__}:Pairs")
     root = tmp_path / "data" / "wds_pairs_test"
     write_tar(
         root / "test" / "0.tar",
@@ -284,7 +304,7 @@ def test_encoder_without_text_is_not_applicable(tmp_path: Path, data: Path, spec
     blind = winnow.pretrain.encoder.load_encoder(spec)
     monkeypatch.setattr(blind, "has_text", False)
     monkeypatch.setattr(winnow.pretrain.encoder, "load_encoder", lambda *_, **__: blind)
-    monkeypatch.setattr("winnow.evaluate.features.stage._ENCODERS", {})
+    monkeypatch.setattr("winnow.pretrain.encoder._together", {})
     with pytest.raises(WinnowError, match="the encoder has no text tower"):
         run(stage_of(spec, data, tmp_path / "out"))
 

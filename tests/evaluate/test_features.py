@@ -19,22 +19,28 @@ from tests.drawing import COLORS, write_tar
 from tests.evaluate.sets import (
     CONFIG,
     classification_samples,
+    image_of,
+    open_found,
     write_classification,
     write_config,
     write_retrieval,
     write_train,
 )
 from winnow.evaluate.features.stage import EmbedStage
-from winnow.evaluate.protocols.base import PROTOCOLS, SEEDS
-from winnow.evaluate.sets.layout import EvalSet, TaskError, find_tasks
-from winnow.evaluate.sets.shards import read_images, read_part, split_into_parts
+from winnow.evaluate.protocols import PROTOCOLS
+from winnow.evaluate.protocols.base import IMAGES, load_protocol
+from winnow.evaluate.sets.layout import find_tasks
+from winnow.evaluate.sets.shards import Wanted, read_part, read_samples, samples_of, split_into_parts
 from winnow.evaluate.stage import EvaluateStage, folder_of
+from winnow.evaluate.tasks.task import TaskError
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 from winnow.infra.stages.executors import SerialExecutor
 from winnow.infra.stages.runner import Budget, execute
 from winnow.infra.stages.stage import Manifest, pending_units, read_manifest
 from winnow.pretrain.encoder import encoder_digest, load_encoder
+
+WANTED = Wanted(IMAGES, ("cls",))
 
 
 def run(stage: EvaluateStage, budget: Budget | None = None) -> Manifest:
@@ -76,14 +82,16 @@ def decoded(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("size", [1, 4, 7, 100])
 def test_parts_are_the_whole(tmp_path: Path, size: int) -> None:
     root = write_classification(tmp_path, n=30)
-    test_set = EvalSet.open(find_tasks(str(tmp_path))[0])
+    test_set = open_found(find_tasks(str(tmp_path))[0])
     parts = split_into_parts(str(root), "test", size)
     assert len(parts) == 2 * math.ceil(15 / size) and len({part.name for part in parts}) == len(parts)
-    raws = [raw for part in parts for raw in read_part(part)]
-    whole = list(test_set.samples())
-    assert [(raw.key, raw.image) for raw in raws] == [(sample.key, sample.image) for sample in whole]
-    assert [test_set.sample("", raw.key, raw.members).label for raw in raws] == [sample.label for sample in whole]
-    assert read_images(parts, [29, 3, 3, 17]) == [whole[i].image for i in (29, 3, 3, 17)]
+    raws = [raw for part in parts for raw in read_part(part, WANTED)]
+    whole = list(samples_of(test_set))
+    assert [(raw.key, image_of(raw)) for raw in raws] == [(sample.key, image_of(sample)) for sample in whole]
+    assert [int(raw.member("cls")) for raw in raws] == [sample.label for sample in whole]
+    assert [image_of(one) for one in read_samples(parts, [29, 3, 3, 17], WANTED)] == [
+        image_of(whole[i]) for i in (29, 3, 3, 17)
+    ]
 
 
 def test_parts_of_an_object_store_are_its_shards(tmp_path: Path) -> None:
@@ -92,9 +100,9 @@ def test_parts_of_an_object_store_are_its_shards(tmp_path: Path) -> None:
         storage.write_bytes(f"memory://sets/{path.relative_to(tmp_path)}", path.read_bytes())
     parts = split_into_parts("memory://sets/wds_colors_test", "test", 4)
     assert len(parts) == 2
-    here = [raw.image for part in split_into_parts(str(root), "test") for raw in read_part(part)]
-    assert [raw.image for part in parts for raw in read_part(part)] == here
-    assert read_images(parts, [20]) == [here[20]]
+    here = [image_of(raw) for part in split_into_parts(str(root), "test") for raw in read_part(part, WANTED)]
+    assert [image_of(raw) for part in parts for raw in read_part(part, WANTED)] == here
+    assert image_of(read_samples(parts, [20], WANTED)[0]) == here[20]
 
 
 def test_a_cut_tar_is_a_broken_task(tmp_path: Path) -> None:
@@ -102,7 +110,7 @@ def test_a_cut_tar_is_a_broken_task(tmp_path: Path) -> None:
     tar = root / "test" / "0.tar"
     tar.write_bytes(tar.read_bytes()[:-12000])
     with pytest.raises(TaskError, match=r"0\.tar: truncated tar"):
-        [list(read_part(part)) for part in split_into_parts(str(root), "test", 4)]
+        [list(read_part(part, WANTED)) for part in split_into_parts(str(root), "test", 4)]
 
 
 def test_features_are_the_encoders(tmp_path: Path, data: Path, specs: dict[str, str]) -> None:
@@ -113,12 +121,12 @@ def test_features_are_the_encoders(tmp_path: Path, data: Path, specs: dict[str, 
     execute(stage, SerialExecutor())
     encoder = load_encoder(specs["wide"], device="cpu")
     for found in find_tasks(str(data)):
-        for part in stage.parts(found, "test"):
+        for part in split_into_parts(found.url, "test", stage.part_samples):
             unit = stage.images_unit(part, encoder.digest, found)
             kept = np.load(stage.url(f"{unit.name}.npy"))
             assert kept.dtype == np.float32
-            for row, raw in zip(kept, read_part(part), strict=True):
-                image = encoder.preprocess(decode_image(raw.image or b""))[None]
+            for row, raw in zip(kept, read_part(part, WANTED), strict=True):
+                image = encoder.preprocess(decode_image(image_of(raw)))[None]
                 np.testing.assert_allclose(row, encoder.encode_images(image)[0], atol=1e-6)
 
 
@@ -178,12 +186,13 @@ def test_protocols_seeds_and_what_does_not_apply(
     write_classification(data, "wds_untrained_test", n=12)
     write_train(data / "wds_colors_test", n=12, split="val")
     monkeypatch.setattr("winnow.evaluate.protocols.fine_tune.MIN_STEPS", 3)
+    names = tuple(name for name in PROTOCOLS.table if "sampler" not in load_protocol(name).needs)
     monkeypatch.setattr("winnow.evaluate.protocols.fine_tune.EPOCHS", {0.01: 1, 0.1: 1})
-    stage = stage_of({"tiny": specs["tiny"]}, data, tmp_path / "out", protocols=tuple(PROTOCOLS))
+    stage = stage_of({"tiny": specs["tiny"]}, data, tmp_path / "out", protocols=names)
     manifest = run(stage)
     rows = pq.read_table(stage.url("scores.parquet")).to_pylist()
-    seeds = {name: {r["seed"] for r in rows if r["protocol"] == name and r["task"] == "colors"} for name in PROTOCOLS}
-    assert seeds == {name: set(SEEDS.get(name, (0,))) for name in PROTOCOLS}
+    seeds = {name: {r["seed"] for r in rows if r["protocol"] == name and r["task"] == "colors"} for name in names}
+    assert seeds == {name: set(load_protocol(name).seeds or (0,)) for name in names}
     assert {r["protocol"] for r in rows if r["task"] != "colors"} == {"zeroshot"}
     assert {r["n"] for r in rows if r["task"] == "colors"} == {30}
     unfit = {(e["task"], e["protocol"]): e["reason"] for e in manifest.values["not_applicable"]}
@@ -257,7 +266,7 @@ def test_an_encoder_without_text_is_probed(tmp_path: Path, data: Path, specs: di
     blind = winnow.pretrain.encoder.load_encoder(specs["tiny"])
     monkeypatch.setattr(blind, "has_text", False)
     monkeypatch.setattr(winnow.pretrain.encoder, "load_encoder", lambda *_, **__: blind)
-    monkeypatch.setattr("winnow.evaluate.features.stage._ENCODERS", {})
+    monkeypatch.setattr("winnow.pretrain.encoder._together", {})
     stage = stage_of({"blind": specs["tiny"]}, data, tmp_path / "out", protocols=("zeroshot", "knn"))
     manifest = run(stage)
     rows = pq.read_table(stage.url("scores.parquet")).to_pylist()
@@ -294,7 +303,7 @@ def test_what_lies_under_transparency_is_seen_as_open_clip_sees_it(tmp_path: Pat
     stage = stage_of({"tiny": specs["tiny"]}, tmp_path / "data", tmp_path / "out").embedding()
     execute(stage, SerialExecutor())
     (found,) = find_tasks(str(tmp_path / "data"))
-    (part,) = stage.parts(found, "test")
+    (part,) = split_into_parts(found.url, "test", stage.part_samples)
     kept = np.load(stage.url(f"{stage.images_unit(part, encoder.digest, found).name}.npy"))
     np.testing.assert_allclose(kept, expected, atol=1e-6)
 
@@ -308,7 +317,10 @@ def test_each_precision_has_features_of_its_own(tmp_path: Path, data: Path, spec
         embedding = stage.embedding()
         (found,) = find_tasks(str(data), "colors")
         digest = stage.checkpoints[0][2]
-        files = [embedding.images_unit(part, digest, found).name for part in embedding.parts(found, "test")]
+        files = [
+            embedding.images_unit(part, digest, found).name
+            for part in split_into_parts(found.url, "test", embedding.part_samples)
+        ]
         made[precision] = np.concatenate([np.load(embedding.url(f"{file}.npy")) for file in files])
     difference = np.abs(made["float32"] - made["bfloat16"]).max()
     assert 1e-5 < difference < 0.05

@@ -17,7 +17,6 @@ from tests.pretrain.tiny import COLOURS, config, make_pool
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.params import ParameterError
 from winnow.pretrain.config import PretrainConfig
-from winnow.pretrain.diffusion.frechet import samples_and_pool
 from winnow.pretrain.diffusion.sampling import grid, image_seeds, sample
 from winnow.pretrain.encoder import load_encoder
 from winnow.pretrain.loop import make_objective
@@ -176,7 +175,7 @@ def conditional(**changes: Any) -> PretrainConfig:
 
 
 def test_a_checkpoint_draws_and_encodes(trained: tuple[Path, str]) -> None:
-    out, pool = trained[0] / "one", trained[1]
+    out = trained[0] / "one"
     about = json.loads((out / "config.json").read_text())
     assert about["objective"]["name"] == "diffusion" and len(about["model"]["diffusion"]["classes"]) == 40
     encoder = load_encoder(str(out), device="cpu")
@@ -199,9 +198,6 @@ def test_a_checkpoint_draws_and_encodes(trained: tuple[Path, str]) -> None:
     found = np.asarray(Image.open(io.BytesIO((out / "samples.png").read_bytes())))
     assert found.shape == expected.shape == (82, 82, 3)
     assert np.abs(found.astype(int) - expected).max() <= 1
-
-    distance, n = samples_and_pool(five, pool, str(out), device="cpu")
-    assert n == 40 and distance > 0
 
 
 def test_middle_features_are_the_unets(trained: tuple[Path, str]) -> None:

@@ -54,7 +54,7 @@ def test_a_checkpoint_without_any_figure_fails_the_run_and_hides_nothing(winnow,
     words = ("--data", data, "--out", out, "--executor", "serial")
     status, said, error = winnow(f"{spec.rpartition(':')[0]}:{tmp_path}/w.pt", spec, *words)
     assert status == 1 and {row["checkpoint"] for row in rows_of(out)} == {spec}
-    assert "| good" in said and error.splitlines()[-1].startswith("winnow: no figure of ")
+    assert "| good" in said and error.splitlines()[-1].startswith("winnow: no score of ")
     assert error.count("cannot be loaded") == 1 and said.count("cannot be loaded") == 1
     # Nothing of it is kept as if it were done: the next run tries it again.
     assert winnow(f"{spec.rpartition(':')[0]}:{tmp_path}/w.pt", spec, *words)[0] == 1

@@ -1,4 +1,4 @@
-"""A registry is a visible table of `name: "module:Object"`; what is outside it is named `module:Object` directly."""
+"""A registry is a visible table of `name: "module:Object"`; other objects are named `module:Object` directly."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Registry:
     """A table of names.
 
     Args:
-        kind: what the names stand for, as it reads in messages ("filter").
+        kind: what the names denote, as in messages ("filter").
         table: name to "module:Object".
     """
 
@@ -63,7 +63,7 @@ class Registry:
                 raise
             raise UsageError(
                 f'no module "{module_name}" for {self.kind} "{name}"',
-                do="It must be importable: put the file beside the recipe, or set PYTHONPATH.",
+                do="It must be importable: put the file next to the recipe, or set PYTHONPATH.",
             ) from error
         except AttributeError:
             raise UsageError(

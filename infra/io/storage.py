@@ -52,7 +52,7 @@ def _fs(url: str) -> tuple[Any, str]:
 
 
 def absolute(url: str) -> str:
-    """The URL with a local path made absolute, so that it means the same in every worker process."""
+    """The URL with a local path made absolute, so that it is valid in every worker process."""
     return str(local_path(url).expanduser().absolute()) if is_local(url) else url.rstrip("/")
 
 

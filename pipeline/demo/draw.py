@@ -228,7 +228,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class View:
-    """The content of an image: one or two things in front of one of SCENES; `relation` is of the first to the second."""
+    """The content of an image: one or two things in one of SCENES; `relation` is that of the first to the second."""
 
     things: tuple[Thing, ...]
     scene: str

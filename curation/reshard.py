@@ -1,4 +1,4 @@
-"""The reshard stage: the samples of a subset, copied into webdataset tars with a parquet beside each."""
+"""The reshard stage: the samples of a subset, copied into webdataset tars, each with a parquet."""
 
 from __future__ import annotations
 

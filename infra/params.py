@@ -4,11 +4,9 @@ A class whose fields a recipe may set (a filter, a measure, the `Config` of an o
 sections of the recipe derive from `Section`. Types are strict (no text for a number, no fraction for an integer, no
 `true` for 1), unknown names are refused, bounds are part of the annotation:
 
-    >>> from typing import Annotated
-    >>> from pydantic import Field
     >>> @params
     ... class Sharpness:
-    ...     fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    ...     fraction: float = pydantic.Field(0.5, gt=0, le=1)
     >>> build(Sharpness, {"fraction": 0.3}, "sharpness")
     Sharpness(fraction=0.3)
     >>> build(Sharpness, {"fractoin": 0.3}, "sharpness")

@@ -1,4 +1,4 @@
-"""A registry is a visible table of `name: "module:Object"`; what is outside it is named `module:Object` directly."""
+"""A registry is a visible table of `name: "module:Object"`; other objects are named `module:Object` directly."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Registry:
     """A table of names.
 
     Args:
-        kind: what the names stand for, as it reads in messages ("filter").
+        kind: what the names denote, as in messages ("filter").
         table: name to "module:Object".
     """
 

@@ -106,7 +106,7 @@ def fit(node: Node, data: Any) -> Fitted:
     Example:
         >>> import pyarrow as pa, winnow
         >>> table = pa.table({"clip.score": [0.31, 0.12, 0.25, 0.28]})
-        >>> best = winnow.fit(winnow.ClipScore(fraction=0.5), table)
+        >>> best = winnow.fit(winnow.ClipScore(fraction=0.25), table)
         >>> best.mask(table).tolist()
         [True, False, False, True]
     """
@@ -138,9 +138,9 @@ def apply(node: Node | Fitted, data: Any) -> Any:
 
     Example:
         >>> import pyarrow as pa, winnow
-        >>> tree = winnow.parse_filters({"not": {"clip_score": {"threshold": 0.3}}})
+        >>> tree = winnow.parse_filters({"clip_score": {"threshold": 0.3}})
         >>> winnow.apply(tree, pa.table({"clip.score": [0.31, 0.12, None]}))["clip.score"].to_pylist()
-        [0.12]
+        [0.31]
     """
     fitted = node if isinstance(node, Fitted) else fit(node, data)
     mask = fitted.mask(data)

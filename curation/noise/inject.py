@@ -1,8 +1,8 @@
-"""The inject stage: known noise on any pool, drawn from (seed, uid), recorded per sample, never in the source.
+"""The inject stage: add known noise to a pool, drawn from (seed, uid) and recorded for each sample.
 
-The result is a pool of its own: views with the columns `noise` (kind, null when clean) and `noise_of` (the uid a copy
-was made of), images where the source has them, and one overlay tar a shard with the altered ones. Filters can then
-be judged by how much of each noise they remove.
+The result is another pool; the source is not changed. Its views have the columns `noise` (kind, null when clean) and
+`noise_of` (for a copy, the uid of the original). Unaltered images stay in the source's tars, altered ones are in one
+more tar a shard. Filters can then be evaluated by how much of each kind of noise they remove.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ KINDS = (
 )
 _COPIES = ("duplicates", "near_duplicates")
 _ALTERED = ("near_duplicates", "tiny", "extreme_aspect", "watermark")
-# Columns that tell of an image and its caption together, or of places in the image; they do not hold for noise.
+# Columns about an image and its caption, or positions in the image: they are wrong after noise was added.
 _UNTRUE = ("clip_b32_similarity_score", "clip_l14_similarity_score", "face_bboxes")
 
 
 class InjectConfig(Section):
-    """How much of which noise: each a fraction of the source pool's samples; a sample is drawn for one kind at most.
+    """Fractions of the source pool's samples that get each kind of noise. A sample gets at most one kind.
 
     Attributes:
-        mismatched: the caption of another sample of the shard that was drawn for this too.
-        duplicates: an exact copy under a uid of its own, appended to the shard.
-        near_duplicates: such a copy, slightly cropped, lighter or darker, and encoded again.
+        mismatched: the caption of another sample of the shard that was drawn for this kind.
+        duplicates: an exact copy with a new uid, appended to the shard.
+        near_duplicates: such a copy, slightly cropped, lighter or darker, and re-encoded.
         foreign_language: a sentence in another language for a caption.
         file_name: a file name for a caption.
         tiny: an image of 8 to 14 pixels on the short side.
@@ -71,9 +71,7 @@ class InjectConfig(Section):
     @model_validator(mode="after")
     def _disjoint(self) -> InjectConfig:
         if (total := sum(self.fractions())) > 1 + 1e-9:
-            raise ValueError(
-                f"the fractions sum to {total:g}; a sample gets one kind of noise at most, so to 1 at most"
-            )
+            raise ValueError(f"the fractions sum to {total:g}, more than 1; a sample gets at most one kind of noise")
         return self
 
     def fractions(self) -> list[float]:
@@ -88,7 +86,7 @@ def draw_kinds(uids: np.ndarray, config: InjectConfig) -> np.ndarray:
         uids: dtype u8,u8, shape [n].
 
     Returns:
-        int64, shape [n]; sample by sample, whatever the other samples are.
+        int64, shape [n]. The kind of a sample does not depend on other samples.
     """
     edges = np.cumsum(config.fractions())
     return np.searchsorted(edges, hash_unit(uids, config.seed, "noise"), side="right")
@@ -190,7 +188,7 @@ class _Noise:
         return hash_unit(self.uids, self.config.seed, salt)
 
     def _mismatch(self) -> None:
-        """A cycle through the drawn samples in an order that hangs on their uids: nobody keeps the own caption."""
+        """Rotate the captions of the drawn samples, in an order that depends on their uids."""
         rows = self._drawn("mismatched")
         rows = rows[np.argsort(self._unit("mismatched")[rows], kind="stable")]
         texts = [self.rows[row]["text"] for row in rows]
@@ -205,9 +203,9 @@ class _Noise:
                 self._caption(row, write(float(at[row])), kind)
 
     def _caption(self, row: int, text: str, kind: str) -> None:
-        # The caption in the tar is the old one: the view's holds, and no place is named.
-        gone = dict.fromkeys(("text_offset", "text_size", "json_offset", "json_size"))
-        self._mark(self.rows[row], kind, {"text": text} | gone)
+        # The tar still has the old caption, so only the view's is valid.
+        removed = dict.fromkeys(("text_offset", "text_size", "json_offset", "json_size"))
+        self._mark(self.rows[row], kind, {"text": text} | removed)
 
     def _copies(self) -> None:
         for kind in _COPIES:
@@ -215,7 +213,7 @@ class _Noise:
                 source = self.rows[row]
                 uid = derived_uid(source["uid"], kind, str(self.config.seed))
                 new = {"uid": uid, "key": f"{source['key']}-{uid[:8]}", "noise_of": source["uid"]}
-                # The json in the tar bears the source's uid.
+                # The json in the tar has the source's uid.
                 copy = dict(source) | new | {"json_offset": None, "json_size": None}
                 if kind == "near_duplicates":
                     self.alters.append((row, len(self.rows), kind))
@@ -252,7 +250,7 @@ class _Noise:
     def _facts(
         self, row: dict[str, Any], kind: str, before: Image.Image, after: Image.Image, encoded: bytes
     ) -> dict[str, Any]:
-        """The columns that tell of the image, made true again."""
+        """The columns that describe the image, recomputed for the altered one."""
         facts: dict[str, Any] = {"width": after.width, "height": after.height, "sha256": digest_bytes(encoded)}
         facts = {name: value for name, value in facts.items() if row.get(name) is not None}
         if kind == "tiny":
@@ -274,7 +272,7 @@ def _absolute(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _source_location(locations: dict[str, str]) -> str:
-    """A name for the source pool's own directory that none of its places has."""
+    """A name for the directory of the source pool that is not among its locations."""
     name = "source"
     while name in locations:
         name += "-source"

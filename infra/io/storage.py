@@ -52,7 +52,7 @@ def _fs(url: str) -> tuple[Any, str]:
 
 
 def absolute(url: str) -> str:
-    """The URL with a local path made absolute, so that it means the same in every worker process."""
+    """The URL with a local path made absolute, so that it is valid in every worker process."""
     return str(local_path(url).expanduser().absolute()) if is_local(url) else url.rstrip("/")
 
 
@@ -69,6 +69,8 @@ def name_of(url: str) -> str:
 def exists(url: str) -> bool:
     if is_local(url):
         return local_path(url).exists()
+    if is_pipe(url):
+        return False
     fs, path = _fs(url)
     return bool(fs.exists(path))
 
@@ -76,6 +78,8 @@ def exists(url: str) -> bool:
 def is_dir(url: str) -> bool:
     if is_local(url):
         return local_path(url).is_dir()
+    if is_pipe(url):
+        return False
     fs, path = _fs(url)
     return bool(fs.isdir(path))
 
@@ -85,9 +89,9 @@ def list_names(url: str) -> list[str]:
     if is_local(url):
         folder = local_path(url)
         return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    fs, path = _fs(url)
-    if not fs.isdir(path):
+    if not is_dir(url):
         return []
+    fs, path = _fs(url)
     return sorted({name_of(entry) for entry in fs.ls(path, detail=False)} - {name_of(path), ""})
 
 

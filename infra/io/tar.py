@@ -132,11 +132,13 @@ def open_stream(url: str) -> Iterator[Any]:
     """
     from webdataset.gopen import gopen  # imports torch
 
+    file = None
     try:
         with gopen(url) as file:
             yield file
     except OSError as error:
-        raise WinnowError(f"the stream failed ({error})", where=url) from error
+        status = getattr(file, "status", None)  # of the command
+        raise WinnowError(f"the stream failed ({f'exit status {status}' if status else error})", where=url) from error
 
 
 class TarWriter:

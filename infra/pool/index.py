@@ -99,7 +99,11 @@ class IndexStage(Stage):
         names, units = source_names(self.sources), []
         for name, i, shard in self.shards():
             inputs = {"tar": _token(shard.tar)}
-            runtime: dict[str, Any] = {"tar": shard.tar, "place": f"pool{i}/{shard.name}.tar", "stream": shard.stream}
+            runtime: dict[str, Any] = {
+                "tar": shard.tar,
+                "reference": f"pool{i}/{shard.name}.tar",
+                "stream": shard.stream,
+            }
             if shard.parquet:
                 inputs["parquet"] = storage.version_token(shard.parquet)
                 runtime["parquet"] = shard.parquet
@@ -124,7 +128,7 @@ class IndexStage(Stage):
             file = HashingReader(raw)
             rows = [row for row, _ in self._rows(file, unit.name, skipped)]
             file.drain()
-        writer.tars.append([unit.runtime["place"], file.digest])
+        writer.tars.append([unit.runtime["reference"], file.digest])
         return rows, file.digest, file.count
 
     def _copy(self, unit: Unit, writer: PoolWriter, skipped: list[Skipped]) -> tuple[list[dict[str, Any]], str, int]:
@@ -182,7 +186,7 @@ class IndexStage(Stage):
 
 
 def _token(tar: str) -> str:
-    """What stands for a tar's content in the key of its unit; for a pipe, the command."""
+    """What represents the content of a tar in the key of its unit; for a pipe, the command."""
     if storage.is_pipe(tar):
         return hashlib.sha256(tar.encode()).hexdigest()
     try:

@@ -70,9 +70,10 @@ def _identity(rows: list[dict[str, Any]], parquet: pa.Table, shard: str) -> tupl
         return "key", [row["key"].rpartition("/")[2] for row in rows], [str(key) for key in parquet["key"].to_pylist()]
     for name in ("uid", "url", "sha256"):
         if name in names and all(name in row["from_json"] for row in rows):
-            ours, theirs = [row.get(name) for row in rows], parquet[name].to_pylist()
-            if name == "uid" or (None not in ours and len(set(ours)) == len(ours) and len(set(theirs)) == len(theirs)):
-                return name, ours, theirs
+            tar_values, values = [row.get(name) for row in rows], parquet[name].to_pylist()
+            unique = len(set(tar_values)) == len(tar_values) and len(set(values)) == len(values)
+            if name == "uid" or (unique and None not in tar_values):
+                return name, tar_values, values
     # By order only where captions can show that the order is the same.
     if parquet.num_rows == len(rows) and "text" in names and any(row["text"] is not None for row in rows):
         return "order", list(range(len(rows))), list(range(len(rows)))

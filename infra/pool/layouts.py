@@ -88,7 +88,7 @@ def _is_tar(source: str) -> bool:
 
 
 def source_names(sources: Sequence[str]) -> list[str]:
-    """A name for each source: the last part of its URL, or as many parts as tell them apart.
+    """A name for each source: the last part of its URL, or as many parts as distinguish them.
 
     Example:
         >>> source_names(["/data/a/shards", "/data/b/shards"])

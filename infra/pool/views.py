@@ -36,7 +36,7 @@ IDENTITY = pa.schema(
     ]
 )
 SOURCE = pa.field("source", pa.dictionary(pa.int32(), pa.string()))  # where a sample came from
-HERE = "."  # location of the tars in the pool's own directory
+HERE = "."  # location of tars in the directory of the pool itself
 ROLES = {"txt": "text", "json": "json"}  # extension: prefix of its columns
 
 

@@ -185,48 +185,59 @@ def _as_tasks(
 def _on_actors(
     ray: Any, stage: Stage, groups: list[Group], count: int, options: dict[str, Any]
 ) -> Iterator[Result | None]:
-    """Groups on long-lived actors, one group at a time each. An actor gets its first group once it has started, so a
-    busy cluster delays none; one that dies is replaced."""
-    actor = ray.remote(max_restarts=0, **options)(_Worker)
-    shared, token = ray.put(stage), setup_token(stage)
-    waiting = deque(groups)
-    flying: dict[Any, tuple[Any, int | None]] = {}
-
-    def start() -> None:
-        worker = actor.remote(shared, token)
-        flying[worker.started.remote()] = worker, None
-
-    def dispatch(worker: Any) -> None:
-        if waiting:
-            index, units = waiting.popleft()
-            flying[worker.run.remote(units)] = worker, index
-        else:
-            ray.kill(worker)
-
+    """Groups on long-lived actors, one group at a time each; an actor that dies is replaced."""
+    workers, waiting, done = _Workers(ray, stage, options), deque(groups), 0
     for _ in range(count):
-        start()
-    done = 0
+        workers.start()
     try:
         while done < len(groups):
-            ready, _ = ray.wait(list(flying), num_returns=1, timeout=TICK)
+            ready, _ = ray.wait(list(workers.flying), num_returns=1, timeout=TICK)
             if not ready:
                 yield None
             for reference in ready:
-                worker, index = flying.pop(reference)
+                worker, index = workers.flying.pop(reference)
                 result = _result(ray, reference, -1 if index is None else index)
-                dead = isinstance(result.error, ray.exceptions.RayActorError)
                 if index is None and result.error is not None:
                     raise WinnowError(f"a worker of {stage.name} did not start ({result.error})")
-                if not dead:
-                    dispatch(worker)
+                if not isinstance(result.error, ray.exceptions.RayActorError):
+                    workers.dispatch(worker, waiting)
                 elif waiting:
-                    start()
+                    workers.start()
                 if index is not None:
                     done += 1
                     yield result
     finally:
-        for worker, _ in flying.values():
-            ray.kill(worker)
+        workers.kill()
+
+
+class _Workers:
+    """The actors of a stage.
+
+    Attributes:
+        flying: the actor, and the index of its group, for each pending result; None for the result of starting. An
+            actor gets its first group once it has started, so that no group waits for resources others use.
+    """
+
+    def __init__(self, ray: Any, stage: Stage, options: dict[str, Any]) -> None:
+        self._ray, self._stage, self._token = ray, ray.put(stage), setup_token(stage)
+        self._actor = ray.remote(max_restarts=0, **options)(_Worker)
+        self.flying: dict[Any, tuple[Any, int | None]] = {}
+
+    def start(self) -> None:
+        worker = self._actor.remote(self._stage, self._token)
+        self.flying[worker.started.remote()] = worker, None
+
+    def dispatch(self, worker: Any, waiting: deque[Group]) -> None:
+        """Give an idle actor the next group, or end it when none is left."""
+        if waiting:
+            index, units = waiting.popleft()
+            self.flying[worker.run.remote(units)] = worker, index
+        else:
+            self._ray.kill(worker)
+
+    def kill(self) -> None:
+        for worker, _ in self.flying.values():
+            self._ray.kill(worker)
 
 
 class _Worker:

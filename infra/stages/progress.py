@@ -38,7 +38,7 @@ class RunLog:
     Args:
         url: local directory for `log.jsonl`; None to keep no file.
         stream: for people; None for silence.
-        steps: which stage of how many is running; whoever runs several sets it before each.
+        steps: which stage of how many is running. Code that runs several stages sets it before each.
     """
 
     def __init__(

@@ -81,7 +81,7 @@ def execute(
         executor: where to run it.
         budget: how much may be skipped.
         log: where to report progress.
-        retries: how often a failed group is tried again.
+        retries: how often a failed group is retried.
         label: the stage's name in messages.
 
     Returns:
@@ -172,7 +172,7 @@ def _finish(
         values=finished.values,
         url=stage.out,
     )
-    # The next run must try missing units again, so its key must not match.
+    # The next run must retry missing units, so its key must not match.
     retry = bool(lost) or any(record.key == INCOMPLETE for record in records)
     body = asdict(manifest) | ({"key": INCOMPLETE} if retry else {})
     body.pop("url")

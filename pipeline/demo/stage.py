@@ -1,8 +1,8 @@
-"""The demo stage: a pool, trusted pairs, a target and evaluation sets drawn by code, in the layouts the real ones have.
+"""The demo stage: a pool, trusted pairs, a target and evaluation sets, drawn by code in the layouts of real ones.
 
-Shards as img2dataset and DataComp leave them (`NAME.tar` of `KEY.jpg`, `KEY.txt`, `KEY.json`, with `NAME.parquet`),
-evaluation sets as DataComp's (`wds_NAME_test/`). No sample is in two sets: each image comes from a generator seeded
-by its set and number.
+Shards have img2dataset's and DataComp's layout (`NAME.tar` of `KEY.jpg`, `KEY.txt`, `KEY.json`, with `NAME.parquet`),
+evaluation sets DataComp's (`wds_NAME_test/`). No sample is in two sets: the generator of each image is seeded by its
+set and number.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class DemoConfig(Section):
     Attributes:
         pool, trusted, target: samples of each set.
         test, train: images of each split of each classification set; the retrieval set has `test` alone.
-        off_topic: share of charts, pages and tables in pool and trusted set, which no evaluation set asks about.
-        min_side, max_side: bounds of width and height in pixels, each drawn by itself.
+        off_topic: fraction of charts, pages and tables in the pool and the trusted set. No evaluation set has them.
+        min_side, max_side: bounds of width and height in pixels, which are drawn independently.
         shard_size: samples a shard.
         seed: of everything.
     """
@@ -74,7 +74,7 @@ class DemoConfig(Section):
 
 @dataclass(frozen=True)
 class Classes:
-    """A classification set: which property of the view is asked, and how its classes and prompts read."""
+    """A classification set: the property of the view that is asked for, its class names and prompts."""
 
     field: str
     names: dict[str, str]
@@ -116,7 +116,7 @@ class DemoStage(Stage):
     version = 1
 
     def params(self) -> dict[str, Any]:
-        # How many of each are drawn is in the units, so that a larger pool keeps the shards it has.
+        # The numbers of samples are in the units, so that a larger pool keeps existing shards.
         return self.config.model_dump(include={"off_topic", "min_side", "max_side", "seed"})
 
     def plan(self) -> list[Unit]:
@@ -165,7 +165,7 @@ class DemoStage(Stage):
         return Output([f"{base}.tar", f"{base}.parquet"], count)
 
     def _sample(self, part: str, number: int, key: str) -> tuple[dict[str, Any], bytes]:
-        """A row and its encoded image. The target shows what the evaluation's images do: one thing, no paper."""
+        """A row and its encoded image. The target has what the evaluation sets show: one object, no charts or pages."""
         rng = self._rng(part, number)
         width, height = self._size(rng)
         if part != "target" and rng.random() < self.config.off_topic:
@@ -175,7 +175,7 @@ class DemoStage(Stage):
             view = draw.random_view(rng, two=0.0 if part == "target" else 0.2)
             image, text = draw.paint(rng, view, width, height), words.describe(rng, view)
         data = _jpeg(rng, image)
-        # The stored image stands for a larger one that was scaled down, as in DataComp's shards.
+        # The stored image represents a larger one that was scaled down, as in DataComp's shards.
         scale = rng.uniform(210, 900) / min(width, height)
         row = {
             "uid": derived_uid("demo", str(self.config.seed), part, str(number)),

@@ -10,7 +10,8 @@ from pydantic import Field
 from winnow.curation.columns.pool_columns import collect
 from winnow.curation.columns.table import View
 from winnow.curation.filters.base import Fraction, Positive, Scope, SelectionFilter, State, as_state
-from winnow.curation.search.kmeans import assign, enough, train_centroids
+from winnow.curation.search.centroids import assign
+from winnow.curation.search.kmeans import enough, train_centroids
 from winnow.infra.params import params
 from winnow.infra.pool.uids import hash_unit
 

@@ -13,15 +13,8 @@ from pydantic import Field
 from winnow.curation.columns.pool_columns import dimensions
 from winnow.curation.columns.table import View
 from winnow.curation.filters.base import Filter, Names, Positive, Search, State
-from winnow.curation.search.kmeans import (
-    NearestCentroid,
-    check_clusters,
-    enough,
-    fitted_state,
-    nearest_centroid_of,
-    sample_vectors,
-    train_centroids,
-)
+from winnow.curation.search.centroids import NearestCentroid, fitted_state, nearest_centroid_of
+from winnow.curation.search.kmeans import check_clusters, enough, sample_vectors, train_centroids
 from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrays import is_array, load_matrix, matrix_shape
 from winnow.infra.io.arrow import as_matrix

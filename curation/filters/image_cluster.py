@@ -9,15 +9,8 @@ import pyarrow as pa
 
 from winnow.curation.columns.table import View
 from winnow.curation.filters.base import Filter, Names, Positive, Search, State
-from winnow.curation.search.kmeans import (
-    NearestCentroid,
-    check_clusters,
-    enough,
-    fitted_state,
-    nearest_centroid_of,
-    sample_vectors,
-    train_centroids,
-)
+from winnow.curation.search.centroids import NearestCentroid, fitted_state, nearest_centroid_of
+from winnow.curation.search.kmeans import check_clusters, enough, sample_vectors, train_centroids
 from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrow import as_matrix
 from winnow.infra.params import params

@@ -11,7 +11,8 @@ from winnow.curation.columns.pool_columns import collect, passing
 from winnow.curation.columns.table import View
 from winnow.curation.columns.threshold import Threshold
 from winnow.curation.filters.base import Fraction, Positive, Scope, SelectionFilter, State, as_state
-from winnow.curation.search.kmeans import assign, enough, train_centroids
+from winnow.curation.search.centroids import assign
+from winnow.curation.search.kmeans import enough, train_centroids
 from winnow.curation.search.neighbours import runs
 from winnow.infra.params import ParameterError, params
 from winnow.infra.pool.uids import hash_unit

@@ -13,7 +13,8 @@ from winnow.curation.filters.neg_clip_loss import NegClipLoss, neg_clip_loss
 from winnow.curation.filters.norm_sim import NormSim
 from winnow.curation.filters.random_fraction import RandomFraction
 from winnow.curation.filters.semdedup import SemDeDup, likeness_before
-from winnow.curation.search.kmeans import assign, train_centroids
+from winnow.curation.search.centroids import assign
+from winnow.curation.search.kmeans import train_centroids
 from winnow.curation.search.neighbours import cosine_pairs, nearest_neighbours
 from winnow.infra.errors import WinnowError
 from winnow.infra.params import ParameterError, build

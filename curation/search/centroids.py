@@ -12,13 +12,13 @@ import numpy as np
 from winnow.curation.columns.table import State
 from winnow.infra.io.prefetch import cores
 
-# Up to this many centroids (and with a GPU always) each vector is compared with all; beyond, with those of the nearest
-# lists of an inverted file, as many lists as find the right centroid for RECALL of TESTED vectors.
+# Up to EXACT centroids, and always with a GPU, each vector is compared with all. Above, it is compared with those in
+# the nearest lists of an inverted file: as many lists as give a recall of RECALL on TESTED vectors.
 EXACT = 20_000
 RECALL = 0.99
 TESTED = 1000
 _BATCH = 16_384
-_PRODUCTS = 64 << 20  # bytes of products at once
+_PRODUCTS = 64 << 20  # bytes of products in memory
 
 
 def has_gpu() -> bool:
@@ -40,7 +40,7 @@ class NearestCentroid:
     Args:
         centroids: float32, shape [k, d].
         search: "exact", "coarse" (FAISS's inverted file over the centroids) or "auto".
-        probes: lists of the inverted file to look into; None to find out by `tune`.
+        probes: lists of the inverted file to search; None to set it by `tune`.
     """
 
     centroids: np.ndarray
@@ -70,7 +70,7 @@ class NearestCentroid:
         self._index.nprobe = min(self.probes or lists, lists)
 
     def __call__(self, vectors: np.ndarray, batch: int = _BATCH) -> np.ndarray:
-        """The number of each vector's nearest centroid; of equally near ones the lower where exact. int64, shape [n].
+        """The index of the centroid nearest to each vector; the lowest of equally near ones if exact. int64, shape [n].
 
         Args:
             vectors: float16 or float32, shape [n, d].
@@ -86,8 +86,8 @@ class NearestCentroid:
         return result
 
     def tune(self, vectors: np.ndarray) -> None:
-        """Double the lists looked into until 99 % of up to 1,000 of the vectors, evenly spread, find what an exhaustive
-        search finds; `recall` says which share does."""
+        """Double the number of lists to search until the recall is 99 % on up to 1,000 evenly spread vectors, compared
+        with an exhaustive search. Sets `recall`."""
         if self.exact or not len(vectors):
             return
         tested = vectors[np.unique(np.linspace(0, len(vectors) - 1, TESTED).astype(np.int64))]
@@ -102,10 +102,10 @@ class NearestCentroid:
 
 
 def _exhaustive(vectors: np.ndarray, centroids: np.ndarray, batch: int, result: np.ndarray) -> None:
-    """Matrix products in blocks and the largest of each row, which threads look for while the block is in the cache.
+    """Matrix products in blocks; threads find the largest of each row while the block is in the cache.
 
-    Quicker by a quarter than FAISS's own exhaustive search where NumPy's BLAS is, and never slower than the product
-    allows: looking for the largest takes some 5 % of the time.
+    A quarter faster than FAISS's exhaustive search, because of NumPy's BLAS. Finding the largest takes about 5 % of the
+    time.
     """
     rows = max(1, min(batch, _PRODUCTS // (4 * len(centroids))))
     products = np.empty((rows, len(centroids)), np.float32)
@@ -130,13 +130,13 @@ _last: list[tuple[np.ndarray, int, NearestCentroid]] = []
 
 
 def fitted_state(nearest_centroid: NearestCentroid, hit: np.ndarray) -> State:
-    """What a filter by clusters keeps of its fit: `centroids`, which of them were `hit`, and how they are searched."""
+    """The state of a filter by clusters: `centroids`, which of them were `hit`, and how they are searched."""
     found = {"centroids": nearest_centroid.centroids, "hit": hit, "recall": np.array(nearest_centroid.recall)}
     return found if nearest_centroid.exact else {**found, "probes": np.array(nearest_centroid.probes)}
 
 
 def nearest_centroid_of(state: State) -> NearestCentroid:
-    """The search that `fitted_state` describes; the last one is kept, as a pool comes shard by shard."""
+    """The search that `fitted_state` describes. The last one is cached, because a pool is read shard by shard."""
     probes = int(state["probes"]) if "probes" in state else 0
     if not (_last and _last[0][0] is state["centroids"] and _last[0][1] == probes):
         made = NearestCentroid(state["centroids"], "coarse" if probes else "exact", probes or None)

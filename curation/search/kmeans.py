@@ -12,7 +12,7 @@ from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrow import as_matrix
 from winnow.infra.params import ParameterError
 
-# Embeddings to train on for each centroid, unless told: FAISS's own upper bound. Beyond LARGEST bytes as float32 fewer.
+# Embeddings to train on per centroid by default (FAISS's upper bound); fewer if they exceed LARGEST bytes as float32.
 PER_CENTROID = 256
 LARGEST = 8 << 30
 
@@ -36,7 +36,7 @@ def enough(name: str, clusters: int, n: int) -> None:
 
 
 def sample_size(clusters: int, dim: int, sample: int | None) -> int:
-    """How many embeddings k-means is trained on."""
+    """The number of embeddings that k-means is trained on."""
     if sample is not None:
         return sample
     return max(clusters, min(PER_CENTROID * clusters, LARGEST // (4 * dim)))
@@ -45,8 +45,8 @@ def sample_size(clusters: int, dim: int, sample: int | None) -> int:
 def sample_vectors(view: View, column: str, clusters: int, sample: int | None, seed: int) -> np.ndarray:
     """A uniform sample, without replacement, of a pool's embeddings to train k-means on; float16, shape [m, d].
 
-    Rows are drawn by number, and of those drawn the ones that have a finite embedding are taken, in pool order; so no
-    more of the pool is in memory than the sample.
+    Row indices are drawn, and the drawn rows that have a finite embedding are taken in pool order. So no more than the
+    sample is in memory.
     """
     n = len(view)
     rows: np.ndarray | None = None
@@ -82,8 +82,8 @@ def train_centroids(
         clusters: number of centroids, k.
         seed: of the sample and of FAISS's initial centroids.
         iterations: of Lloyd's algorithm.
-        sample: train on this many, drawn uniformly without replacement; None for 256 a centroid (FAISS's own bound),
-            fewer if those took more than 8 GiB.
+        sample: train on this many, drawn uniformly without replacement; None for 256 per centroid (FAISS's bound),
+            fewer if these take more than 8 GiB.
         search: how each iteration finds the nearest centroid: "exact"; "coarse", by FAISS's HNSW graph; "auto", exact
             up to 20,000 centroids and on a GPU.
 

@@ -45,8 +45,8 @@ class CurateStage(Stage):
     """Curate subsets of one pool.
 
     Each subset is a unit with the files `NAME/subset.npy`, `NAME/funnel.json` and, with `reasons`,
-    `NAME/reasons.parquet`. The files of a subset called "" are in the directory itself. `NAME/timings.json`, the seconds
-    that fitting each filter took, is not part of the output, so equal work gives equal output.
+    `NAME/reasons.parquet`. The files of a subset called "" are in the directory itself. `NAME/timings.json`, the
+    seconds that fitting each filter took, is not part of the output, so equal work gives equal output.
 
     Args:
         source: the pool and its columns.
@@ -152,7 +152,7 @@ class CurateStage(Stage):
         return fit_tree(node, self._view() if view is None else view, fit)
 
     def _fit(self, item: Filter, view: View) -> State:
-        """The state of a filter, from the file of an earlier subset if the same filter was fitted to the same columns."""
+        """The state of a filter, from the file of an earlier subset if it was fitted to the same columns there."""
         inputs = {"columns": view.digest(item.columns()), "filter": fingerprint(item)}
         for number, target in enumerate(item.targets()):
             inputs[f"target{number}"] = view.target(target).digest(item.target_columns())

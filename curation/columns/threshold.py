@@ -24,9 +24,9 @@ class Threshold:
 
     A fraction is DataComp's rule (Gadre et al. 2023, `baselines/apply_filter.py`): of n scores in descending order, the
     one at index `int(n * fraction)` is the threshold, and scores equal to it are kept. So one sample more than
-    n * fraction is kept, and more with ties. A fraction of 1 keeps every score, where DataComp's code fails. Missing and
-    NaN scores are counted in n, come last and never pass; when the index is that of such a score, every score passes,
-    where with DataComp's code none does.
+    n * fraction is kept, and more with ties. A fraction of 1 keeps every score, where DataComp's code fails. Missing
+    and NaN scores are counted in n, come last and never pass; when the index is that of such a score, every score
+    passes, where with DataComp's code none does.
 
     A budget keeps exactly that many samples: those with the largest scores and, among scores equal to the smallest of
     these, those with the smallest uids.

@@ -1,4 +1,4 @@
-"""The curate stage: a tree of filters and a measured pool give a subset file, a funnel and, if asked, reasons."""
+"""The curate stage: applies trees of filters to a measured pool, and writes subsets, funnels and reasons."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from winnow.infra.stages.stage import Output, Record, Stage, Unit
 
 @dataclass(frozen=True)
 class MeasuredPool:
-    """Where a pool and its columns are. `columns` is None for a pool without measures."""
+    """The URLs of a pool and of its columns. `columns` is None for a pool without measures."""
 
     pool: str
     columns: str | None = None
@@ -45,15 +45,15 @@ class CurateStage(Stage):
     """Curate subsets of one pool.
 
     Each subset is a unit with the files `NAME/subset.npy`, `NAME/funnel.json` and, with `reasons`,
-    `NAME/reasons.parquet`. A subset called "" puts them into the directory itself. `NAME/timings.json` beside them, the
-    seconds that fitting each filter took, is no part of the output: equal work gives equal output.
+    `NAME/reasons.parquet`. The files of a subset called "" are in the directory itself. `NAME/timings.json`, the
+    seconds that fitting each filter took, is not part of the output, so equal work gives equal output.
 
     Args:
         source: the pool and its columns.
         subsets: name and tree of each.
         out: directory.
-        targets: target sets by the name that filters give them.
-        reasons: whether to write for every dropped sample which node dropped it.
+        targets: target sets by the names that filters give them.
+        reasons: whether to write, for every dropped sample, which node dropped it.
     """
 
     source: MeasuredPool
@@ -139,8 +139,8 @@ class CurateStage(Stage):
         return Output(files, seen, values={"kept": len(uids), "subset": files[0], "fits": facts})
 
     def states(self, node: Node, view: View | None = None, timings: dict[str, float] | None = None) -> list[State]:
-        """The fitted states of a tree's filters, out of files where an earlier subset left them; `timings` takes the
-        seconds of each by its label."""
+        """The fitted states of a tree's filters, read from the files of an earlier subset where there are any. Puts the
+        seconds of each filter into `timings`, by label."""
 
         def fit(item: Filter, seen: View) -> State:
             start = time.perf_counter()
@@ -152,13 +152,13 @@ class CurateStage(Stage):
         return fit_tree(node, self._view() if view is None else view, fit)
 
     def _fit(self, item: Filter, view: View) -> State:
-        """The filter's state, out of the file an earlier subset left if the same was fitted to the same columns."""
+        """The state of a filter, from the file of an earlier subset if it was fitted to the same columns there."""
         inputs = {"columns": view.digest(item.columns()), "filter": fingerprint(item)}
         for number, target in enumerate(item.targets()):
             inputs[f"target{number}"] = view.target(target).digest(item.target_columns())
         url = self.url("fits", f"{digest_json(inputs)[:32]}.npz")
         if storage.exists(url):
-            # One that is damaged is fitted anew.
+            # A damaged file is replaced.
             with (
                 contextlib.suppress(ValueError, EOFError, zipfile.BadZipFile),
                 np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as arrays,
@@ -177,7 +177,7 @@ class CurateStage(Stage):
         return Output(values=values)
 
     def why(self, subset: str, uid: str) -> tuple[str | None, list[NodeDecision]]:
-        """Why a sample is in a subset or not.
+        """Why a sample is or is not in a subset.
 
         Args:
             subset: its name.
@@ -187,7 +187,7 @@ class CurateStage(Stage):
             the label of the first node that dropped the sample (None if it was kept), and each node's decision.
 
         Raises:
-            UsageError: the uid is none.
+            UsageError: the uid is malformed.
             WinnowError: the pool has no such sample.
         """
         wanted = check_uid(uid)
@@ -221,7 +221,7 @@ def check_trees(source: MeasuredPool, nodes: Iterable[Node], targets: Mapping[st
 
 
 def check_uid(uid: str) -> np.void:
-    """A uid as a `u8,u8` pair. Raises UsageError when it is none."""
+    """A uid as a `u8,u8` pair. Raises UsageError when it is malformed."""
     try:
         return decode_uids(pa.array([uid], pa.string()))[0]
     except WinnowError as error:
@@ -229,5 +229,5 @@ def check_uid(uid: str) -> np.void:
 
 
 def _wanted(node: Node) -> list[tuple[str, tuple[str, ...]]]:
-    """Target sets of a tree with the columns read of each."""
+    """The target sets of a tree, with the columns that are read of each."""
     return [(target, item.target_columns()) for item in node.filters() for target in item.targets()]

@@ -1,4 +1,4 @@
-"""Fitting a tree's filters, one after the other, each to the pool or to what those before it have kept."""
+"""Fitting the filters of a tree in order, each to the pool or to what the filters before it kept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def columns_of(node: Node) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Survivors(View):
-    """What a fitted tree keeps of a pool, as a view of its own.
+    """What a fitted tree keeps of a pool, as a view.
 
     Attributes:
         node: the tree.
@@ -55,8 +55,8 @@ Fit = Callable[[Filter, View], State]
 def fit_tree(node: Node, view: View, fit: Fit) -> list[State]:
     """The states of a tree's filters, in the order of `node.filters()`.
 
-    A filter of the scope "survivors" is fitted to what the earlier members of every `all` around it have kept; members
-    of an `any` do not stand before each other.
+    A filter with the scope "survivors" is fitted to what the earlier members of every enclosing `all` kept. The members
+    of an `any` do not affect each other.
 
     Args:
         node: the tree.

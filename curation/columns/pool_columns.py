@@ -1,4 +1,4 @@
-"""Columns of a whole pool in memory or in a scratch file, for filters whose decision takes all samples together."""
+"""Columns of a whole pool in memory or in a temporary file, for filters that decide on all samples together."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from winnow.infra.pool.uids import UID_DTYPE, decode_uids, encode_uids
 
 @dataclass(frozen=True)
 class PoolColumns:
-    """Rows of a pool that have a value in every column asked for, in pool order; n of them.
+    """The n rows of a pool that have a value in every requested column, in pool order.
 
     Attributes:
         uids: dtype u8,u8, shape [n].
-        vectors: embeddings by column, float16, shape [n, d], mapped from a scratch file that vanishes with them.
-        numbers: scalars by column, shape [n]; whole numbers as they are stored, others float64.
-        total: rows of the pool, with those left out.
+        vectors: embeddings by column, float16, shape [n, d], mapped from a temporary file that is removed with them.
+        numbers: scalars by column, shape [n]; integers in their type, others as float64.
+        total: rows of the pool, including those without a value.
     """
 
     uids: np.ndarray
@@ -40,13 +40,13 @@ class PoolColumns:
 def collect(
     view: View, vectors: Sequence[str] = (), scalars: Sequence[str] = (), optional: Sequence[str] = ()
 ) -> PoolColumns:
-    """Read columns of a pool; rows in which one is null or NaN are left out.
+    """Read columns of a pool, without the rows in which one is null or NaN.
 
     Args:
         view: of the pool.
         vectors: columns of embeddings; all of a column have one dimension.
         scalars: columns of numbers.
-        optional: columns of numbers that may be missing, and then are NaN.
+        optional: columns of numbers that may be null, which become NaN.
 
     Raises:
         WinnowError: embeddings of a column differ in dimension.
@@ -76,16 +76,16 @@ def collect(
 
 
 def _scalars(column: pa.ChunkedArray) -> np.ndarray:
-    # Not by way of float64, which would round 64-bit hashes.
+    # float64 would round 64-bit hashes.
     return column.fill_null(0).to_numpy() if pa.types.is_integer(column.type) else numbers(column)
 
 
 class _Store:
-    """A matrix that grows in a scratch file, so that memory holds only the pages in use."""
+    """A matrix that grows in a temporary file, so that memory holds only the pages in use."""
 
     def __init__(self, column: str) -> None:
         self.column, self.rows, self.dim = column, 0, 0
-        self.file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the map of it
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115 - the memory map keeps it open
 
     def append(self, block: np.ndarray) -> None:
         if self.dim and block.shape[1] != self.dim:
@@ -105,7 +105,7 @@ class _Store:
 
 
 def dimensions(view: View, column: str) -> int | None:
-    """Of a view's embeddings; None when it has no shard, or the embeddings are not measured yet."""
+    """The dimension of a view's embeddings; None when it has no shard or they are not measured yet."""
     if not view.knows(column):
         return None
     first = next(iter(view.batches((column,))), None)
@@ -142,7 +142,7 @@ def passing(cutoff: Threshold, uids: np.ndarray, scores: np.ndarray, total: int)
         cutoff: a threshold, a fraction or a budget.
         uids: dtype u8,u8, shape [n].
         scores: float, NaN where there is none, shape [n].
-        total: rows of the pool, at least n; those without a score count in a fraction, as the lowest.
+        total: rows of the pool, at least n. In a fraction, those without a score count as the lowest.
     """
     named = pa.array(encode_uids(uids)) if cutoff.keep is not None else pa.nulls(len(uids), pa.string())
     absent = total - len(uids)

@@ -1,4 +1,4 @@
-"""A pool's own columns and its measures' as one table: what filters look at."""
+"""Pool columns and measured columns as one table, which filters read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from winnow.infra.stages.stage import need_manifest
 # What a filter's `fit` learns about a pool: arrays by name, so that they can be kept in a file.
 State = dict[str, np.ndarray]
 
-# Which measure would give a column that DataComp's metadata has.
+# The measure that provides a column of DataComp's metadata.
 _STAND_INS = {
     "clip_b32_similarity_score": "clip (with scorer ViT-B-32:openai), as `clip_score: {model: scorer}`",
     "clip_l14_similarity_score": "clip (with scorer ViT-L-14:openai), as `clip_score: {model: scorer}`",
@@ -35,7 +35,7 @@ _STAND_INS = {
 
 
 def measure_of(column: str) -> str | None:
-    """`clip.score` -> "clip"; None for a column of the pool itself."""
+    """The instance of the measure that a column belongs to: `clip.score` -> "clip". None for a pool column."""
     name, dot, _ = column.partition(".")
     return name if dot else None
 
@@ -64,7 +64,7 @@ class View:
     Attributes:
         pool: the pool.
         columns_url: directory of a finished measure stage; None when there is none.
-        targets: views of the target sets that filters name, by that name.
+        targets: views of the target sets, by the names that filters give them.
     """
 
     pool: Pool
@@ -82,33 +82,29 @@ class View:
             raise UsageError("holds no columns", where=self.columns_url)
         if manifest.parents["pool"] != self.pool.digest:
             raise UsageError(
-                f"the columns were measured on another pool than {self.pool.url}, or on what it was then",
+                f"the columns were measured on another pool than {self.pool.url}, or on an earlier version of it",
                 where=self.columns_url,
                 do="Measure this one.",
             )
         return dict(manifest.values["columns"])
 
     def check(self, columns: Sequence[str]) -> None:
-        """Raises WinnowError when a column is not there, naming the measure that would provide it."""
+        """Raises WinnowError when a column is missing, with the measure that provides it."""
         ids = self._ids()
         local = set(self.pool.shards[0].columns()) if self.pool.shards else set()
         for column in columns:
             measure = measure_of(column)
             if measure is None and column not in local:
                 stand_in = _STAND_INS.get(column)
-                hint = (
-                    f"The measure that would give it: {stand_in}."
-                    if stand_in
-                    else f"It has: {', '.join(sorted(local))}."
-                )
+                hint = f"A measure provides it: {stand_in}." if stand_in else f"It has: {', '.join(sorted(local))}."
                 if column in FEATURES and not self.pool.images:
-                    hint = "It is an array of the NAME.npz that DataComp has beside each NAME.parquet; fetch them."
+                    hint = "It is an array of the NAME.npz that DataComp has for each NAME.parquet; download them."
                 raise WinnowError(f'the pool has no column "{column}"', where=self.pool.url, do=hint)
             if column in FEATURES:
                 for shard in self.pool.shards:
                     if shard.features is None and not shard.tars:
                         raise WinnowError(
-                            f'no "{column}": {shard.name}.npz is missing', where=shard.view, do="Fetch it."
+                            f'no "{column}": {shard.name}.npz is missing', where=shard.view, do="Download it."
                         )
             if measure is not None and measure not in ids:
                 if measure not in MEASURES.table:
@@ -120,11 +116,11 @@ class View:
                 )
 
     def knows(self, column: str) -> bool:
-        """Whether a column is the pool's own, or measured; before the measures have run, those are not."""
+        """Whether a column can be read: a pool column, or a measured one after the measures have run."""
         return measure_of(column) is None or self.columns_url is not None
 
     def digest(self, columns: Sequence[str]) -> str:
-        """Of the pool and the named columns; other columns may come and go without changing it."""
+        """Digest of the pool and the named columns. It does not depend on other columns."""
         parts = {"pool": self.pool.digest}
         if self.columns_url is not None:
             manifest = need_manifest(self.columns_url, "columns")
@@ -134,11 +130,11 @@ class View:
 
     @property
     def whole(self) -> View:
-        """The view of the whole pool, where this one is of some of its samples."""
+        """The view of the whole pool, where this one has only some of its samples."""
         return self
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """One table a shard, in pool order, with the named columns; read ahead by a thread a core."""
+        """One table per shard, in pool order, with the named columns. One thread per core reads ahead."""
         ids = self._ids()
         return prefetch(lambda shard: self.table(shard, columns, ids), self.pool.shards)
 
@@ -147,7 +143,7 @@ class View:
         return zip((shard.name for shard in self.pool.shards), self.batches(columns), strict=True)
 
     def table(self, shard: Shard, columns: Sequence[str], ids: Mapping[str, str] | None = None) -> pa.Table:
-        """The named columns of a shard, each once, rows in its order."""
+        """The named columns of a shard, each once, with the rows in the order of the shard."""
         columns = list(dict.fromkeys(columns))
         ids = self._ids() if ids is None else ids
         local = [column for column in columns if measure_of(column) is None]
@@ -180,7 +176,7 @@ class View:
         return pa.table({column: arrays[column] for column in columns})
 
     def target(self, name: str) -> View:
-        """Raises WinnowError for a target set that was not made ready."""
+        """The view of a target set. Raises WinnowError when it was not measured."""
         if name not in self.targets:
             raise WinnowError(f'target set "{name}" has not been measured')
         return self.targets[name]

@@ -1,4 +1,4 @@
-"""Where a filter by score cuts: at a threshold, at a fraction of the pool, or at a number of samples."""
+"""The threshold of a filter by score: given, or set by a fraction of the pool or a number of samples."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ ScoreFunction = Callable[[pa.Table], np.ndarray]
 
 @dataclass(frozen=True)
 class Threshold:
-    """One of three ways to cut; the two others are None.
+    """One of three ways to set a threshold; the two others are None.
 
-    A fraction cuts as DataComp does (Gadre et al. 2023, `baselines/apply_filter.py`): of n scores in falling order the
-    one at place `int(n * fraction)`, counted from 0, is the threshold, and scores equal to it are kept; so one more
-    than n * fraction is, and more on ties. A fraction of 1 keeps every score (there it fails). Missing and NaN scores
-    count in n, stand last and never pass; when the place falls on one, every score passes (there none does).
+    A fraction is DataComp's rule (Gadre et al. 2023, `baselines/apply_filter.py`): of n scores in descending order, the
+    one at index `int(n * fraction)` is the threshold, and scores equal to it are kept. So one sample more than
+    n * fraction is kept, and more with ties. A fraction of 1 keeps every score, where DataComp's code fails. Missing
+    and NaN scores are counted in n, come last and never pass; when the index is that of such a score, every score
+    passes, where with DataComp's code none does.
 
-    A budget keeps that many and no more: the largest scores, and among those equal to the smallest of them the samples
-    with the smallest uids.
+    A budget keeps exactly that many samples: those with the largest scores and, among scores equal to the smallest of
+    these, those with the smallest uids.
 
     Args:
         fraction: of the scope, in (0, 1].
-        threshold: smallest score kept, compared in the column's own precision.
+        threshold: the smallest score that is kept, compared in the precision of the column.
         keep: how many samples.
-        of: what fraction and keep are of: `pool`, or `survivors`, what the filters before it in the enclosing
-            `all`s have kept.
+        of: what fraction and keep refer to: `pool`, or `survivors`, what the filters before it in the enclosing
+            `all`s kept.
     """
 
     fraction: float | None
@@ -57,7 +58,7 @@ class Threshold:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What it reads beside the score's columns."""
+        """The columns it reads besides those of the score."""
         return ("uid",) if self.keep is not None else ()
 
     def fit(self, view: View, columns: Sequence[str], score: ScoreFunction) -> State:
@@ -69,8 +70,8 @@ class Threshold:
             score: float scores of a batch, NaN where there is none, shape [n].
 
         Returns:
-            `threshold`, float64; with a budget that ties are left out of, `last`: the two halves of the greatest uid
-            that is kept among the tied.
+            `threshold`, float64; with a budget that does not keep all ties also `last`, the two halves of the largest
+            uid that is kept among them.
         """
         if self.threshold is not None:
             return {"threshold": np.array(float(self.threshold))}
@@ -101,7 +102,7 @@ class Threshold:
     def mask(self, scores: np.ndarray, batch: pa.Table, state: State) -> np.ndarray:
         """Which of a batch's scores pass; bool, shape [n]."""
         with np.errstate(invalid="ignore"):
-            # A Python float takes the array's precision; a NumPy one (fitted, exact) would widen the array.
+            # A Python float is compared in the array's precision, a NumPy float64 (fitted, exact) in float64.
             mask = scores >= (self.threshold if self.threshold is not None else state["threshold"])
             if "last" in state and (tied := scores == state["threshold"]).any():
                 uids, (high, low) = _uids(batch, tied), state["last"]
@@ -114,10 +115,10 @@ def _uids(batch: pa.Table, mask: np.ndarray) -> np.ndarray:
 
 
 def scores_of(batch: pa.Table, column: str) -> np.ndarray:
-    """A numeric column in its own precision (integers as float64), null as NaN, shape [n]. Raises WinnowError."""
+    """A numeric column in its precision (integers as float64), with NaN for null, shape [n]. Raises WinnowError."""
     values = batch[column]
     if pa.types.is_null(values.type):
         return np.full(len(values), np.nan)
     if not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
-        raise WinnowError(f'column "{column}" holds {values.type}, a score is a number')
+        raise WinnowError(f'column "{column}" has the type {values.type}, and a score must be a number')
     return float_values(values)

@@ -57,19 +57,19 @@ class Filter(Node, abc.ABC):
         """What `mask` and `fit` read: pool columns (`text`) and measured ones (`clip.score`)."""
 
     def numeric(self) -> tuple[str, ...]:
-        """Those of the columns without whose value a sample cannot pass; null and NaN in them are counted."""
+        """The columns without which a sample cannot pass. Samples with null or NaN in them are dropped and counted."""
         return ()
 
     def targets(self) -> tuple[str, ...]:
-        """Target sets it compares with: folders of shards, made ready before `fit`."""
+        """The target sets it compares with: folders of shards, indexed and measured before `fit`."""
         return ()
 
     def target_columns(self) -> tuple[str, ...]:
-        """What it reads of the target sets."""
+        """The columns that it reads of the target sets."""
         return ()
 
     def fit(self, view: View) -> State:
-        """What must be known of the whole pool before any sample can be judged."""
+        """What must be known about the whole pool before a sample can be decided on. NumPy arrays by name."""
         return {}
 
     @abc.abstractmethod
@@ -85,20 +85,20 @@ class Filter(Node, abc.ABC):
         """
 
     def check(self, view: View) -> None:
-        """Refuse, before any work, what cannot come out: embeddings of another dimension, too few samples.
+        """Refuse a pool that the filter cannot work on: embeddings of another dimension, too few samples.
 
-        Called before the measures run, when the view does not know their columns (`View.knows`) nor all targets, and
-        once more after them.
+        Called before the measures run, when the view has neither their columns (`View.knows`) nor all targets, and
+        again after them.
 
         Raises:
-            WinnowError: saying what to do.
+            WinnowError: with what to do.
         """
         return
 
     def report(self, state: State) -> dict[str, Any]:
-        """What the funnel and the manifest should say of it beside its counts; JSON values.
+        """What the funnel and the manifest report besides the counts; JSON values.
 
-        By default the single numbers in the state, infinities and NaN as None.
+        By default the single numbers of the state, with None for infinities and NaN.
         """
         scalars = {name: array.item() for name, array in state.items() if array.ndim == 0}
         return {
@@ -108,13 +108,13 @@ class Filter(Node, abc.ABC):
         }
 
     def explain(self, batch: pa.Table, state: State) -> dict[str, Any]:
-        """What it saw of one sample (a batch of one row) and what it held against it, for `winnow curate --why`."""
+        """The values of one sample (a batch of one row) and what they are compared with, for `winnow curate --why`."""
         seen = {column: _brief(batch[column]) for column in self.columns() if column != "uid"}
         return seen | self.report(state)
 
     @property
     def scope(self) -> str:
-        """What it is fitted to: "pool", or "survivors" of the filters before it."""
+        """What it is fitted to: the "pool", or the "survivors" of the filters before it."""
         return str(getattr(self, "of", "pool"))
 
     def filters(self) -> Iterator[Filter]:
@@ -160,7 +160,7 @@ def as_state(uids: np.ndarray, mask: np.ndarray, **more: np.ndarray) -> State:
 
 
 def _brief(column: pa.ChunkedArray) -> Any:
-    """A single value as a person can read it: embeddings by their type alone."""
+    """A single value for a message; for an embedding, its type."""
     value = column[0]
     if pa.types.is_nested(column.type):
         return str(column.type) if value.is_valid else None

@@ -14,16 +14,16 @@ from winnow.infra.params import params
 
 @params
 class Basic(Filter):
-    """English, more than 2 words, more than 5 characters, short side at least 200 px, long/short at most 3.
+    """English, more than 2 words and 5 characters, short side at least 200 px, long/short at most 3.
 
-    Gadre et al. 2023 (DataComp), appendix E "Basic filtering": language by fastText, words split at whitespace, the
-    size that of the original image.
+    Gadre et al. 2023 (DataComp), appendix E "Basic filtering": language by fastText, words split at whitespace,
+    size of the original image.
 
     Args:
         language: ISO 639 code; None for any.
         min_words, min_characters: at least this many (DataComp: more than 2, more than 5).
         min_side: of the short side, in pixels.
-        max_aspect: long side over short side, at least 1.
+        max_aspect: of the long side over the short side, at least 1.
     """
 
     language: str | None = "en"

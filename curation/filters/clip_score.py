@@ -1,4 +1,4 @@
-"""CLIP score filtering: keep pairs whose image and caption are alike."""
+"""CLIP score filtering: keep pairs whose image and caption match."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from winnow.infra.params import params
 
 @params
 class ClipScore(Filter):
-    """Keep samples whose score reaches a threshold, given or set by how many to keep.
+    """Keep samples whose score reaches a threshold, which is given or follows from how many to keep.
 
     Gadre et al. 2023 (DataComp), "CLIP score filtering" (threshold: Schuhmann et al. 2022, LAION);
-    `winnow.curation.columns.threshold` says what fractions and budgets do on ties.
-    With a scorer trained on trusted pairs this is Data Filtering Networks
-    (Fang et al. 2023).
+    `winnow.curation.columns.threshold` documents ties. With a scorer trained on trusted pairs this is Data Filtering
+    Networks (Fang et al. 2023).
 
     Args:
         fraction: of the pool, in (0, 1], by DataComp's quantile rule.
         threshold: of the score; instead of a fraction.
-        model: whose score: `scorer`, the recipe's, or DataComp's columns `b32` and `l14`.
+        model: whose score: `scorer`, the recipe's; `b32` or `l14`, DataComp's columns; or an instance of the measure
+            `clip`.
         keep: how many samples; instead of a fraction.
-        of: `pool` or `survivors`: what fraction and keep are of.
+        of: `pool` or `survivors`: what fraction and keep refer to.
     """
 
     fraction: Fraction | None = None

@@ -1,4 +1,4 @@
-"""D2 pruning: choose hard samples that are unlike each other by messages over the k-nearest-neighbour graph."""
+"""D2 pruning: select hard and diverse samples by messages over the k-nearest-neighbour graph."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ _FEATURES = {"image": slice(0, 1), "text": slice(1, 2), "both": slice(0, 2)}
 
 @params
 class D2Pruning(SelectionFilter):
-    """Choose samples one by one by their score and their neighbours', lowering the chosen one's neighbours.
+    """Select samples one by one by their and their neighbours' scores, lowering those of the neighbours each time.
 
     Maharana et al. 2023 (D2 Pruning), section 3. With N(i) the k nearest neighbours of i by Euclidean distance d:
 
     - forward (equation 3): x_i = s_i + sum over j in N(i) of exp(-gamma_f d(i,j)^2) s_j;
-    - select the sample k of the largest x that is not yet chosen;
+    - select the sample k with the largest x among those not yet selected;
     - reverse (equation 5): x_j = x_j - exp(-gamma_r d(k,j)^2) x_k for all j in N(k); repeat until the budget,
       `int(n * fraction)` or `keep`, is reached.
 
-    N(i) is directed, as in the authors' code for DataComp, whose defaults (one neighbour, gamma 1, both embeddings
-    side by side) are ours. Deviations: the maximum is exact where that code approximates it in sorted order; scores
-    are taken as they are, where that code adds 0.115 and cuts at 1e-7; equal x go in pool order; above 200,000 samples
-    the neighbours come from an inverted file, whose recall the funnel states, instead of product quantisation.
+    N(i) is directed, as in the authors' code for DataComp. The defaults are those of that code: one neighbour, gamma 1,
+    both embeddings concatenated. Deviations: the maximum is exact, where that code approximates it in sorted order;
+    scores are not changed, where that code adds 0.115 and clips at 1e-7; equal x are taken in pool order; above 200,000
+    samples the neighbours come from an inverted file, whose recall the funnel reports, instead of product quantisation.
 
     Args:
         fraction: to keep, in (0, 1].
         neighbors: k.
         gamma_f, gamma_r: of the forward and the reverse messages; at least 0.
-        features: "image", "text", or "both" (the embeddings side by side).
+        features: "image", "text", or "both" (the embeddings concatenated).
         score: column of the difficulty s; None for the model's CLIP score.
-        model: whose embeddings and score: `scorer`, the recipe's, or DataComp's `b32` and `l14`.
+        model: whose embeddings and score, as for `clip_score`.
         keep: how many to keep; instead of a fraction.
-        of: `pool` or `survivors`: what is chosen from.
+        of: `pool` or `survivors`: what is selected from.
     """
 
     fraction: Fraction | None = None
@@ -108,7 +108,7 @@ def select(x: np.ndarray, neighbours: np.ndarray, weights: np.ndarray, budget: i
     while len(order) < budget:
         key, i = heapq.heappop(heap)
         value = now[i]
-        # Every open node has an entry at least as good as its value: one that is worse has a better brother.
+        # Every open node has an entry at least as good as its value. A worse entry is outdated.
         if done[i] or -key < value:
             continue
         if -key > value:

@@ -1,4 +1,4 @@
-"""Decontamination: drop images that evaluation sets hold too."""
+"""Decontamination: drop images that are also in evaluation sets."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from winnow.infra.pool.uids import decode_uids, is_member, sort_uids
 
 @params
 class Decontaminate(Filter):
-    """Drop a sample whose image is too near to an image of a target set, and count per task.
+    """Drop samples whose image is near an image of a target set, and count them per task.
 
-    Near is, as in `near_duplicates`, a perceptual hash within `radius` bits or an embedding of a cosine of at least
-    `cosine`; with both given, either. (Gadre et al. 2023, appendix F, drop by a copy-detection embedding's similarity
-    of 0.604169; here a CLIP embedding and pHash stand in for that network.) A sample that lacks one of the values is
-    dropped, as it cannot be cleared.
+    As in `near_duplicates`, two images are near when their perceptual hashes differ in at most `radius` bits, or when
+    the cosine of their embeddings is at least `cosine`; with both given, either is enough. Gadre et al. 2023, appendix
+    F, use the similarity of copy-detection embeddings (0.604169); this filter uses CLIP embeddings and pHash instead.
+    A sample without one of the values is dropped, because it cannot be compared.
 
-    The funnel says per task how many pool samples are near one of its images, and how many of its images have a
-    near one in the pool. A task is a set's folder in DataComp's layout; of a plain folder of shards, the folder.
+    The funnel reports per task how many pool samples are near one of its images, and how many of its images are near
+    a pool sample. A task is the folder of a set in DataComp's layout, or a plain folder of shards.
 
     Args:
-        target: folder of evaluation sets in DataComp's layout (their `test` shards count), folder of shards, or a
+        target: folder of evaluation sets in DataComp's layout (only `test` shards are used), folder of shards, or a
             list of such.
-        radius: most bits that differ, 0 to 16.
-        cosine: least cosine, in (0, 1].
+        radius: largest number of different bits, 0 to 16.
+        cosine: smallest cosine, in (0, 1].
         column: of the embeddings.
     """
 
@@ -90,7 +90,7 @@ class Decontaminate(Filter):
         }
 
     def _images(self, view: View) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray, list[str]]:
-        """Hashes and embeddings of the targets' images, the number of each image's task, and the tasks' names."""
+        """Hashes and embeddings of the target images, the index of each image's task, and the names of the tasks."""
         hashes, vectors, numbers, names = [], [], [], []
         for target in self.targets():
             name = target.rstrip("/").rsplit("/", 1)[-1]

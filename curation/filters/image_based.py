@@ -13,28 +13,21 @@ from pydantic import Field
 from winnow.curation.columns.pool_columns import dimensions
 from winnow.curation.columns.table import View
 from winnow.curation.filters.base import Filter, Names, Positive, Search, State
-from winnow.curation.search.kmeans import (
-    NearestCentroid,
-    check_clusters,
-    enough,
-    fitted_state,
-    nearest_centroid_of,
-    sample_vectors,
-    train_centroids,
-)
+from winnow.curation.search.centroids import NearestCentroid, fitted_state, nearest_centroid_of
+from winnow.curation.search.kmeans import check_clusters, enough, sample_vectors, train_centroids
 from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrays import is_array, load_matrix, matrix_shape
 from winnow.infra.io.arrow import as_matrix
 from winnow.infra.params import ParameterError, params
 
 _MEASURED, _DATACOMP = "clip.image", "l14_img"
-# What fastText splits at; a newline is a token of its own besides (Dictionary::readWord).
+# Tokens are separated as in fastText's Dictionary::readWord. A newline is also a token.
 _TOKEN = r"[^ \n\r\t\v\f\x00]+"
 
 
 @params
 class ImageBased(Filter):
-    """English captions of some length, and an image embedding whose nearest centroid is also a target image's.
+    """English captions of some length, and an image embedding whose nearest centroid is that of a target image.
 
     Gadre et al. 2023 (DataComp), "Image-based filtering": captions in English by fastText, of more than 1 fastText
     token and more than 5 characters; of k centroids the one with the largest inner product with the embedding must be
@@ -42,22 +35,22 @@ class ImageBased(Filter):
     embeddings of ImageNet-1k's training images as targets, both by OpenAI's ViT-L/14. With `clip_score` under `all`
     this is its "image-based ∩ CLIP score". `image_cluster` is the same without the captions.
 
-    Deviations: a target image whose embedding is not finite counts as none; so does a sample's, which never passes.
+    Deviation: target images whose embedding is not finite are ignored, and samples with such an embedding never pass.
 
     Args:
         target: embeddings as a .npy file (float16 or float32, shape [m, d]), a folder of shards with the target
-            images, or a list of the one or of the other.
+            images, or a list of either.
         centroids: .npy file, shape [k, d]; None to find them by k-means on the pool's embeddings.
         clusters: k, when there is no file.
-        features: the pool's column of image embeddings; None for `clip.image` where a target is a folder, which the
+        features: the pool's column of image embeddings; None for `clip.image` where targets are folders, which the
             recipe's scorer embeds, and for DataComp's `l14_img` where targets are arrays.
-        target_features: the same of target folders; None for `clip.image`.
+        target_features: the same for target folders; None for `clip.image`.
         language: ISO 639 code; None for any.
         min_tokens, min_characters: at least this many (DataComp: more than 1, more than 5).
         seed: of k-means.
         sample: pool embeddings to train k-means on; None for 256 a cluster, fewer if those took more than 8 GiB.
-        search: "exact", DataComp's; "coarse", whose recall the funnel states; "auto", exact up to 20,000 centroids and
-            on a GPU.
+        search: "exact", as DataComp; "coarse", whose recall the funnel reports; "auto", exact up to 20,000 centroids
+            and on a GPU.
     """
 
     target: Names
@@ -115,7 +108,7 @@ class ImageBased(Filter):
         return (self.column,)
 
     def check(self, view: View) -> None:
-        """Refuse, before any work, what cannot come out.
+        """Refuse a pool or files that do not fit together.
 
         Raises:
             WinnowError: an empty target set, fewer samples than clusters, or embeddings of the pool, the centroids and
@@ -203,7 +196,7 @@ class ImageBased(Filter):
 
 
 def tokens(text: pa.ChunkedArray) -> pa.ChunkedArray:
-    """How many tokens `fasttext.tokenize` makes of each text: the runs between its separators, and every newline."""
+    """The number of tokens that `fasttext.tokenize` finds in each text: runs between separators, and newlines."""
     runs = pc.count_substring_regex(text, pattern=_TOKEN)
     return pc.add(runs, pc.count_substring(text, pattern="\n"))
 

@@ -1,4 +1,4 @@
-"""Image-based filtering: keep the clusters of the pool that a target set's images fall into."""
+"""Image-based filtering: keep the clusters of the pool that contain images of a target set."""
 
 from __future__ import annotations
 
@@ -9,15 +9,8 @@ import pyarrow as pa
 
 from winnow.curation.columns.table import View
 from winnow.curation.filters.base import Filter, Names, Positive, Search, State
-from winnow.curation.search.kmeans import (
-    NearestCentroid,
-    check_clusters,
-    enough,
-    fitted_state,
-    nearest_centroid_of,
-    sample_vectors,
-    train_centroids,
-)
+from winnow.curation.search.centroids import NearestCentroid, fitted_state, nearest_centroid_of
+from winnow.curation.search.kmeans import check_clusters, enough, sample_vectors, train_centroids
 from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrow import as_matrix
 from winnow.infra.params import params
@@ -25,7 +18,7 @@ from winnow.infra.params import params
 
 @params
 class ImageCluster(Filter):
-    """Cluster the pool's image embeddings; keep clusters that are the nearest of at least one target image.
+    """Cluster the pool's image embeddings, and keep clusters that are nearest to at least one target image.
 
     Gadre et al. 2023 (DataComp), "image-based filtering", without its caption pre-filter. DataComp uses 100,000
     clusters and the ImageNet training images as targets; nearest is by inner product.
@@ -38,7 +31,7 @@ class ImageCluster(Filter):
         sample: pool embeddings to train k-means on; None for 256 a cluster, fewer if those took more than 8 GiB.
         iterations: of k-means.
         column: of the embeddings, the pool's and the targets' (`l14_img` in DataComp's metadata).
-        search: "exact"; "coarse", whose recall the funnel states; "auto", exact up to 20,000 clusters and on a GPU.
+        search: "exact"; "coarse", whose recall the funnel reports; "auto", exact up to 20,000 clusters and on a GPU.
     """
 
     target: Names

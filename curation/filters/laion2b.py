@@ -19,8 +19,8 @@ class Laion2b(Filter):
     """English captions whose CLIP ViT-B/32 score is at least 0.28.
 
     Schuhmann et al. 2022 (LAION-5B), section 3; reproduced in Gadre et al. 2023 (DataComp), "LAION-2B filtering".
-    Deviation: both find the language with CLD3, while `language.code` is fastText's by default, as in DataComp's other
-    filters. For their subset exactly, measure it so: `measures: {language: {identifier: gcld3}}`.
+    Deviation: both detect the language with CLD3, while `language.code` is fastText's by default, as in DataComp's
+    other filters. `measures: {language: {identifier: gcld3}}` gives exactly their subset.
 
     Args:
         threshold: of `clip_b32_similarity_score`, compared in the column's own precision.

@@ -16,22 +16,22 @@ from winnow.infra.io import storage
 from winnow.infra.params import params
 from winnow.infra.pool.uids import decode_uids, hash_unit
 
-# The authors' `spacing`: marks stand alone, white space is a space.
+# The authors' `spacing`: punctuation marks are separate words, and white space is a space.
 _SPACING = str.maketrans({mark: f" {mark} " for mark in ",.;:?!`"} | dict.fromkeys("\t\n\r", " "))
 
 
 @params
 class MetaClip(Filter):
-    """Keep a caption when one of the metadata entries in it is drawn, each with probability t / max(count, t).
+    """Keep a caption when one of its metadata entries is drawn, each with probability t / max(count, t).
 
     Xu et al. 2023 (MetaCLIP), section 3 and algorithm 1. A caption matches an entry when the entry, with a space on
     either side, is a substring of the caption, with a space on either side, around each of `, . ; : ? ! `` ` `` and for
     each tab and line break; case counts. `count` is the number of captions that match an entry. Entries of a caption
-    are drawn independently; a caption that matches none is dropped. The draw is the hash of uid, entry and seed, where
-    the paper draws random numbers, so it depends on nothing else.
+    are drawn independently; a caption without an entry is dropped. The draw is the hash of uid, entry and seed instead
+    of a random number, so it depends on nothing else.
 
     Args:
-        metadata: UTF-8 file with one entry a line; empty lines and repeated ones do not count.
+        metadata: UTF-8 file with one entry per line; empty and repeated lines are ignored.
         t: the limit of an entry (the paper: 20,000 for 400 M pairs, 170,000 for 2.5 B).
         seed: of the draw.
         of: `pool` or `survivors`: which captions are counted.
@@ -83,8 +83,8 @@ class MetaClip(Filter):
 class Matcher:
     """Finds the entries in captions.
 
-    Between spaces an entry is a run of words, so a caption is cut at its spaces and each run that starts with an
-    entry's first word is looked up: the same matches as by substring search, each once.
+    Between spaces an entry is a run of words. So a caption is split at its spaces, and each run that starts with the
+    first word of an entry is looked up. The matches are those of a substring search, each once.
 
     Args:
         entries: distinct, none empty.
@@ -113,11 +113,11 @@ class Matcher:
             raise WinnowError("is not UTF-8", where=path) from None
         entries = list(dict.fromkeys(line.removesuffix("\r") for line in lines if line.strip()))
         if not entries:
-            raise WinnowError("holds no metadata entry", where=path, do="Write one entry a line.")
+            raise WinnowError("holds no metadata entry", where=path, do="Write one entry per line.")
         return Matcher(entries)
 
     def find(self, text: str) -> set[int]:
-        """Numbers of the entries in a caption."""
+        """Indices of the entries in a caption."""
         words = f" {text} ".translate(_SPACING).split(" ")
         lengths, number, end = self.lengths, self.number, len(words) - 1
         found = set()

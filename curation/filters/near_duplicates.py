@@ -1,4 +1,4 @@
-"""Near duplicates: of images that are almost the same, one stays."""
+"""Near duplicates: keep one of several images that are almost the same."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ Radius = Annotated[int, Field(ge=0, le=16)]
 
 @params
 class NearDuplicates(SelectionFilter):
-    """Keep of images near each other one, the best by a score or the first.
+    """Keep one of several images that are near each other: the best by a score, or the first.
 
     Two images are near when their perceptual hashes (measure `image_hash`, 64 bits) differ in at most `radius` bits,
-    or when the cosine of their embeddings is at least `cosine`. Nearness does not carry on from image to image, so
-    there are two ways to thin out: `greedy` goes through the samples from the best, and keeps one when it is near none
-    kept before, so every sample dropped has a near one kept, and no two kept are near; `components` keeps the best of
-    each connected component, and may drop what is like its neighbour's neighbour alone.
+    or when the cosine of their embeddings is at least `cosine`. Nearness is not transitive, so there are two ways to
+    select. `greedy` goes through the samples from the best to the worst and keeps each that is near no kept sample:
+    every dropped sample is near a kept one, and no two kept samples are near. `components` keeps the best sample of
+    each connected component, so it may drop a sample that is near no kept one.
 
-    Hash pairs are exact (Manku, Jain & Das Sarma 2007). Embedding pairs are exact up to 200,000 samples, beyond from
-    FAISS's inverted file, which may miss some.
+    Hash pairs are exact (Manku, Jain & Das Sarma 2007). Embedding pairs are exact up to 200,000 samples; above, they
+    come from FAISS's inverted file, which may miss some.
 
     Args:
-        radius: most bits that differ, 0 to 16; instead of a cosine.
-        cosine: least cosine, in (0, 1].
-        score: column of numbers; of near samples the one with the most stays, without a score last. None for the
-            first in the pool.
+        radius: largest number of different bits, 0 to 16; instead of a cosine.
+        cosine: smallest cosine, in (0, 1].
+        score: column of numbers. Of near samples the one with the highest score is kept; samples without a score come
+            last. None keeps the first in the pool.
         join: "greedy" or "components".
         of: `pool` or `survivors`: what is compared.
         column: of the hashes or embeddings; None for `image_hash.phash` with a radius, `clip.image` with a cosine.
@@ -76,7 +76,7 @@ class NearDuplicates(SelectionFilter):
             near = cosine_pairs(pool.vectors[column], None, self.cosine)
             return as_state(pool.uids, first_of_groups(*near, rank, self.join))
         assert self.radius is not None
-        # Equal hashes are as one: what is near one of them is near all, and the best of them speaks for them.
+        # Samples with equal hashes are one node, represented by the best of them.
         values, owner = np.unique(pool.numbers[column], return_inverse=True)
         lead = np.full(len(values), len(rank), np.int64)
         np.minimum.at(lead, owner, rank)
@@ -86,7 +86,7 @@ class NearDuplicates(SelectionFilter):
 
 
 def _ranks(keys: np.ndarray) -> np.ndarray:
-    """The place of each key in rising order, equal ones as they stand. int64, shape [n]."""
+    """The rank of each key in ascending order; equal keys in their given order. int64, shape [n]."""
     ranks = np.empty(len(keys), np.int64)
     ranks[np.argsort(keys, kind="stable")] = np.arange(len(keys))
     return ranks

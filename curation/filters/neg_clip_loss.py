@@ -1,4 +1,4 @@
-"""negCLIPLoss: the CLIP score less what the contrastive loss's normalisation takes off it."""
+"""negCLIPLoss: the CLIP score minus the normalisation term of the contrastive loss."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class NegClipLoss(SelectionFilter):
 
         negCLIPLoss(i) = f_i.g_i - tau/2 [log sum_{j in B} exp(f_i.g_j / tau) + log sum_{j in B} exp(f_j.g_i / tau)],
 
-    the bracket averaged over K random divisions of the pool into batches of |B|; the last batch of a division is what
-    is left over. Deviation from the authors' code, which divides each shard: the whole pool is divided.
+    with the bracket averaged over K random divisions of the pool into batches of |B|; the last batch of a division
+    may be smaller. Deviation: the authors' code divides each shard, this filter the whole pool.
 
     Args:
-        fraction, threshold, keep, of: where to cut, as for `clip_score`.
+        fraction, threshold, keep, of: as for `clip_score`.
         tau: the scorer's temperature (0.01 for OpenAI's CLIP).
         batch_size: |B|.
-        batches: K, divisions averaged over.
+        batches: K, the number of divisions.
         seed: of the divisions.
-        model: whose embeddings: `scorer`, the recipe's, or DataComp's features `b32` and `l14`.
+        model: whose embeddings, as for `clip_score`.
     """
 
     fraction: Fraction | None = None
@@ -82,7 +82,7 @@ def neg_clip_loss(
         image, text: L2-normalised embeddings, shape [n, d].
         divisions: permutations of 0 to n - 1; each is cut into batches of `batch_size`.
         tau: temperature.
-        batch_size: the memory in use grows with it, 2,048 rows of logits at a time.
+        batch_size: of each division; 2,048 rows of logits are in memory at a time.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""NormSim: keep samples whose image is like the images of a target set."""
+"""NormSim: keep samples whose image is similar to the images of a target set."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class NormSim(SelectionFilter):
 
         NormSim_p(X, i) = || f(X) f_i ||_p,
 
-    for p = 2 the root of the sum of squared cosines, for p = inf the largest absolute cosine. The paper takes it of
-    what negCLIPLoss or the CLIP score has kept, which a tree says.
+    which is the root of the sum of squared cosines for p = 2, and the largest absolute cosine for p = inf. The paper
+    applies it to what negCLIPLoss or the CLIP score has kept; a tree of filters expresses that.
 
     Args:
         target: folder of shards with the target images, .npy file of their embeddings, or a list of such.
         p: 2 or "inf".
-        fraction, threshold, keep, of: where to cut, as for `clip_score` (the paper: threshold 0.7 for p = inf).
+        fraction, threshold, keep, of: as for `clip_score` (the paper: threshold 0.7 for p = inf).
         column: the pool's embeddings, by the model that embedded the targets (`l14_img` in DataComp's metadata).
     """
 
@@ -103,7 +103,7 @@ def norm_sim(vectors: np.ndarray, target: np.ndarray, p: int | str) -> np.ndarra
     """NormSim_p of each vector; `vectors` [n, d], `target` [m, d]; float64, shape [n]."""
     aim = target.astype(np.float32)
     result = np.empty(len(vectors))
-    # ||T x||^2 = x' (T' T) x, so for p = 2 the target is but a d x d matrix.
+    # ||T x||^2 = x' (T' T) x, so for p = 2 the target reduces to a d x d matrix.
     square = aim.astype(np.float64).T @ aim.astype(np.float64)
     for start in range(0, len(vectors), _ROWS):
         block = vectors[start : start + _ROWS].astype(np.float32)

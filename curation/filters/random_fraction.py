@@ -14,14 +14,14 @@ from winnow.infra.pool.uids import decode_uids, hash_unit
 
 @params
 class RandomFraction(Filter):
-    """Keep a sample when the hash of its uid and the seed, a number in [0, 1), lies below the fraction.
+    """Keep a sample when the hash of its uid and the seed, a number in [0, 1), is below the fraction.
 
-    Each sample's lot is its own: it does not depend on the pool, the order or the shards, a larger fraction keeps all
-    that a smaller one does, and the number kept is binomial around n * fraction.
+    The draw of a sample does not depend on the pool, the order or the shards. A larger fraction keeps everything that a
+    smaller one keeps. The number of kept samples is binomial with mean n * fraction.
 
     Args:
         fraction: in (0, 1].
-        seed: another seed draws another, independent, sample.
+        seed: different seeds draw independent samples.
     """
 
     fraction: Fraction

@@ -1,4 +1,4 @@
-"""Several scores as one: a weighted sum of their ranks."""
+"""Several scores combined: a weighted sum of their ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from winnow.infra.io.arrow import mask_array
 from winnow.infra.params import ParameterError, params
 from winnow.infra.pool.uids import decode_uids, hash_unit
 
-# Ranks are among all samples of pools up to this size, and among as many drawn by uid of larger ones.
+# In larger pools, ranks are among this many samples, drawn by uid.
 RANKED = 1 << 22
 _OTHERS = ("fraction", "threshold", "keep", "of")
 Weights = Annotated[dict[str, float], AfterValidator(lambda weights: dict(sorted(weights.items())))]
@@ -28,17 +28,17 @@ Weights = Annotated[dict[str, float], AfterValidator(lambda weights: dict(sorted
 class Score(Filter):
     """Keep the samples with the largest weighted sum of ranked scores.
 
-    A score's rank is its percentile in the pool: the share of the pool's scores below it and half of those equal to
-    it, in (0, 1). So scores of any scale add up (rank aggregation by weighted Borda counts; Borda 1781, Dwork et al.
-    2001). A sample that lacks one of the scores has no sum and never passes. Of pools beyond `RANKED` samples the rank
-    is among that many, drawn by a hash of the uid: its standard error is below 0.00025.
+    The rank of a score is its percentile in the pool: the fraction of the pool's scores below it plus half of those
+    equal to it, in (0, 1). So scores of any scale can be added (rank aggregation by weighted Borda counts; Borda 1781,
+    Dwork et al. 2001). A sample without one of the scores never passes. In pools of more than `RANKED` samples the rank
+    is among that many samples, drawn by a hash of the uid; its standard error is below 0.00025.
 
-    In YAML the weights stand beside the other parameters: `score: {clip: 0.5, aesthetic: 0.5, fraction: 0.3}`.
+    In YAML the weights are given next to the other parameters: `score: {clip: 0.5, aesthetic: 0.5, fraction: 0.3}`.
 
     Args:
         weights: by score: an instance of a measure that has a column `score`, DataComp's `b32` or `l14`, or a column
             (`caption.words`). Negative ones prefer small scores.
-        fraction, threshold, keep, of: where to cut, as for `clip_score`; the threshold is of the sum.
+        fraction, threshold, keep, of: as for `clip_score`; the threshold is of the sum.
     """
 
     weights: Weights
@@ -125,7 +125,7 @@ class Score(Filter):
 
 
 def percentile(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
-    """The share of ordered values below each value plus half of those equal to it; NaN for NaN. float64, shape [n]."""
+    """The fraction of the ordered values below each value plus half of those equal to it; NaN for NaN. float64, [n]."""
     values = values.astype(np.float64)
     ranks = np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")
     return np.where(np.isnan(values), np.nan, ranks / (2 * max(len(ordered), 1)))

@@ -14,10 +14,10 @@ from winnow.infra.params import params
 
 @params
 class TextBased(Filter):
-    """English captions that name something ImageNet-21k shows.
+    """English captions that name an ImageNet-21k class.
 
-    Gadre et al. 2023 (DataComp), "Text-based filtering": language by fastText; some whitespace-separated word whose
-    first WordNet synset is among ImageNet-21k's. The measure `entity` says how exactly.
+    Gadre et al. 2023 (DataComp), "Text-based filtering": language by fastText; at least one whitespace-separated
+    word whose first WordNet synset is in ImageNet-21k. The measure `entity` documents the details.
 
     Args:
         language: ISO 639 code; None for any.

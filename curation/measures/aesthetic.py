@@ -19,9 +19,10 @@ class Aesthetic(Measure):
     """`aesthetic.score`: about 1 to 10, float32.
 
     Schuhmann et al. 2022 (LAION-5B), LAION-Aesthetics: a head trained on ratings of images over their L2-normalised
-    CLIP embedding. LAION's are for OpenAI's ViT-L/14: the linear one (`sa_0_4_vit_l_14_linear`) and "improved aesthetic
-    predictor" (`sac+logos+ava1-l14-linearMSE`), five linear layers with nothing between them at inference; convert the
-    published .pth to .safetensors with the same names. The embeddings must come from the model of the head.
+    CLIP embedding. LAION's heads are for OpenAI's ViT-L/14: the linear one (`sa_0_4_vit_l_14_linear`), and the
+    "improved aesthetic predictor" (`sac+logos+ava1-l14-linearMSE`) of five linear layers without activations at
+    inference. Convert the published .pth to .safetensors with the same names. The embeddings must come from the model
+    that the head was trained on.
 
     Args:
         head: .safetensors, .npz or .npy file; see `winnow.curation.measures.heads.read_head`.

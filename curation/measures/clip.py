@@ -20,7 +20,7 @@ class Clip(Measure):
     """`clip.image`, `clip.text`: L2-normalised embeddings, float16 lists of fixed size; `clip.score`: their cosine.
 
     The score is the float32 inner product of the float32 embeddings, before they are rounded to float16. An image
-    without a caption (a target set's) has an image embedding alone.
+    without a caption (as in target sets) has an image embedding only.
 
     Args:
         encoder: what `winnow.pretrain.encoder.load_encoder` takes; empty for the recipe's scorer.
@@ -37,7 +37,7 @@ class Clip(Measure):
     pixels: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = ("text",)
     filled: ClassVar[tuple[str, ...]] = ("digest",)
-    summary: ClassVar[str] = "image and text embeddings and their cosine, by the recipe's scorer or an encoder"
+    summary: ClassVar[str] = "image and text embeddings and their cosine, by the recipe's scorer or by `encoder`"
 
     def params(self) -> dict[str, Any]:
         return {"encoder": self.digest}

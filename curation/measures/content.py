@@ -13,7 +13,7 @@ from winnow.infra.params import params
 
 @params
 class Content(Measure):
-    """`content.sha256`: of the image's file as it lies in the shard, 64 hexadecimal digits."""
+    """`content.sha256`: of the image's file in the shard, 64 hexadecimal digits."""
 
     name: ClassVar[str] = "content"
     version: ClassVar[int] = 1

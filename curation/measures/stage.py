@@ -1,4 +1,4 @@
-"""The measure stage: columns for every shard, each image decoded once for all measures that want it."""
+"""The measure stage: columns for every shard, with each image decoded once for all measures."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ _LOCATION = ("tar", "image_offset", "image_size")
 class MeasureStage(Stage):
     """Compute measures over an indexed pool.
 
-    Each (measure, shard) is a unit with a file of its own, `MEASURE-ID/SHARD.parquet`, rows as in the shard's view;
-    the units of a shard form a group, so what is missing of it is computed from one reading of its images. Measures
-    of other measures' columns come after those and read their files; what they read is part of their id.
+    Each (measure, shard) is a unit with one file, `MEASURE-ID/SHARD.parquet`, whose rows are those of the shard's view.
+    The units of a shard form a group, so its images are read once for everything that is missing. Measures that read
+    columns of other measures run after those and read their files; what they read is part of their id.
 
     Args:
         pool: URL of the pool directory.
-        measures: which; with a measure of another's columns, that one too, in any order.
+        measures: to compute, in any order, with the measures whose columns they read.
         out: directory of the columns.
         threads: decoding threads in each worker.
-        others: by name the id and digest of columns that were measured there before; see `beside_others`.
+        others: id and digest of columns that were measured there before, by name; see `with_existing`.
     """
 
     pool: str
@@ -79,7 +79,7 @@ class MeasureStage(Stage):
         return {"pool": storage.absolute(self.pool)}
 
     def with_existing(self) -> MeasureStage:
-        """The same, keeping in its manifest the columns that were measured there on this pool before."""
+        """The same stage, whose manifest also lists the columns that were measured there on this pool before."""
         before = read_manifest(self.out)
         if before is None or before.stage != self.name or before.parents.get("pool") != Pool.open(self.pool).digest:
             return self
@@ -89,7 +89,7 @@ class MeasureStage(Stage):
         return replace(self, others=others)
 
     def ordered(self) -> list[Measure]:
-        """The measures, each after those it reads. Raises UsageError when one of those is not among them."""
+        """The measures, each after those it reads. Raises UsageError when one of those is missing."""
         left: list[Measure] = list(self.measures)
         done: list[Measure] = []
         while left:
@@ -98,14 +98,14 @@ class MeasureStage(Stage):
             if not ready:
                 known = {measure.name for measure in self.measures}
                 lacking = [name for measure in left for name in measure.upstream() if name not in known]
-                what = f'"{lacking[0]}", which is not measured' if lacking else "what reads it in turn"
+                what = f'"{lacking[0]}", which is not measured' if lacking else "a measure that reads it"
                 raise UsageError(f'measure "{left[0].name}" reads {what}', do="Measure both.")
             done += ready
             left = [measure for measure in left if measure.name not in {item.name for item in done}]
         return done
 
     def ids(self) -> dict[str, str]:
-        """By name, the directory of each measure's columns: its id, and what it reads of others."""
+        """The directory of each measure's columns, by name. It depends on the measure and on what it reads."""
         ids: dict[str, str] = {}
         for measure in self.ordered():
             ids[measure.name] = measure.id
@@ -182,7 +182,7 @@ class MeasureStage(Stage):
 
 
 def read_samples(shard: Shard, measures: list[Measure], threads: int, skipped: list[Skipped]) -> Iterator[Samples]:
-    """A shard's samples in order, in batches; images are read and decoded ahead of the one who computes."""
+    """The samples of a shard in order, in batches; images are read and decoded ahead by threads."""
     pixels = any(measure.pixels for measure in measures)
     encoded = any(measure.encoded for measure in measures)
     members = any(measure.members for measure in measures)

@@ -217,7 +217,7 @@ def assign(rows: int, clusters: int, dim: int, repeat: int) -> None:
     """Nearest of many centroids against the machine's matrix products."""
     import torch
 
-    from winnow.curation.search.kmeans import NearestCentroid
+    from winnow.curation.search.centroids import NearestCentroid
 
     rng = np.random.default_rng(0)
     vectors = np.empty((rows, dim), np.float16)
@@ -253,7 +253,7 @@ def assign(rows: int, clusters: int, dim: int, repeat: int) -> None:
 
 def coarse(rows: int, clusters: int, dim: int) -> None:
     """The inverted file's recall and speed against the exhaustive search, embeddings in groups as images lie."""
-    from winnow.curation.search.kmeans import NearestCentroid
+    from winnow.curation.search.centroids import NearestCentroid
 
     rng = np.random.default_rng(0)
     kinds = rng.standard_normal((max(clusters // 20, 1), dim), np.float32)

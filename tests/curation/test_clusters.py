@@ -7,15 +7,8 @@ import pytest
 from tests.curation.tables import Columns, embeddings
 from tests.curation.tables import sphere as unit_vectors
 from winnow.curation.filters.image_cluster import ImageCluster
-from winnow.curation.search.kmeans import (
-    NearestCentroid,
-    assign,
-    fitted_state,
-    nearest_centroid_of,
-    sample_size,
-    sample_vectors,
-    train_centroids,
-)
+from winnow.curation.search.centroids import NearestCentroid, assign, fitted_state, nearest_centroid_of
+from winnow.curation.search.kmeans import sample_size, sample_vectors, train_centroids
 from winnow.infra.errors import WinnowError
 from winnow.infra.params import ParameterError, build
 
@@ -78,8 +71,8 @@ def test_a_coarse_search_states_its_recall_against_brute_force():
 
 
 def test_auto_is_exact_up_to_the_stated_size(monkeypatch):
-    monkeypatch.setattr("winnow.curation.search.kmeans.EXACT", 50)
-    monkeypatch.setattr("winnow.curation.search.kmeans.has_gpu", lambda: False)
+    monkeypatch.setattr("winnow.curation.search.centroids.EXACT", 50)
+    monkeypatch.setattr("winnow.curation.search.centroids.has_gpu", lambda: False)
     rng = np.random.default_rng(1)
     assert NearestCentroid(sphere(rng, 50, 4)).exact and not NearestCentroid(sphere(rng, 51, 4)).exact
 

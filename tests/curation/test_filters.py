@@ -14,7 +14,8 @@ from winnow.curation.filters.image_cluster import ImageCluster
 from winnow.curation.measures.base import Samples
 from winnow.curation.measures.caption import Caption
 from winnow.curation.measures.language import Language
-from winnow.curation.search.kmeans import assign, train_centroids
+from winnow.curation.search.centroids import assign
+from winnow.curation.search.kmeans import train_centroids
 from winnow.infra.errors import WinnowError
 from winnow.infra.params import ParameterError, build
 

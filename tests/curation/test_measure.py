@@ -96,7 +96,7 @@ def test_a_column_not_measured_names_its_measure(small_pool, tmp_path):
     view = View(Pool.open(small_pool), str(tmp_path))
     with pytest.raises(WinnowError, match=r'column "language\.code" has not been measured.*measure `language`'):
         view.check(["language.code"])
-    with pytest.raises(WinnowError, match=r'no column "clip_l14_similarity_score".*measure that would give it: clip'):
+    with pytest.raises(WinnowError, match=r'no column "clip_l14_similarity_score".*A measure provides it: clip'):
         view.check(["clip_l14_similarity_score"])
 
 

@@ -12,8 +12,9 @@ from winnow.curation.filters.d2_pruning import D2Pruning, select
 from winnow.curation.filters.neg_clip_loss import NegClipLoss, neg_clip_loss
 from winnow.curation.filters.norm_sim import NormSim
 from winnow.curation.filters.random_fraction import RandomFraction
-from winnow.curation.filters.semdedup import SemDeDup, likeness_before
-from winnow.curation.search.kmeans import assign, train_centroids
+from winnow.curation.filters.semdedup import SemDeDup, similarity_before
+from winnow.curation.search.centroids import assign
+from winnow.curation.search.kmeans import train_centroids
 from winnow.curation.search.neighbours import cosine_pairs, nearest_neighbours
 from winnow.infra.errors import WinnowError
 from winnow.infra.params import ParameterError, build
@@ -65,8 +66,8 @@ def test_semdedup_keeps_the_share_asked_for_and_says_its_epsilon():
     assert mask.sum() >= int(300 * 0.4) + 1
     epsilon = node.report(state)["epsilon"]
     assert kept(SemDeDup(clusters=5, epsilon=epsilon - 1e-6), table).tolist() == mask.tolist()
-    likeness = likeness_before(vectors, assign(vectors, train_centroids(vectors, 5)), np.arange(300.0))
-    assert likeness.min() == 0  # the first of each cluster has none before it
+    similarity = similarity_before(vectors, assign(vectors, train_centroids(vectors, 5)), np.arange(300.0))
+    assert similarity.min() == 0  # the first of each cluster has none before it
 
 
 def test_semdedup_in_random_order_keeps_no_pair_of_duplicates():
@@ -84,9 +85,9 @@ def test_semdedup_in_random_order_keeps_no_pair_of_duplicates():
 def test_semdedup_blocks_make_no_difference(monkeypatch):
     vectors = halves(bunches(np.random.default_rng(3)))
     label, place = np.zeros(300, int), np.random.default_rng(0).normal(size=300)
-    whole = likeness_before(vectors, label, place)
+    whole = similarity_before(vectors, label, place)
     monkeypatch.setattr("winnow.curation.filters.semdedup._BLOCK", 17)
-    assert np.allclose(likeness_before(vectors, label, place), whole, atol=1e-6)
+    assert np.allclose(similarity_before(vectors, label, place), whole, atol=1e-6)
 
 
 def d2(vectors, scores, k, gamma_f, gamma_r, budget):

@@ -149,7 +149,7 @@ def test_other_files_are_no_heads(tmp_path):
         read_head(str(tmp_path / "objects.npy"))
     np.save(tmp_path / "wide.npy", np.ones(7))
     table = pa.table({"clip.image": embeddings(sphere(np.random.default_rng(2), 2, 4))})
-    with pytest.raises(WinnowError, match="7 dimensions, the scorer's have 4"):
+    with pytest.raises(WinnowError, match="7 dimensions, these have 4"):
         Aesthetic(str(tmp_path / "wide.npy")).compute(Samples(table, []))
 
 

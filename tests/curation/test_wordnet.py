@@ -195,7 +195,7 @@ def test_broken_files_are_refused(tmp_path):
     with pytest.raises(WinnowError, match=r"index\.verb, line 5: is not a line"):
         WordNet(str(broken))
     (tmp_path / "bad.txt").write_text("n01440764\ntench\n")
-    with pytest.raises(WinnowError, match=r'line 2: "tench" is no synset'):
+    with pytest.raises(WinnowError, match=r'line 2: "tench" is not a synset'):
         read_synsets(str(tmp_path / "bad.txt"))
     (tmp_path / "nothing.txt").write_text("\n")
     with pytest.raises(WinnowError, match="lists no synset"):

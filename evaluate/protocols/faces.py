@@ -1,7 +1,7 @@
 """FairFace and UTKFace as DataComp reports them: zero-shot race, gender and age, and how often people of each race are
-taken for animals or criminals (Radford et al. 2021, section 7.1, tables 3 to 6). There is no summary figure.
+taken for animals or criminals (Radford et al. 2021, section 7.1, tables 3 to 6). There is no main metric.
 
-Each line of the two text files begins with what it is about: "race:", "gender:", "age:" or "toxic:". A sample's
+Each line of the two text files begins with its subject: "race:", "gender:", "age:" or "toxic:". A sample's
 metadata are age, gender, race and whether the race is another than white (0 for white, 1 for not)."""
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _check_objectives(lines: Sequence[str], url: str) -> None:
 
 def faces(features: Features, test_set: EvalSet) -> list[Row]:
     """Accuracies of race (white or not), gender and age, over all and by white or not; of gender by race and gender;
-    and the shares taken for criminals and for no humans, by race. Each with the lowest of its groups."""
+    and the fractions taken for criminals and for non-humans, by race. Each with the lowest of its groups."""
     weights = class_weights(features, test_set)
     starts = np.array([name.partition(":")[0] for name in test_set.classnames])
     said = {one: metrics.predictions(features.images @ weights[starts == one].T) for one in OBJECTIVES}

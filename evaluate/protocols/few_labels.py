@@ -1,6 +1,6 @@
 """The linear probe with 1 % and 10 % of the labels, the same number from each class.
 
-Chen et al. 2020 (SimCLR), section 6 and appendix B.5, samples so, and fine-tunes
+Chen et al. 2020 (SimCLR), section 6 and appendix B.5, samples in this way and fine-tunes
 (`winnow.evaluate.protocols.fine_tune`).
 """
 
@@ -18,10 +18,10 @@ SEEDS = (0, 1, 2)
 
 
 def few_labels(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Places of a class-balanced part of a train split: int64, ascending.
+    """Indices of a class-balanced part of a train split: int64, ascending.
 
-    Each class that occurs gives `share` of an equal part of the split, rounded, at least one sample and at most all its
-    own. With unequal classes that is less than `share` of all.
+    Each class that occurs gives the same number of samples, `fraction` of the split divided by the number of classes,
+    rounded; but at least one and at most all that it has. With unequal classes that is less than `fraction` of all.
     """
     present = np.unique(labels)
     each = max(1, round(fraction * len(labels) / len(present)))
@@ -31,9 +31,9 @@ def few_labels(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 
 
 def linear_few(features: Features, test_set: EvalSet, fraction: float) -> list[Row]:
-    """The test set's figures by the probe on a part of the train split drawn from the seed.
+    """The test set's scores by the probe on a part of the train split drawn from the seed.
 
-    No other label is looked at: the strength is chosen on a fifth of that part, or 1 where that is nothing.
+    No other label is used: the strength is chosen on a fifth of that part, or is 1 where that is empty.
     """
     train = train_split(features, test_set)
     indices = few_labels(train.labels, fraction, features.seed)

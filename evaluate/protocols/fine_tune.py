@@ -3,8 +3,8 @@
 Chen et al. 2020 (SimCLR), appendix B.5: SGD with Nesterov momentum 0.9, learning rate 0.05 at batch 256, no weight
 decay, no warm-up; 60 epochs with 1 %, 30 with 10 %. Deviations: batches of at most 256 instead of 4096, and the rate of
 256 for the smaller ones that the smallest sets have, with no fewer than `MIN_STEPS` steps; the rate falls to 0 by a
-cosine; gradients are clipped to norm 1; no random crops or flips, for they change the label of some of these sets
-(digits, counts, text); the classifier starts from zero, and batch statistics stay the encoder's own.
+cosine; gradients are clipped to norm 1; no random crops or flips, as they change the label in some of these sets
+(digits, counts, text); the classifier starts from zero, and batch statistics stay those of the encoder.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ Prepare = Callable[[Image.Image], "torch.Tensor"]
 
 
 def loader(split: Split, indices: np.ndarray, prepare: Prepare, threads: int) -> Callable[[np.ndarray], torch.Tensor]:
-    """A function of some of the places that gives their images, float32 [b, 3, H, W].
+    """A function from some of the indices to their images, float32 [b, 3, H, W].
 
-    Decoded in threads when asked for; once and for all where they fit into `KEEP_BYTES`.
+    Images are decoded in threads at each call, or once where all fit into `KEEP_BYTES`.
     """
 
     import torch
@@ -76,7 +76,7 @@ def tune(
         dim: of its features.
         classes: number of classes.
         split: to learn from.
-        places: of the samples in it that are learned from; int64, ascending.
+        indices: of the samples in it to learn from; int64, ascending.
         prepare: an image to what the tower takes.
         epochs: of those samples; more where that gives fewer than `MIN_STEPS` steps.
         seed: of the order.
@@ -125,7 +125,7 @@ def scores_of(model: torch.nn.Module, split: Split, prepare: Prepare, threads: i
 
 
 def finetune(features: Features, test_set: EvalSet, fraction: float) -> list[Row]:
-    """The test set's figures by the encoder tuned on a class-balanced part of the train split drawn from the seed."""
+    """The test set's scores by the encoder tuned on a class-balanced part of the train split drawn from the seed."""
     from winnow.evaluate.protocols.logistic import torch_device
 
     train = train_split(features, test_set)

@@ -3,7 +3,7 @@
 Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", equation 6.
 Their FID takes an Inception network's features. Distances over different encoders, or over different numbers of
 images, do not compare; smaller is better. The registered protocol takes 8×8 pixels, which needs no published weights.
-For another encoder make a protocol of your own: `FID = frechet("ViT-B-32:openai", "fid_clip")`.
+For another encoder make another protocol: `FID = frechet("ViT-B-32:openai", "fid_clip")`.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def votes(
 
 
 def knn(features: Features, test_set: EvalSet) -> list[Row]:
-    """The test set's figures by the votes; the validation split, where there is one, votes too."""
+    """The test set's scores by the votes; the validation split, where there is one, votes too."""
     train_split(features, test_set)
     banks = [features.splits[name] for name in ("train", "val") if name in features.splits]
     images = np.concatenate([bank.images for bank in banks])

@@ -3,9 +3,8 @@
 Radford et al. 2021 (CLIP), appendix A.3: L-BFGS with at most 1,000 iterations; the strength out of 96 values spaced
 logarithmically from 1e-6 to 1e6, found by a search that starts with seven of them and halves the interval around the
 best until it knows 8 a decade; the final classifier is trained on train and validation together. Deviations: the
-features are the encoder's L2-normalised embeddings, where CLIP took those before the projection; sets without a
-validation split have a fifth of each class of the train split for it, and a fit starts from that of the nearest
-strength.
+features are the encoder's L2-normalised embeddings, where CLIP took those before the projection; for sets without a
+validation split it is a fifth of each class of the train split, and a fit starts from that of the nearest strength.
 """
 
 from __future__ import annotations
@@ -54,12 +53,12 @@ def sweep(score: Callable[[float], float]) -> float:
 
 
 def split_labels(labels: np.ndarray, fraction: float = VALIDATION, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Cut a train split in two, class by class; the same samples each time.
+    """Split a train split in two, class by class; the same samples each time.
 
     Every class keeps a sample to train on. Those with two or more give at least one to validation.
 
     Returns:
-        (places of those to train on, places of those to validate on), int64, ascending.
+        (indices of those to train on, indices of those to validate on), int64, ascending.
     """
     rng = np.random.default_rng(seed)
     held: list[np.ndarray] = []
@@ -90,7 +89,7 @@ def probe(train: Split, val: Split | None, test_images: np.ndarray, classes: int
 
     Args:
         train: to learn from.
-        val: to choose the strength on; None, or where it holds one class alone, to carve it from what there is.
+        val: to choose the strength on; where it is None or holds one class alone, a part of the rest takes its place.
         test_images: float32 [n, dim].
         classes: number of classes.
         device: "auto", "cpu", "cuda".
@@ -121,7 +120,7 @@ def train_split(features: Features, test_set: EvalSet) -> Split:
 
 
 def linear_probe(features: Features, test_set: EvalSet) -> list[Row]:
-    """The test set's figures by the probe."""
+    """The test set's scores by the probe."""
     train = train_split(features, test_set)
     classes = len(test_set.classnames)
     scores = probe(train, features.splits.get("val"), features.images, classes, features.device)

@@ -135,7 +135,7 @@ def _minimise(theta: torch.Tensor, loss: Callable[[], torch.Tensor], max_iterati
 
 @contextlib.contextmanager
 def threads_for(x: torch.Tensor, classes: int) -> Iterator[None]:
-    """One CPU thread for steps too small to share out, where waiting for each other takes longer than the work."""
+    """One CPU thread for small steps, where synchronising threads takes longer than the work."""
     before = torch.get_num_threads()
     if x.shape[0] * x.shape[1] * classes < SMALL:
         torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 """Image–text retrieval with several captions an image: recall@1, @5, @10 in both directions, as CLIP_benchmark
-defines it: for text retrieval the share of images with any of their captions among the first k, for image retrieval
-the share of captions with their image among the first k."""
+defines it: for text retrieval the fraction of images with any of their captions among the first k, for image retrieval
+the fraction of captions with their image among the first k."""
 
 from __future__ import annotations
 

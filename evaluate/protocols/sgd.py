@@ -2,7 +2,7 @@
 
 He et al. 2020 (MoCo), section 4.1: learning rate 30 at batch 256, divided by ten after 60 and 80 of 100 epochs,
 momentum 0.9, no weight decay. Deviations: the features are those of the whole image, L2-normalised, and not of
-random crops; the steps of small sets are no fewer than `MIN_STEPS`, for the schedule is ImageNet's.
+random crops; small sets take at least `MIN_STEPS` steps, because the schedule is ImageNet's.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def fit_sgd(x: torch.Tensor, y: torch.Tensor, classes: int, seed: int = 0, rate:
 
 
 def linear_sgd(features: Features, test_set: EvalSet) -> list[Row]:
-    """The test set's figures by the classifier; learns from the validation split too, where there is one."""
+    """The test set's scores by the classifier, which also learns from the validation split, where there is one."""
     import torch
 
     from winnow.evaluate.protocols.logistic import logits_of, to_torch

@@ -1,9 +1,9 @@
 """WinoGAViL (Bitton et al. 2022): which images belong to a cue.
 
-As in DataComp's evaluation the cue reads "A cat" or "An owl", in lower case; as many images are chosen as belong to
-it, those nearest to it, and the score is the Jaccard index of the chosen and the right ones. DataComp embeds in half
-precision on a GPU and leaves equal scores to the sorting routine; here it is full precision, and of equals the first
-candidate.
+As in DataComp's evaluation the cue reads "A cat" or "An owl", in lower case; as many images are selected as belong to
+it, those nearest to it, and the score is the Jaccard index of the selected and the right ones. DataComp embeds in half
+precision on a GPU and leaves ties to the sorting routine; here it is full precision, and of equal scores the first
+candidate wins.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class CompareStage(Stage):
     baseline: str = ""
 
     name = "compare"
-    version = 1
+    version = 2
     run_on_driver = True
 
     def params(self) -> dict[str, Any]:

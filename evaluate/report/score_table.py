@@ -21,12 +21,12 @@ NOT_APPLICABLE = "n/a"
 
 
 def scores_text(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> str:
-    """Main metrics with their standard errors, averages below them by protocol, then what is missing and why.
+    """Main metrics with their standard errors, below them averages by protocol, then what is missing and why.
 
-    A task's seeds are averaged. An average is over the scored tasks that every checkpoint has a figure for.
+    A task's seeds are averaged. An average is over the scored tasks on which every checkpoint has a score.
 
     Args:
-        rows: of scores.parquet; their order is that of the checkpoints.
+        rows: of scores.parquet, in the order of the checkpoints.
         values: of the evaluate manifest.
     """
     tasks = values["tasks"]
@@ -72,7 +72,7 @@ def scores_text(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) ->
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Names without the folders that all that lie in one share; distinct ones stay distinct."""
+    """Names without their common parent folders; distinct names stay distinct."""
     parts = [name.rstrip("/").split("/") for name in names]
     deep = [part for part in parts if len(part) > 1]
     shared = 0
@@ -135,7 +135,7 @@ def _averages(
 
 
 def _left_out(left_out: Mapping[str, Mapping[str, Mapping[str, int]]], tasks: Mapping[str, Any]) -> list[str]:
-    """A sentence on the images that no figure rests on."""
+    """A sentence on the undecodable images."""
     parts = []
     for key, splits in left_out.items():
         counts = [
@@ -148,7 +148,7 @@ def _left_out(left_out: Mapping[str, Mapping[str, Mapping[str, int]]], tasks: Ma
 
 
 def _reasons(entries: Sequence[Mapping[str, str]], names: Mapping[str, str], title: str) -> list[str]:
-    """A line for each protocol and reason: which tasks, of which checkpoints if not of all."""
+    """A line for each protocol and reason: which tasks, and for which checkpoints where not for all."""
     found: dict[tuple[str, str], dict[str, list[str]]] = {}
     for entry in entries:
         by_task = found.setdefault((entry.get("protocol", ""), entry["reason"]), {})

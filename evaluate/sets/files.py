@@ -81,7 +81,7 @@ def split_tars(url: str, split: str = "test") -> tuple[str, ...]:
 
 def data_digest(url: str, split: str = "test") -> str:
     """Digest of a split of a set: of the content of its text files and shards where they are local, of the store's
-    version tokens where they are not. One that cannot be read counts as such; the one who wants it says so."""
+    version tokens where they are not. An unreadable file has a digest, too; reading it raises the error."""
     files = [name for name in storage.list_names(url) if name.endswith((".txt", ".json", ".jsonl"))]
     inner = [name for name in storage.list_names(storage.join(url, split)) if name.endswith((".txt", ".tar"))]
     files += [f"{split}/{name}" for name in inner]

@@ -1,4 +1,4 @@
-"""What `winnow evaluate --check` says of sets that are whole, short, broken or not there."""
+"""What `winnow evaluate --check` says of sets that are complete, partial, broken or missing."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_what_evaluating_would_find_wrong(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [100, 600, 1030, 1200, 2047, 2049, 2300, 2577])
-def test_a_tar_cut_anywhere(tmp_path: Path, size: int) -> None:
+def test_a_tar_truncated_anywhere(tmp_path: Path, size: int) -> None:
     root = write_classification(tmp_path, shards=1)
     tar = root / "test" / "0.tar"
     tar.write_bytes(tar.read_bytes()[:size])

@@ -1,4 +1,4 @@
-"""Cutting sets into parts, and features that are computed once."""
+"""Splitting sets into parts, and features that are computed once."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_parts_of_an_object_store_are_its_shards(tmp_path: Path) -> None:
     assert image_of(read_samples(parts, [20], WANTED)[0]) == here[20]
 
 
-def test_a_cut_tar_is_a_broken_task(tmp_path: Path) -> None:
+def test_a_truncated_tar_is_a_broken_task(tmp_path: Path) -> None:
     root = write_classification(tmp_path, n=30, shards=1)
     tar = root / "test" / "0.tar"
     tar.write_bytes(tar.read_bytes()[:-12000])
@@ -114,7 +114,7 @@ def test_a_cut_tar_is_a_broken_task(tmp_path: Path) -> None:
 
 
 def test_features_are_the_encoders(tmp_path: Path, data: Path, specs: dict[str, str]) -> None:
-    """What is kept, read back by hand, is what the encoder makes of each image alone."""
+    """The stored features, read by hand, are those of each image alone."""
     from winnow.infra.io.images import decode_image
 
     stage = stage_of(specs, data, tmp_path / "out").embedding()
@@ -222,7 +222,7 @@ def test_a_broken_train_split_leaves_zero_shot_alone(tmp_path: Path, data: Path,
     assert reasons["colors", "knn"].startswith("wds_colors_test/train/0.tar: truncated tar")
 
 
-def test_a_part_that_fails_is_tried_again_and_hides_nothing(
+def test_a_failing_part_is_retried_and_affects_no_other_set(
     tmp_path: Path, data: Path, specs: dict[str, str], monkeypatch
 ) -> None:
     write_classification(data, "wds_other_test", n=10)
@@ -246,7 +246,7 @@ def test_a_part_that_fails_is_tried_again_and_hides_nothing(
     assert set(run(stage).values["tasks"]) == {"other", "retrieval-colors", "colors"}
 
 
-def test_a_checkpoint_that_cannot_be_loaded_hides_nothing(tmp_path: Path, data: Path, specs: dict[str, str]) -> None:
+def test_a_checkpoint_that_cannot_be_loaded_affects_no_other(tmp_path: Path, data: Path, specs: dict[str, str]) -> None:
     (tmp_path / "bad.pt").write_bytes(b"no weights")
     config = specs["tiny"].rpartition(":")[0]
     checkpoints = specs | {"bad": f"{config}:{tmp_path}/bad.pt"}
@@ -285,7 +285,7 @@ def test_reasons_name_tasks_and_checkpoints_once() -> None:
     assert _reasons(entries, names, "Left out") == ["Left out: knn of a, b for X, Y; c for Z; d (no split)."]
 
 
-def test_what_lies_under_transparency_is_seen_as_open_clip_sees_it(tmp_path: Path, specs: dict[str, str]) -> None:
+def test_transparency_is_handled_as_in_open_clip(tmp_path: Path, specs: dict[str, str]) -> None:
     """webdataset's decoder and open_clip's transform both convert to RGB, which drops the alpha channel."""
     rng = np.random.default_rng(0)
     root = write_classification(tmp_path / "data", n=2, shards=1)
@@ -308,7 +308,7 @@ def test_what_lies_under_transparency_is_seen_as_open_clip_sees_it(tmp_path: Pat
     np.testing.assert_allclose(kept, expected, atol=1e-6)
 
 
-def test_each_precision_has_features_of_its_own(tmp_path: Path, data: Path, specs: dict[str, str]) -> None:
+def test_each_precision_has_separate_features(tmp_path: Path, data: Path, specs: dict[str, str]) -> None:
     """bfloat16 keeps 8 bits: near float32's features, and not equal to them."""
     made = {}
     for precision in ("float32", "bfloat16"):
@@ -338,7 +338,7 @@ def test_a_thin_image_is_left_out(tmp_path: Path, specs: dict[str, str]) -> None
     assert manifest.values["tasks"]["colors"]["n"] == 29
 
 
-def test_equal_broken_shards_are_each_told_of(tmp_path: Path, data: Path, specs: dict[str, str]) -> None:
+def test_equal_broken_shards_are_each_reported(tmp_path: Path, data: Path, specs: dict[str, str]) -> None:
     for name in ("wds_a_test", "wds_b_test"):
         root = write_classification(data, name)
         (root / "test" / "1.tar").write_bytes(b"")

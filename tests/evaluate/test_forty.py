@@ -1,4 +1,4 @@
-"""All 40 entries in DataComp's own forms, tiny, through the stages: each has its figures, and DataComp's aggregation
+"""All 40 entries in DataComp's forms, tiny, through the stages: each has its scores, and DataComp's aggregation
 reads what is written."""
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def evaluated(tmp_path_factory) -> tuple[Path, dict]:
     return folder, manifest.values
 
 
-def test_every_entry_has_its_figures(evaluated) -> None:
+def test_every_entry_has_its_scores(evaluated) -> None:
     folder, values = evaluated
     assert values["missing"] == [] and values["not_applicable"] == []
     assert set(values["tasks"]) == set(TASKS)

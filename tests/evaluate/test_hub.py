@@ -1,4 +1,4 @@
-"""Sets on a hub: fetched once, tried again, pinned; against a local server that speaks the hub's requests."""
+"""Sets on a hub: downloaded once, retried, pinned; against a local server that answers the hub's requests."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def resolve(path: str, repo: str = "djghosh/wds_cifar10_test", revision: str = C
     return f"/datasets/{repo}/resolve/{revision}/{path}"
 
 
-def test_a_set_is_read_and_then_kept(server: Hub) -> None:
+def test_a_set_is_read_and_cached(server: Hub) -> None:
     (found,) = find_tasks("hf://datasets/djghosh@main", "cifar10")
     assert found.url == f"hub://djghosh/wds_cifar10_test@{COMMIT}"  # the branch became a commit
     test_set = open_found(found)
@@ -57,7 +57,7 @@ def test_a_set_is_read_and_then_kept(server: Hub) -> None:
 
 
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
-def test_requests_that_fail_are_made_again(server: Hub, method: str) -> None:
+def test_failing_requests_are_retried(server: Hub, method: str) -> None:
     (found,) = find_tasks("hf://datasets/djghosh@main", "cifar10")
     server.failures[f"{method} {resolve('test/1.tar')}"] = 2
     server.failures[f"GET /api/datasets/djghosh/wds_cifar10_test/tree/{COMMIT}"] = 1

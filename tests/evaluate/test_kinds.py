@@ -31,7 +31,7 @@ def unit(array: np.ndarray) -> np.ndarray:
 
 
 class Texts:
-    """An encoder of texts: each gets a direction of its own, always the same."""
+    """An encoder of texts: each has its fixed direction."""
 
     def __init__(self, dim: int = 6) -> None:
         self.dim, self.seen = dim, []
@@ -105,7 +105,7 @@ def test_iwildcam() -> None:
     assert rows["mean_per_class_recall"].value == pytest.approx(recall)
 
 
-def test_metadata_that_is_not_there_leaves_the_other_figures() -> None:
+def test_missing_metadata_leaves_the_other_scores() -> None:
     features, test_set, _ = classified("wilds/camelyon17")
     rows = rows_of(Features(features.images, features.labels, Texts(), metadata=features.metadata * np.nan), test_set)
     assert set(rows) == {"acc1", "acc5", "mean_per_class_recall"}
@@ -235,7 +235,7 @@ def test_multilabel() -> None:
 
 @pytest.mark.parametrize("names", [[f"thing {i}" for i in range(313)]])
 def test_objectnet_mapping(tmp_path: Path, names: list[str]) -> None:
-    """A set in ObjectNet's own 313 classes, with the mapping file of its release."""
+    """A set with all of ObjectNet's 313 classes, with the mapping file of its release."""
     import json
 
     root = write_classification(tmp_path, "wds_objectnet_test", n=60, names=names)

@@ -1,4 +1,4 @@
-"""Sets kept as a table with images: as in the hub's repositories, and as the datasets library caches them."""
+"""Sets distributed as a table with images: as in the hub's repositories, and as the datasets library caches them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_table_and_zip(tmp_path: Path, cache: Path, python_lists: bool) -> None:
     assert len(list(cache.iterdir())) == 1
 
 
-def test_a_changed_table_is_unpacked_anew(tmp_path: Path) -> None:
+def test_a_changed_table_is_unpacked_again(tmp_path: Path) -> None:
     root = tmp_path / "data" / FLICKR.data_folder
     write_packed_retrieval(root)
     assert len(list(samples_of(opened(tmp_path / "data")))) == 7
@@ -129,7 +129,7 @@ def test_a_path_outside_the_cache_is_not_read(tmp_path: Path) -> None:
         row = {"image": {"bytes": None, "path": path}, "caption": ["one"]}
         folder = tmp_path / "data" / "hf_cache" / "nlphuji___flickr_1k_test_image_text_retrieval"
         write_arrow(folder / "TEST" / "1.1.0" / "a" / "x-test.arrow", [row])
-        with pytest.raises(TaskError, match="neither there nor in hf_cache"):
+        with pytest.raises(TaskError, match="neither embedded nor in hf_cache"):
             opened(tmp_path / "data")
 
 
@@ -137,8 +137,8 @@ def test_a_path_outside_the_cache_is_not_read(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ({"raw": '["a"]', "filename": "nowhere.jpg"}, r'images_flickr_1k_test\.zip: holds no image "nowhere\.jpg"'),
-        ({"raw": "__import__('os')", "filename": "1000.jpg"}, r"test_1k_flickr\.csv:2: .*is no list of strings"),
-        ({"raw": "[1]", "filename": "1000.jpg"}, r"test_1k_flickr\.csv:2: .*is no list of strings"),
+        ({"raw": "__import__('os')", "filename": "1000.jpg"}, r"test_1k_flickr\.csv:2: .*is not a list of strings"),
+        ({"raw": "[1]", "filename": "1000.jpg"}, r"test_1k_flickr\.csv:2: .*is not a list of strings"),
         ({"text": "a", "filename": "1000.jpg"}, r'test_1k_flickr\.csv: has no column "raw"'),
     ],
 )

@@ -62,7 +62,7 @@ def test_more_dimensions_than_samples(rank: int) -> None:
     np.testing.assert_allclose(b - b.mean(), reference.intercept_ - reference.intercept_.mean(), atol=2e-3)
 
 
-def test_features_that_are_all_the_same_leave_the_share_of_each_class() -> None:
+def test_identical_features_give_the_frequency_of_each_class() -> None:
     x = torch.full((4, 3), 0.5, dtype=torch.float64)
     w, b = logistic.fit(x, torch.tensor([0, 0, 0, 1]), 2, 1.0, tolerance=1e-9)
     assert not w.any()
@@ -135,7 +135,7 @@ def test_probe_is_the_best_of_scikit_learns_on_validation() -> None:
 
 
 def test_a_validation_split_of_one_class_chooses_nothing() -> None:
-    """Any strength is as good on it; the classes are told apart all the same."""
+    """Any strength is as good on it; the classes are separated all the same."""
     rng = np.random.default_rng(1)
     labels = np.repeat(np.arange(4), 30)
     images = np.float32(np.eye(4)[labels] + rng.normal(scale=0.3, size=(120, 4)))
@@ -208,7 +208,7 @@ def split_of(n: int, first: int) -> Split:
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_every_protocol_tells_colours_apart(name: str, spec: str, colors: EvalSet) -> None:
+def test_every_protocol_separates_colours(name: str, spec: str, colors: EvalSet) -> None:
     train, test = split_of(120, 0), split_of(30, 5000)
     features = Features(
         images=test.images,
@@ -227,7 +227,7 @@ def test_every_protocol_tells_colours_apart(name: str, spec: str, colors: EvalSe
         kind(Features(test.images, test.labels, lambda _: [], splits={"train": blind, "test": test}), colors)
 
 
-def test_figures_are_scikit_learns(colors: EvalSet) -> None:
+def test_scores_are_scikit_learns(colors: EvalSet) -> None:
     """The rows of a protocol against scikit-learn's metrics on the same scores."""
     train, labels = clusters(90, 6, len(COLORS), seed=5, noise=4)
     test, truth = clusters(50, 6, len(COLORS), seed=6, noise=4)

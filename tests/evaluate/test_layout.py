@@ -1,4 +1,4 @@
-"""The evaluation layout: what is found, and what is said about sets that are broken."""
+"""Finding and opening test sets, and the messages for broken ones."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def break_template(root: Path) -> None:
     (root / "zeroshot_classification_templates.txt").write_text("a photo of {c}.\na photo of {}.\n")
 
 
-def cut_tar(root: Path) -> None:
+def truncate_tar(root: Path) -> None:
     data = (root / "test" / "1.tar").read_bytes()
     (root / "test" / "1.tar").write_bytes(data[: len(data) // 2 - 100])
 
@@ -104,7 +104,7 @@ def break_count(root: Path) -> None:
         (remove_label, r"1\.tar, sample s9: no label"),
         (remove_templates, r"zeroshot_classification_templates\.txt: no such file"),
         (break_template, r"zeroshot_classification_templates\.txt:2: .*no \{c\}"),
-        (cut_tar, r"1\.tar: truncated tar"),
+        (truncate_tar, r"1\.tar: truncated tar"),
         (remove_tar, r"1\.tar: no such file"),
         (break_count, r"nshards\.txt: should hold the number of test shards"),
     ],
@@ -125,7 +125,7 @@ def test_digest_follows_content(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [100, 600, 1030, 1200, 2047, 2049, 2300, 2560 + 17, "between samples"])
-def test_a_tar_cut_anywhere_is_noticed(tmp_path: Path, cut: int | str) -> None:
+def test_a_tar_truncated_anywhere_is_reported(tmp_path: Path, cut: int | str) -> None:
     """Within a header, within data, within the padding after them, and where a sample ends."""
     root = write_classification(tmp_path, shards=1)
     if isinstance(cut, str):
@@ -225,7 +225,7 @@ def test_text_files_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     assert found.task.kind == "retrieval" and len(list(samples_of(open_found(found)))) == 9
 
 
-def test_odd_names_and_what_lies_about_hide_no_set(tmp_path: Path) -> None:
+def test_unusual_names_and_stray_files_hide_no_set(tmp_path: Path) -> None:
     root = write_classification(tmp_path, "wds_colors_test")
     before = data_digest(str(root))
     for folder in ("wds_my set_test", "wds_été_test", "wds_grouped_test"):

@@ -1,4 +1,4 @@
-"""The evaluate stage: its figures against a plain loop, broken sets beside whole ones, and the contract of a stage."""
+"""The evaluate stage: its scores against a plain loop, broken sets next to intact ones, and the contract of a stage."""
 
 from __future__ import annotations
 
@@ -232,8 +232,8 @@ def test_undecodable_image_is_skipped(tmp_path: Path, spec: str) -> None:
     assert missing["task"] == "colors" and "1 of 5 skipped, the budget is 10.0%" in missing["reason"]
 
 
-def test_features_that_are_not_finite_give_no_figure(data: Path, tmp_path: Path) -> None:
-    """nan is neither above nor below another score, so that no label would seem to stand before the right one."""
+def test_features_that_are_not_finite_give_no_score(data: Path, tmp_path: Path) -> None:
+    """NaN is neither above nor below another score, so no label would seem to rank before the right one."""
     config = write_config(tmp_path).rpartition(":")[0]
     state = build_model(CONFIG).state_dict()
     specs = {"whole": f"{config}:random"}

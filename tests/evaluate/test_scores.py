@@ -1,4 +1,4 @@
-"""`eval_results.jsonl`: the keys and names of DataComp's own, and its aggregation over it."""
+"""`eval_results.jsonl`: the keys and names of DataComp's, and its aggregation over it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_faces_and_the_rest() -> None:
     assert got["main_metric"] == got["mean_recall@1"]
 
 
-def test_other_protocols_stand_beside() -> None:
+def test_other_protocols_have_a_prefix() -> None:
     mixed = [*rows("acc1"), *rows("acc1", protocol="linear_1pct"), *rows("acc1", protocol="linear_1pct")]
     mixed[-1]["value"] = 0.03
     got = result_line("m", TASKS["cifar10"], mixed)["metrics"]
@@ -142,7 +142,7 @@ def test_names_of_columns() -> None:
 
 
 def test_an_average_says_what_it_is_over() -> None:
-    """DataComp's 38 are averaged alone, whatever else lies in the folder; fewer are named."""
+    """DataComp's 38 are averaged alone, whatever else is in the folder; fewer are named."""
     official = [key for key, task in TASKS.items() if task.group != "extra"]
     text = table_of([*official, "mine"])
     (line,) = [line for line in text.splitlines() if "38-task average" in line]

@@ -138,21 +138,8 @@ class Graph:
         return tuple(self.recipe.subsets) or ("",)
 
     def steps(self) -> list[Step]:
-        recipe, given, steps = self.recipe, self.given, []
-        if recipe.demo is not None:
-            steps.append(Step("demo", self._demo))
-        if recipe.pool and given.pool is None:
-            steps.append(Step("index", self._index))
-        if recipe.inject is not None:
-            steps.append(Step("inject", self._inject))
-        if recipe.scorer is not None and recipe.scorer.trusted is not None:
-            steps += [Step("index trusted", self._trusted), Step("pretrain scorer", self._scorer)]
-        for target in recipe.targets():
-            if self._is_ready(target):
-                continue
-            name = storage.name_of(target)
-            steps.append(Step(f"index {name}", partial(self._target, target)))
-            steps.append(Step(f"measure {name}", partial(self._measure_target, target)))
+        """All steps, in order."""
+        recipe, given, steps = self.recipe, self.given, self._sources()
         if recipe.pool_measures() and given.columns is None:
             steps.append(Step("measure", self._measure))
         if recipe.subsets:
@@ -168,6 +155,25 @@ class Graph:
             steps += [Step("evaluate", self._evaluate, budget)]
             if not given.checkpoints:
                 steps.append(Step("compare", self._compare))
+        return steps
+
+    def _sources(self) -> list[Step]:
+        """The steps that make the pool, the scorer and the target sets ready."""
+        recipe, steps = self.recipe, []
+        if recipe.demo is not None:
+            steps.append(Step("demo", self._demo))
+        if recipe.pool and self.given.pool is None:
+            steps.append(Step("index", self._index))
+        if recipe.inject is not None:
+            steps.append(Step("inject", self._inject))
+        if recipe.scorer is not None and recipe.scorer.trusted is not None:
+            steps += [Step("index trusted", self._trusted), Step("pretrain scorer", self._scorer)]
+        for target in recipe.targets():
+            if self._is_ready(target):
+                continue
+            name = storage.name_of(target)
+            steps.append(Step(f"index {name}", partial(self._target, target)))
+            steps.append(Step(f"measure {name}", partial(self._measure_target, target)))
         return steps
 
     def run(self, executor: Executor, log: RunLog, until: str | None = None) -> dict[str, Manifest]:

@@ -232,7 +232,7 @@ class Encoder:
     def _encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """open_clip's `encode_text` of a causal model, without the padding after the longest text.
 
-        The result is the same, and prompts fill a fifth of CLIP's 77 tokens; texts of similar length are batched together.
+        The result is the same, and prompts fill a fifth of CLIP's 77 tokens; similar lengths share a batch.
         """
         import torch
 

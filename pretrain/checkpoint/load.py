@@ -78,10 +78,10 @@ def initial_weights(spec: str, encoder: torch.nn.Module) -> dict[str, torch.Tens
     """
     found: dict[str, torch.Tensor] = load_network(parse_spec(spec))[0].state_dict()
     own = encoder.state_dict()
-    for a, b in (("visual.", "trunk."), ("trunk.", "visual.")):
-        if not set(found) & set(own):
-            found = {b + name.removeprefix(a): value for name, value in found.items() if name.startswith(a)}
-    fits = {name: value for name, value in found.items() if name in own}
+    fits: dict[str, torch.Tensor] = {}
+    for there, here in (("", ""), ("visual.", "trunk."), ("trunk.", "visual.")):
+        renamed = {here + name.removeprefix(there): value for name, value in found.items() if name.startswith(there)}
+        fits = fits or {name: value for name, value in renamed.items() if name in own}
     if not fits:
         raise UsageError(f"{spec} has no weights of the networks that are trained", where="init")
     for name, value in fits.items():

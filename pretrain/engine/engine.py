@@ -1,4 +1,4 @@
-"""The engine of a training: a DeepSpeed engine for each player, what follows each step, and the state to resume from."""
+"""The engine of a training: a DeepSpeed engine per player, what follows each step, and the state to resume from."""
 
 from __future__ import annotations
 

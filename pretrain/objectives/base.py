@@ -96,7 +96,7 @@ class Objective(nn.Module, abc.ABC):
         beside = getattr(sys.modules.get(cls.__module__), "Config", None)
         if "Config" not in vars(cls) and beside is not None:
             cls.Config = beside
-        lacking = [name for name in _METHODS if getattr(cls, name) is getattr(Objective, name)]
+        lacking = [name for name in _METHODS if getattr(getattr(cls, name), "__isabstractmethod__", False)]
         if not hasattr(cls, "Config"):
             lacking.append("Config")
         if lacking:

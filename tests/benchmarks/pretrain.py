@@ -41,6 +41,7 @@ from winnow.pretrain.data.loader import Batches, Samples
 from winnow.pretrain.launch import launch
 from winnow.pretrain.loop import Job, make_objective
 from winnow.pretrain.objectives.base import Sample
+from winnow.pretrain.sections import ParallelConfig
 
 SKIPPED = 10  # batches before the clock starts
 MODEL = {
@@ -196,8 +197,9 @@ def train(args: Namespace, pool: str, folder: Path) -> None:
         return clock.rate(args.batch)
 
     config = PretrainConfig(
-        model=MODEL, samples_seen=args.steps * args.batch, batch_size=args.batch, warmup_steps=5, device="cpu",
-        precision={"amp_bf16": "bf16"}.get(args.precision, args.precision), threads=args.threads, num_workers=args.workers,
+        model=MODEL, samples_seen=args.steps * args.batch, batch_size=args.batch, warmup_steps=5,
+        precision={"amp_bf16": "bf16"}.get(args.precision, args.precision),
+        parallel=ParallelConfig(device="cpu", threads=args.threads, num_workers=args.workers),
     )  # fmt: skip
     number = 0
 
@@ -238,8 +240,8 @@ def gpu(args: Namespace, pool: str, folder: Path) -> None:
     for model, batch in (("ViT-B-32", 2048), ("ViT-B-16", 512), ("ViT-L-14", 256)):
         out = folder / model
         config = PretrainConfig(
-            model=model, samples_seen=args.steps * batch, batch_size=batch, warmup_steps=5, device="cuda", precision="bf16",
-            num_workers=args.workers, threads=args.threads,
+            model=model, samples_seen=args.steps * batch, batch_size=batch, warmup_steps=5, precision="bf16",
+            parallel=ParallelConfig(device="cuda", threads=args.threads, num_workers=args.workers),
         )  # fmt: skip
         torch.cuda.reset_peak_memory_stats()
         launch([Job(config, pool, None, str(out), seed=0)], via="local")

@@ -1,4 +1,4 @@
-"""The README's commands, run as they stand there (small inputs in place of the names in capitals)."""
+"""The README's commands, run as they are written (small inputs in place of the names in capitals)."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""Recipes: what is read, what is overridden, and that every mistake is told with its place and a remedy."""
+"""Recipes: what is read, what is overridden, and that every mistake is reported with its line and a remedy."""
 
 import pytest
 

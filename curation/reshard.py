@@ -63,7 +63,7 @@ class ReshardStage(Stage):
     def plan(self) -> list[Unit]:
         pool = Pool.open(self.pool)
         if not pool.images:
-            raise UsageError("is a pool of metadata, without samples to copy", where=self.pool)
+            raise UsageError("is a pool of metadata, without images to copy", where=self.pool)
         subset = None if self.subset is None else np.unique(load_subset(self.subset))
         counts = [len(self._kept(shard, subset)) for shard in pool.shards]
         total = sum(counts)

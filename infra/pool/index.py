@@ -67,7 +67,7 @@ class IndexStage(Stage):
         return self.require if self.captions else self.require - {"text"}
 
     def params(self) -> dict[str, Any]:
-        return {"require": sorted(self.required)}
+        return {"captions": "text" in self.required, "require": sorted(self.required)}
 
     def locations(self) -> dict[str, str]:
         return {

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 
+from tests.drawing import write_tar
 from tests.examples.caption_length import CaptionLength
 from winnow.curation.algebra.nodes import All
 from winnow.curation.curate import CurateStage, MeasuredPool
@@ -104,12 +105,24 @@ def test_resharded_samples_are_the_subsets(small_pool, tmp_path):
     for item, (uid, row) in zip(found, wanted.items(), strict=True):
         assert item["txt"].decode() == row["text"] and item["jpg"] == images[uid]
     assert [pq.read_table(out / f"{name}.parquet").num_rows for name in names] == [3, 3, 1]
-    # it is a pool itself, by its own manifest and when indexed anew
+    # it is a pool, by its manifest and when it is indexed
     assert sorted(encode_uids(Pool.open(str(out)).uids())) == sorted(wanted)
     run(IndexStage((str(out),), str(tmp_path / "again")))
     again = Pool.open(str(tmp_path / "again"))
     assert encode_uids(again.uids()) == list(wanted)
     assert again.shards[0].table()["image_offset"].equals(Pool.open(str(out)).shards[0].table()["image_offset"])
+
+
+def test_every_member_and_the_source_survive_resharding(tmp_path):
+    members = [{"wav": b"sound %d" % i, "cls": b"%d" % i, "left.wav": b"left %d" % i} for i in range(5)]
+    write_tar(tmp_path / "calls" / "0.tar", [{"key": f"a{i}", "members": item} for i, item in enumerate(members)])
+    run(IndexStage((str(tmp_path / "calls"),), str(tmp_path / "pool"), captions=False, require=frozenset({"wav"})))
+    run(ReshardStage(str(tmp_path / "pool"), None, "", str(tmp_path / "out"), samples_per_shard=3))
+    pool = Pool.open(str(tmp_path / "out"))
+    found = [sample for shard in pool.shards for sample in shard.samples(shard.table())]
+    assert [{ext: data for ext, data in item.members.items() if ext != "json"} for item in found] == members
+    assert [item.label for item in found] == list(range(5))
+    assert pool.column("source").to_pylist() == ["calls"] * 5
 
 
 def test_resharding_twice_gives_the_same_tar(small_pool, tmp_path):

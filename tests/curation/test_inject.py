@@ -223,6 +223,18 @@ def test_undecodable_image_stays_as_it_is(tmp_path):
         assert len(rows) == (11 if kind == "near_duplicates" else 6)
 
 
+def test_altered_samples_keep_their_other_members(tmp_path):
+    samples = [sample(number) for number in range(4)]
+    for number, item in enumerate(samples):
+        item["members"]["cls"] = b"%d" % number
+    write_tar(tmp_path / "shards" / "0.tar", samples)
+    execute(IndexStage((str(tmp_path / "shards"),), str(tmp_path / "pool")), SerialExecutor())
+    _, pool = inject(str(tmp_path / "pool"), tmp_path / "noisy", InjectConfig(watermark=1.0))
+    shard = pool.shards[0]
+    assert shard.table()["noise"].to_pylist() == ["watermark"] * 4
+    assert shard.member_bytes(shard.table(), "cls") == [b"0", b"1", b"2", b"3"]
+
+
 def test_too_much_is_refused():
     with pytest.raises(ValidationError, match=r"sum to 1\.2"):
         InjectConfig(mismatched=0.7, tiny=0.5)

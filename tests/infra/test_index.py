@@ -103,7 +103,8 @@ def test_captions_are_optional_on_request(tmp_path):
     write_tar(tmp_path / "shards" / "0.tar", samples)
     with pytest.raises(WinnowError, match="missing caption: 3"):
         index(tmp_path / "shards", tmp_path / "pool", budget=0.5)
-    index(tmp_path / "shards", tmp_path / "pool", captions=False)
+    manifest = index(tmp_path / "shards", tmp_path / "pool", captions=False)
+    assert manifest.params == {"captions": False, "require": ["image"]}
     table = Pool.open(str(tmp_path / "pool")).shards[0].table()
     assert table["text"].null_count == 3
     assert [row[0]["ext"] for row in table["other"].to_pylist()] == ["cls"] * 3

@@ -71,7 +71,7 @@ def test_no_filter_keeps_the_pool_in_uid_order(small_pool, tmp_path):
     assert not (tmp_path / "none" / "reasons.parquet").exists()
 
 
-def test_a_subset_more_touches_no_other(small_pool, columns, tmp_path):
+def test_another_subset_leaves_the_first_unchanged(small_pool, columns, tmp_path):
     run(CurateStage(MeasuredPool(small_pool, columns), (("a", SHORT),), str(tmp_path)))
     before = (tmp_path / "a" / "subset.npy").stat().st_mtime_ns
     run(CurateStage(MeasuredPool(small_pool, columns), (("a", SHORT), ("b", WIDE)), str(tmp_path)))
@@ -79,13 +79,13 @@ def test_a_subset_more_touches_no_other(small_pool, columns, tmp_path):
     assert (tmp_path / "b" / "subset.npy").exists()
 
 
-def test_columns_that_are_not_there_are_refused_before_work(small_pool, tmp_path):
+def test_missing_columns_are_refused_before_work(small_pool, tmp_path):
     with pytest.raises(WinnowError, match="has not been measured"):
         run(CurateStage(MeasuredPool(small_pool), (("a", ClipScore(fraction=0.3)),), str(tmp_path)))
     assert not (tmp_path / "a").exists()
 
 
-def test_resharded_samples_are_the_subsets(small_pool, tmp_path):
+def test_resharded_samples_are_those_of_the_subset(small_pool, tmp_path):
     uids = Pool.open(small_pool).uids()
     save_subset(str(tmp_path / "subset.npy"), uids[[20, 3, 7, 8, 11, 15, 22]])
     url = str(tmp_path / "subset.npy")
@@ -104,7 +104,7 @@ def test_resharded_samples_are_the_subsets(small_pool, tmp_path):
     for item, (uid, row) in zip(found, wanted.items(), strict=True):
         assert item["txt"].decode() == row["text"] and item["jpg"] == images[uid]
     assert [pq.read_table(out / f"{name}.parquet").num_rows for name in names] == [3, 3, 1]
-    # it is a pool itself, by its own manifest and when indexed anew
+    # it is a pool itself, by its own manifest and when indexed again
     assert sorted(encode_uids(Pool.open(str(out)).uids())) == sorted(wanted)
     run(IndexStage((str(out),), str(tmp_path / "again")))
     again = Pool.open(str(tmp_path / "again"))

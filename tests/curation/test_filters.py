@@ -22,10 +22,10 @@ from winnow.infra.params import ParameterError, build
 
 
 def datacomp_threshold(scores, fraction):
-    """DataComp's rule, plainly: all scores in falling order, the one at int(n * fraction)."""
+    """DataComp's rule: of all scores in descending order, the one at int(n * fraction)."""
     ordered = sorted(scores, reverse=True)
-    place = int(len(scores) * fraction)
-    return ordered[place] if place < len(ordered) else -math.inf
+    rank = int(len(scores) * fraction)
+    return ordered[rank] if rank < len(ordered) else -math.inf
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.3, 0.5, 0.999, 1.0])
@@ -40,15 +40,13 @@ def test_fraction_is_datacomps_quantile(fraction):
         assert kept.all()
 
 
-def test_scores_that_are_not_there_never_pass_and_count_in_the_pool():
+def test_missing_scores_never_pass_and_count_in_the_pool():
     table = pa.table({"clip.score": pa.array([0.5, None, float("nan"), 0.1, 0.9, None])})
-    node = ClipScore(
-        fraction=0.5
-    )  # place 3 of (0.9, 0.5, 0.1, nothing …): above nothing comes 0.1? no: index 3 is missing
+    node = ClipScore(fraction=0.5)  # rank 3 of (0.9, 0.5, 0.1, missing, …) is a missing score, so every score passes
     assert node.mask(table, node.fit(Columns(table))).tolist() == [True, False, False, True, True, False]
-    node = ClipScore(fraction=0.34)  # place 2: 0.1
+    node = ClipScore(fraction=0.34)  # rank 2: 0.1
     assert node.mask(table, node.fit(Columns(table))).tolist() == [True, False, False, True, True, False]
-    node = ClipScore(fraction=0.2)  # place 1: 0.5
+    node = ClipScore(fraction=0.2)  # rank 1: 0.5
     assert node.mask(table, node.fit(Columns(table))).tolist() == [True, False, False, False, True, False]
     assert ClipScore(threshold=-9).mask(table, {"threshold": np.array(-9.0)}).sum() == 3
 
@@ -146,7 +144,7 @@ def test_basic_keeps_nothing_of_unknown_size_or_language():
     assert Basic().mask(table, {}).tolist() == [False, False, False]
 
 
-def test_image_cluster_keeps_what_lies_with_the_targets():
+def test_image_cluster_keeps_the_clusters_of_the_targets():
     rng = np.random.default_rng(2)
     centers = np.eye(8)[:5]
     label = rng.integers(0, 5, 400)
@@ -167,7 +165,7 @@ def test_image_cluster_keeps_what_lies_with_the_targets():
     assert two.mask(table, state).tolist() == [int(i) == 1 for i in label]
 
 
-def test_image_cluster_drops_what_has_no_embedding_and_refuses_too_many_clusters():
+def test_image_cluster_drops_samples_without_embedding_and_refuses_too_many_clusters():
     rng = np.random.default_rng(3)
     vectors = sphere(rng, 6, 4)
     column = pa.FixedSizeListArray.from_arrays(
@@ -206,7 +204,7 @@ def test_registered_filters_hold_the_contract(name):
     assert hash(node) == hash(kind(**example))
 
 
-def test_what_has_no_finite_value_never_passes_and_is_counted():
+def test_samples_without_a_finite_value_never_pass_and_are_counted():
     inf, nan = math.inf, math.nan
     scores = pa.table({"clip.score": pa.array([inf, 0.5, -inf, nan, None, 0.1, 0.9])})
     vectors = np.eye(7, 4)

@@ -37,7 +37,7 @@ def clip(tmp_path_factory):
     return Clip(spec, encoder_digest(spec), device="cpu")
 
 
-def test_clip_columns_are_the_encoders(small_pool, clip, tmp_path):
+def test_clip_columns_are_the_embeddings_of_the_encoder(small_pool, clip, tmp_path):
     measure(small_pool, (clip,), tmp_path)
     pool, encoder = Pool.open(small_pool), load_encoder(clip.encoder, device="cpu")
     view = View(pool, str(tmp_path))
@@ -64,7 +64,7 @@ def test_each_image_is_decoded_once(small_pool, clip, tmp_path, monkeypatch):
     assert len(count) == len(Pool.open(small_pool))  # a text measure more decodes nothing
 
 
-def test_columns_of_other_parameters_lie_beside(small_pool, tmp_path):
+def test_other_columns_are_left_unchanged(small_pool, tmp_path):
     first = measure(small_pool, (Caption(),), tmp_path)
     both = measure(small_pool, (Caption(), Brightness()), tmp_path)
     digest = first.values["digests"][first.values["columns"]["caption"]]

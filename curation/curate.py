@@ -63,7 +63,7 @@ class CurateStage(Stage):
     reasons: bool = True
 
     name = "curate"
-    version = 2
+    version = 3  # 3: infinite scores and embeddings never pass
     keep_stale = True
     run_on_driver = True
 

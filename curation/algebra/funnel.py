@@ -22,7 +22,7 @@ class NodeCounts:
     Attributes:
         kept, dropped: samples.
         alone: samples that it drops and that the tree would keep without it.
-        nan: samples without a value in a column that the filter needs.
+        nan: samples without a finite value in a column that the filter needs.
         state, facts: of a filter: what `fit` and `report` returned.
     """
 
@@ -39,8 +39,8 @@ class NodeCounts:
 
     @staticmethod
     def of(node: Node, states: Iterator[State]) -> NodeCounts:
-        label = str(node) if isinstance(node, Filter) else node.key if node.children else "no filter"
-        counts = NodeCounts(node, label, node.key)
+        label = str(node) if isinstance(node, Filter) else node.tree_key if node.children else "no filter"
+        counts = NodeCounts(node, label, node.tree_key)
         if isinstance(node, Filter):
             counts.state = next(states)
             counts.facts = node.report(counts.state)

@@ -14,10 +14,10 @@ class Node:
     `Not(~a)`.
 
     Class attributes:
-        key: the node in YAML; "filter" for a filter.
+        tree_key: the node in YAML; "filter" for a filter.
     """
 
-    key: ClassVar[str]
+    tree_key: ClassVar[str]
 
     def __and__(self, other: Node) -> All:
         return All((*_parts(self, All), *_parts(other, All)))
@@ -64,7 +64,7 @@ class All(Node):
 
     nodes: tuple[Node, ...] = ()
 
-    key: ClassVar[str] = "all"
+    tree_key: ClassVar[str] = "all"
 
     @property
     def children(self) -> tuple[Node, ...]:
@@ -80,7 +80,7 @@ class AnyOf(Node):
 
     nodes: tuple[Node, ...]
 
-    key: ClassVar[str] = "any"
+    tree_key: ClassVar[str] = "any"
 
     @property
     def children(self) -> tuple[Node, ...]:
@@ -96,7 +96,7 @@ class Not(Node):
 
     child: Node
 
-    key: ClassVar[str] = "not"
+    tree_key: ClassVar[str] = "not"
 
     @property
     def children(self) -> tuple[Node, ...]:

@@ -83,8 +83,8 @@ def unparse(node: Node) -> dict[str, Any]:
     if isinstance(node, Filter):
         return {FILTERS.name_of(type(node)): node.yaml()}
     if isinstance(node, Not):
-        return {node.key: unparse(node.child)}
-    return {node.key: [unparse(child) for child in node.children]} if node.children else {}
+        return {node.tree_key: unparse(node.child)}
+    return {node.tree_key: [unparse(child) for child in node.children]} if node.children else {}
 
 
 def fingerprint(node: Node) -> Any:
@@ -94,7 +94,7 @@ def fingerprint(node: Node) -> Any:
     content.
     """
     if not isinstance(node, Filter):
-        return {node.key: [fingerprint(child) for child in node.children]}
+        return {node.tree_key: [fingerprint(child) for child in node.children]}
     name, params = FILTERS.name_of(type(node)), node.identity()
     if node.targets():
         params.pop("target", None)

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from winnow.curation.columns.table import View, missing, numbers
+from winnow.curation.columns.table import View, finite_matrix, missing, numbers
 from winnow.curation.columns.threshold import Threshold
 from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrays import is_array, load_matrix
-from winnow.infra.io.arrow import as_matrix
 from winnow.infra.pool.uids import UID_DTYPE, decode_uids, encode_uids
 
 
@@ -57,9 +56,9 @@ def collect(
     total = 0
     for batch in view.batches(tuple(dict.fromkeys(("uid", *vectors, *scalars, *optional)))):
         present = ~np.asarray(missing(batch, scalars))
-        found = {name: as_matrix(batch[name]) for name in vectors}
-        for matrix, there in found.values():
-            present &= there & np.isfinite(matrix).all(axis=1)
+        found = {name: finite_matrix(batch[name]) for name in vectors}
+        for _, usable in found.values():
+            present &= usable
         columns = {name: _scalars(batch[name]) for name in scalars} | {name: numbers(batch[name]) for name in optional}
         for name, (matrix, _) in found.items():
             stores[name].append(matrix[present])
@@ -124,8 +123,8 @@ def target_vectors(view: View, target: str | tuple[str, ...], column: str) -> np
     parts = [load_matrix(name) for name in files]
     for name in folders:
         for batch in view.target(name).batches((column,)):
-            matrix, present = as_matrix(batch[column])
-            parts.append(matrix[present])
+            matrix, usable = finite_matrix(batch[column])
+            parts.append(matrix[usable])
     if len({part.shape[1] for part in parts if len(part)}) > 1:
         raise WinnowError("the targets' embeddings differ in dimension", where=", ".join((*folders, *files)))
     found = np.concatenate([part for part in parts if len(part)] or [np.empty((0, 0), np.float16)])

@@ -11,7 +11,7 @@ import pyarrow as pa
 from winnow.curation.measures import MEASURES
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
-from winnow.infra.io.arrow import float_values, null_mask
+from winnow.infra.io.arrow import as_matrix, float_values, null_mask
 from winnow.infra.io.parquet import open_parquet, unreadable
 from winnow.infra.io.prefetch import prefetch
 from winnow.infra.io.storage import digest_json
@@ -183,15 +183,24 @@ class View:
 
 
 def missing(table: pa.Table, columns: Sequence[str]) -> np.ndarray:
-    """Rows in which one of the numeric or embedding columns is null or NaN; bool [n]."""
+    """Rows in which one of the columns is null, NaN or infinite, or an embedding with such an element; bool [n]."""
     result = np.zeros(table.num_rows, dtype=bool)
     for column in columns:
         values = table[column]
         if pa.types.is_floating(values.type):
-            result |= np.isnan(float_values(values))
+            result |= ~np.isfinite(float_values(values))
+        elif pa.types.is_fixed_size_list(values.type):
+            result |= ~finite_matrix(values)[1]
         elif values.null_count:
             result |= null_mask(values)
     return result
+
+
+def finite_matrix(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings of a column, shape [n, dim], and which of them are there and finite, bool [n]; the others are 0."""
+    matrix, present = as_matrix(column)
+    usable = present & np.isfinite(matrix).all(axis=1)
+    return (matrix if usable.all() else np.where(usable[:, None], matrix, matrix.dtype.type(0))), usable
 
 
 def numbers(column: pa.ChunkedArray) -> np.ndarray:

@@ -24,9 +24,9 @@ class Threshold:
 
     A fraction is DataComp's rule (Gadre et al. 2023, `baselines/apply_filter.py`): of n scores in descending order, the
     one at index `int(n * fraction)` is the threshold, and scores equal to it are kept. So one sample more than
-    n * fraction is kept, and more with ties. A fraction of 1 keeps every score, where DataComp's code fails. Missing
-    and NaN scores are counted in n, come last and never pass; when the index is that of such a score, every score
-    passes, where with DataComp's code none does.
+    n * fraction is kept, and more with ties. A fraction of 1 keeps every score, where DataComp's code fails. Scores
+    that are missing, NaN or infinite are counted in n, come last and never pass; when the index is that of such a
+    score, every score passes, where with DataComp's code none does.
 
     A budget keeps exactly that many samples: those with the largest scores and, among scores equal to the smallest of
     these, those with the smallest uids.
@@ -115,10 +115,15 @@ def _uids(batch: pa.Table, mask: np.ndarray) -> np.ndarray:
 
 
 def scores_of(batch: pa.Table, column: str) -> np.ndarray:
-    """A numeric column in its precision (integers as float64), with NaN for null, shape [n]. Raises WinnowError."""
+    """A numeric column in its precision (integers as float64), with NaN for null and infinite values, shape [n].
+
+    Raises WinnowError when the column holds no numbers.
+    """
     values = batch[column]
     if pa.types.is_null(values.type):
         return np.full(len(values), np.nan)
     if not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
         raise WinnowError(f'column "{column}" has the type {values.type}, and a score must be a number')
-    return float_values(values)
+    scores = float_values(values)
+    infinite = np.isinf(scores)
+    return np.where(infinite, np.array(np.nan, scores.dtype), scores) if infinite.any() else scores

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -29,7 +29,6 @@ Model = Annotated[str, Field(pattern=r"^[\w-]+$")]
 Names = Annotated[str, Field(min_length=1)] | Annotated[tuple[str, ...], Field(min_length=1)]
 
 
-@dataclass(frozen=True)
 class Filter(Node, abc.ABC):
     """A decision over columns. Subclasses are decorated with `winnow.infra.params.params`; their fields are parameters.
 
@@ -43,7 +42,7 @@ class Filter(Node, abc.ABC):
             that earlier subsets stay valid.
     """
 
-    key: ClassVar[str] = "filter"
+    tree_key: ClassVar[str] = "filter"
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
@@ -57,7 +56,7 @@ class Filter(Node, abc.ABC):
         """What `mask` and `fit` read: pool columns (`text`) and measured ones (`clip.score`)."""
 
     def numeric(self) -> tuple[str, ...]:
-        """The columns without which a sample cannot pass. Samples with null or NaN in them are dropped and counted."""
+        """The columns without which a sample cannot pass. Samples without a finite value are dropped and counted."""
         return ()
 
     def targets(self) -> tuple[str, ...]:
@@ -74,7 +73,7 @@ class Filter(Node, abc.ABC):
 
     @abc.abstractmethod
     def mask(self, batch: pa.Table, state: State) -> np.ndarray:
-        """Which samples of a batch pass. The caller drops those whose `numeric` columns are null or NaN in any case.
+        """Which samples of a batch pass. The caller also drops those without a finite value in a `numeric` column.
 
         Args:
             batch: the columns asked for, shape [n].
@@ -124,7 +123,11 @@ class Filter(Node, abc.ABC):
         """The parameters that differ from their defaults."""
         kind: Any = type(self)
         values = {name: (getattr(self, name), info) for name, info in kind.__pydantic_fields__.items()}
-        return {name: value for name, (value, info) in values.items() if value != info.get_default()}
+        return {
+            name: value
+            for name, (value, info) in values.items()
+            if value != info.get_default(call_default_factory=True)
+        }
 
     def yaml(self) -> dict[str, Any]:
         """`given` as YAML holds it."""
@@ -132,7 +135,8 @@ class Filter(Node, abc.ABC):
 
     def identity(self) -> dict[str, Any]:
         """All parameters as they enter the content key."""
-        params = {name: value for name, value in asdict(self).items() if name not in self.added or name in self.given()}
+        node: Any = self  # a dataclass, as every filter is
+        params = {name: value for name, value in asdict(node).items() if name not in self.added or name in self.given()}
         if "keep" in params:
             params["budget"] = params.pop("keep")  # its name in the keys of the first subsets
         return params

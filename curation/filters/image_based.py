@@ -11,13 +11,12 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from winnow.curation.columns.pool_columns import dimensions
-from winnow.curation.columns.table import View
+from winnow.curation.columns.table import View, finite_matrix
 from winnow.curation.filters.base import Filter, Names, Positive, Search, State
 from winnow.curation.search.centroids import NearestCentroid, fitted_state, nearest_centroid_of
 from winnow.curation.search.kmeans import check_clusters, enough, sample_vectors, train_centroids
 from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrays import is_array, load_matrix, matrix_shape
-from winnow.infra.io.arrow import as_matrix
 from winnow.infra.params import ParameterError, params
 
 _MEASURED, _DATACOMP = "clip.image", "l14_img"
@@ -165,17 +164,15 @@ class ImageBased(Filter):
         (column,) = self.target_columns()
         for name in self.targets():
             for batch in view.target(name).batches((column,)):
-                yield _embeddings(batch[column])
+                vectors, usable = finite_matrix(batch[column])
+                yield vectors[usable]
 
     def mask(self, batch: pa.Table, state: State) -> np.ndarray:
         mask = self._caption(batch)
-        vectors, present = as_matrix(batch[self.column])
-        rows = np.flatnonzero(mask & present)
-        wanted = vectors[rows].astype(np.float32)
-        finite = np.isfinite(wanted).all(axis=1)
-        rows, wanted = rows[finite], wanted[finite]
+        vectors, usable = finite_matrix(batch[self.column])
+        rows = np.flatnonzero(mask & usable)
         mask[:] = False
-        mask[rows] = state["hit"][nearest_centroid_of(state)(wanted)]
+        mask[rows] = state["hit"][nearest_centroid_of(state)(vectors[rows])]
         return mask
 
     def report(self, state: State) -> dict[str, Any]:
@@ -199,9 +196,3 @@ def tokens(text: pa.ChunkedArray) -> pa.ChunkedArray:
     """The number of tokens that `fasttext.tokenize` finds in each text: runs between separators, and newlines."""
     runs = pc.count_substring_regex(text, pattern=_TOKEN)
     return pc.add(runs, pc.count_substring(text, pattern="\n"))
-
-
-def _embeddings(column: pa.ChunkedArray) -> np.ndarray:
-    vectors, present = as_matrix(column)
-    vectors = vectors[present]
-    return vectors[np.isfinite(vectors).all(axis=1)]

@@ -7,12 +7,11 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from winnow.curation.columns.table import View
+from winnow.curation.columns.table import View, finite_matrix
 from winnow.curation.filters.base import Filter, Names, Positive, Search, State
 from winnow.curation.search.centroids import NearestCentroid, fitted_state, nearest_centroid_of
 from winnow.curation.search.kmeans import check_clusters, enough, sample_vectors, train_centroids
 from winnow.infra.errors import WinnowError
-from winnow.infra.io.arrow import as_matrix
 from winnow.infra.params import params
 
 
@@ -79,14 +78,15 @@ class ImageCluster(Filter):
         hits = np.zeros(self.clusters, np.int64)
         for name in self.targets():
             for batch in view.target(name).batches((self.column,)):
-                hits += np.bincount(nearest_centroid(_embeddings(batch[self.column])), minlength=self.clusters)
+                vectors, usable = finite_matrix(batch[self.column])
+                hits += np.bincount(nearest_centroid(vectors[usable]), minlength=self.clusters)
         if not hits.any():
             raise WinnowError("the target set has no usable image", where=", ".join(self.targets()))
         return fitted_state(nearest_centroid, hits)
 
     def mask(self, batch: pa.Table, state: State) -> np.ndarray:
-        vectors, present = as_matrix(batch[self.column])
-        return (state["hit"] >= self.min_hits)[nearest_centroid_of(state)(vectors)] & present
+        vectors, usable = finite_matrix(batch[self.column])
+        return (state["hit"] >= self.min_hits)[nearest_centroid_of(state)(vectors)] & usable
 
     def report(self, state: State) -> dict[str, Any]:
         return {
@@ -94,8 +94,3 @@ class ImageCluster(Filter):
             "clusters with a target": int((state["hit"] >= self.min_hits).sum()),
             "recall of the search": float(state["recall"]),
         }
-
-
-def _embeddings(column: pa.ChunkedArray) -> np.ndarray:
-    vectors, present = as_matrix(column)
-    return vectors[present]

@@ -7,12 +7,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from winnow.curation.columns.pool_columns import dimensions, passing, split_targets, target_vectors
-from winnow.curation.columns.table import View, measure_of
+from winnow.curation.columns.table import View, finite_matrix, measure_of
 from winnow.curation.columns.threshold import Threshold
 from winnow.curation.filters.base import Fraction, Names, Positive, Scope, SelectionFilter, State, as_state
 from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrays import matrix_shape
-from winnow.infra.io.arrow import as_matrix
 from winnow.infra.params import params
 from winnow.infra.pool.uids import UID_DTYPE, decode_uids
 
@@ -86,13 +85,13 @@ class NormSim(SelectionFilter):
         target = target_vectors(view, self.target, self.target_columns()[0])
         scores, uids = [np.empty(0)], [np.empty(0, UID_DTYPE)]
         for batch in view.batches(self.columns()):
-            vectors, present = as_matrix(batch[self.column])
+            vectors, usable = finite_matrix(batch[self.column])
             if vectors.shape[1] != target.shape[1]:
                 raise WinnowError(
                     f'the pool\'s "{self.column}" has {vectors.shape[1]} dimensions, the targets {target.shape[1]}',
                     do="Both must come from one model.",
                 )
-            scores.append(np.where(present, norm_sim(vectors, target, self.p), np.nan))
+            scores.append(np.where(usable, norm_sim(vectors, target, self.p), np.nan))
             uids.append(decode_uids(batch["uid"]))
         values = np.concatenate(scores)
         found = np.concatenate(uids)

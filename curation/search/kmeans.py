@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from winnow.curation.columns.table import View
+from winnow.curation.columns.table import View, finite_matrix
 from winnow.curation.search.centroids import has_gpu, is_exact
 from winnow.infra.errors import WinnowError
-from winnow.infra.io.arrow import as_matrix
 from winnow.infra.params import ParameterError
 
 # Embeddings to train on per centroid by default (FAISS's upper bound); fewer if they exceed LARGEST bytes as float32.
@@ -55,13 +55,12 @@ def sample_vectors(view: View, column: str, clusters: int, sample: int | None, s
         dim = batch[column].type.list_size
         if rows is None and (size := sample_size(clusters, dim, sample)) < n:
             rows = np.sort(np.random.default_rng(seed).choice(n, size, replace=False, shuffle=False))
-        matrix, present = as_matrix(batch[column])
+        values = batch[column]
         if rows is not None:
             low, high = np.searchsorted(rows, (start, start + batch.num_rows))
-            wanted = rows[low:high] - start
-            matrix, present = matrix[wanted], present[wanted]
-        matrix = matrix[present]
-        found.append(matrix[np.isfinite(matrix).all(axis=1)])
+            values = values.take(pa.array(rows[low:high] - start))
+        matrix, usable = finite_matrix(values)
+        found.append(matrix[usable])
         start += batch.num_rows
     return np.concatenate(found) if found else np.empty((0, 0), np.float16)
 

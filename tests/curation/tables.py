@@ -9,7 +9,7 @@ from winnow.infra.pool.uids import derived_uid
 
 
 class Columns:
-    """A view with columns in memory: one table a shard, named `0`, `1`, … unless told otherwise."""
+    """A view with columns in memory: one table a shard, named `0`, `1`, … by default."""
 
     def __init__(self, *tables, targets=None, names=None):
         self.tables, self.targets = tables, targets or {}

@@ -72,7 +72,7 @@ def test_no_filter_keeps_the_pool_in_uid_order(small_pool, tmp_path):
     assert not (tmp_path / "none" / "reasons.parquet").exists()
 
 
-def test_a_subset_more_touches_no_other(small_pool, columns, tmp_path):
+def test_another_subset_leaves_the_first_unchanged(small_pool, columns, tmp_path):
     run(CurateStage(MeasuredPool(small_pool, columns), (("a", SHORT),), str(tmp_path)))
     before = (tmp_path / "a" / "subset.npy").stat().st_mtime_ns
     run(CurateStage(MeasuredPool(small_pool, columns), (("a", SHORT), ("b", WIDE)), str(tmp_path)))
@@ -80,13 +80,13 @@ def test_a_subset_more_touches_no_other(small_pool, columns, tmp_path):
     assert (tmp_path / "b" / "subset.npy").exists()
 
 
-def test_columns_that_are_not_there_are_refused_before_work(small_pool, tmp_path):
+def test_missing_columns_are_refused_before_work(small_pool, tmp_path):
     with pytest.raises(WinnowError, match="has not been measured"):
         run(CurateStage(MeasuredPool(small_pool), (("a", ClipScore(fraction=0.3)),), str(tmp_path)))
     assert not (tmp_path / "a").exists()
 
 
-def test_resharded_samples_are_the_subsets(small_pool, tmp_path):
+def test_resharded_samples_are_those_of_the_subset(small_pool, tmp_path):
     uids = Pool.open(small_pool).uids()
     save_subset(str(tmp_path / "subset.npy"), uids[[20, 3, 7, 8, 11, 15, 22]])
     url = str(tmp_path / "subset.npy")

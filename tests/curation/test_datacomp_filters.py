@@ -141,7 +141,7 @@ def test_image_based_is_datacomps(pool):
 
 
 @pytest.mark.parametrize("fraction", [0.3, 0.05])
-def test_both_together_are_datacomps_intersection(pool, fraction):
+def test_image_based_and_clip_score_give_datacomps_intersection(pool, fraction):
     view, table, folder = pool
     centroids, target = (np.load(folder / name).astype(np.float32) for name in ("centroids.npy", "target.npy"))
     scores = table["clip_l14_similarity_score"].to_pylist()
@@ -236,7 +236,7 @@ def test_a_target_folder_without_images_or_of_another_model_is_refused(pool):
             ImageBased(target="t", clusters=5).fit(view)
 
 
-def test_arrays_decide_by_content_not_by_place(pool):
+def test_arrays_are_identified_by_content(pool):
     _, _, folder = pool
     for name in ("target", "centroids"):
         (folder / f"copy-{name}.npy").write_bytes((folder / f"{name}.npy").read_bytes())
@@ -258,7 +258,7 @@ def test_wrong_parameters_of_image_based(params):
         build(ImageBased, {"target": "t.npy", "centroids": "centroids.pt"}, "image_based")
 
 
-def test_languages_are_the_models_first_labels():
+def test_languages_are_the_first_labels_of_the_model():
     texts = [*CAPTIONS, "Die Kinder spielen\nim Garten.", None]
     table = Language().compute(Samples(pa.table({"text": pa.array(texts)}), []))
     model = _load(None)
@@ -271,7 +271,7 @@ def test_languages_are_the_models_first_labels():
     assert Language().compute(Samples(pa.table({"text": pa.array([], pa.string())}), [])).num_rows == 0
 
 
-def test_cld3_by_its_package():
+def test_cld3_equals_its_package():
     gcld3 = pytest.importorskip("gcld3", reason="gcld3 is not installed")
     identifier = gcld3.NNetLanguageIdentifier(min_num_bytes=0, max_num_bytes=1000)
     texts = [text for text in CAPTIONS if "\x00" not in text]
@@ -281,7 +281,7 @@ def test_cld3_by_its_package():
     assert Language(identifier="gcld3").id != Language().id
 
 
-def test_identifiers_that_are_not_there():
+def test_unknown_identifiers_are_refused():
     import importlib.util
 
     with pytest.raises(ParameterError, match='Did you mean "gcld3"'):

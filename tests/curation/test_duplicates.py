@@ -62,7 +62,7 @@ def test_hamming_pairs_against_brute_force(radius, monkeypatch):
     assert list(zip(*(x.tolist() for x in hamming_pairs(a, b, radius)), strict=True)) == cross
 
 
-def test_no_hashes_make_no_pairs():
+def test_no_hashes_give_no_pairs():
     none = np.empty(0, np.uint64)
     assert [x.tolist() for x in hamming_pairs(none, None, 4)] == [[], []]
     assert [x.tolist() for x in hamming_pairs(np.zeros(2, np.uint64), none, 4)] == [[], []]
@@ -94,7 +94,7 @@ def plain_groups(n, pairs, order, join):
 
 
 @pytest.mark.parametrize("join", ["greedy", "components"])
-def test_groups_against_plain_walks(join):
+def test_groups_against_a_plain_graph_search(join):
     rng = np.random.default_rng(1)
     for edges in (0, 5, 40, 120):
         i = rng.integers(0, 60, edges)
@@ -144,7 +144,7 @@ def test_near_duplicates_against_brute_force(join, scored, by):
     assert node.numeric() == (("image_hash.phash",) if by == "radius" else ("clip.image",))
 
 
-def test_near_duplicates_drop_what_has_no_hash():
+def test_near_duplicates_drop_samples_without_a_hash():
     table = pa.table({"uid": uids(4), "image_hash.phash": pa.array([7, None, 7, (1 << 64) - 1], pa.uint64())})
     assert kept(NearDuplicates(radius=2), table).tolist() == [True, False, False, True]
 
@@ -208,7 +208,7 @@ def draw_images(seed=0):
     return found
 
 
-def test_phash_is_the_dct_hash_and_stands_small_changes():
+def test_phash_is_the_dct_hash_and_tolerates_small_changes():
     images = draw_images()
     table = ImageHash().compute(Samples(pa.table({"uid": uids(5)}), [*images, None]))
     values = table["phash"].to_pylist()
@@ -273,7 +273,7 @@ def test_decontaminate_counts_per_task_against_brute_force():
     assert node.report(state) == {"tasks": expected}
 
 
-def test_tasks_of_shards():
+def test_task_names_of_shards():
     assert task_name("wds_imagenet1k_test/test/0", "evalsets") == "imagenet1k"
     assert task_name("test/0", "wds_vtab-pets_test") == "vtab-pets"
     assert task_name("00001", "my-images") == "my-images"

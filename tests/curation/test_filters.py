@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from tests.curation.tables import Columns, embeddings, sphere
+from winnow.curation.algebra.funnel import TreeEvaluator
 from winnow.curation.filters import FILTERS
 from winnow.curation.filters.basic import Basic
 from winnow.curation.filters.clip_score import ClipScore
@@ -21,10 +22,10 @@ from winnow.infra.params import ParameterError, build
 
 
 def datacomp_threshold(scores, fraction):
-    """DataComp's rule, plainly: all scores in falling order, the one at int(n * fraction)."""
+    """DataComp's rule: of all scores in descending order, the one at int(n * fraction)."""
     ordered = sorted(scores, reverse=True)
-    place = int(len(scores) * fraction)
-    return ordered[place] if place < len(ordered) else -math.inf
+    rank = int(len(scores) * fraction)
+    return ordered[rank] if rank < len(ordered) else -math.inf
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.3, 0.5, 0.999, 1.0])
@@ -39,15 +40,13 @@ def test_fraction_is_datacomps_quantile(fraction):
         assert kept.all()
 
 
-def test_scores_that_are_not_there_never_pass_and_count_in_the_pool():
+def test_missing_scores_never_pass_and_count_in_the_pool():
     table = pa.table({"clip.score": pa.array([0.5, None, float("nan"), 0.1, 0.9, None])})
-    node = ClipScore(
-        fraction=0.5
-    )  # place 3 of (0.9, 0.5, 0.1, nothing …): above nothing comes 0.1? no: index 3 is missing
+    node = ClipScore(fraction=0.5)  # rank 3 of (0.9, 0.5, 0.1, missing, …) is a missing score, so every score passes
     assert node.mask(table, node.fit(Columns(table))).tolist() == [True, False, False, True, True, False]
-    node = ClipScore(fraction=0.34)  # place 2: 0.1
+    node = ClipScore(fraction=0.34)  # rank 2: 0.1
     assert node.mask(table, node.fit(Columns(table))).tolist() == [True, False, False, True, True, False]
-    node = ClipScore(fraction=0.2)  # place 1: 0.5
+    node = ClipScore(fraction=0.2)  # rank 1: 0.5
     assert node.mask(table, node.fit(Columns(table))).tolist() == [True, False, False, False, True, False]
     assert ClipScore(threshold=-9).mask(table, {"threshold": np.array(-9.0)}).sum() == 3
 
@@ -145,7 +144,7 @@ def test_basic_keeps_nothing_of_unknown_size_or_language():
     assert Basic().mask(table, {}).tolist() == [False, False, False]
 
 
-def test_image_cluster_keeps_what_lies_with_the_targets():
+def test_image_cluster_keeps_the_clusters_of_the_targets():
     rng = np.random.default_rng(2)
     centers = np.eye(8)[:5]
     label = rng.integers(0, 5, 400)
@@ -166,7 +165,7 @@ def test_image_cluster_keeps_what_lies_with_the_targets():
     assert two.mask(table, state).tolist() == [int(i) == 1 for i in label]
 
 
-def test_image_cluster_drops_what_has_no_embedding_and_refuses_too_many_clusters():
+def test_image_cluster_drops_samples_without_embedding_and_refuses_too_many_clusters():
     rng = np.random.default_rng(3)
     vectors = sphere(rng, 6, 4)
     column = pa.FixedSizeListArray.from_arrays(
@@ -203,3 +202,24 @@ def test_registered_filters_hold_the_contract(name):
     node = kind(**example)
     assert set(node.numeric()) <= set(node.columns())
     assert hash(node) == hash(kind(**example))
+
+
+def test_samples_without_a_finite_value_never_pass_and_are_counted():
+    inf, nan = math.inf, math.nan
+    scores = pa.table({"clip.score": pa.array([inf, 0.5, -inf, nan, None, 0.1, 0.9])})
+    vectors = np.eye(7, 4)
+    vectors[0, 1], vectors[3, 2] = inf, nan
+    vectors[4:] = vectors[[1, 2, 1]]
+    images = pa.table({"clip.image": embeddings(vectors, [False] * 6 + [True])})
+    target = Columns(pa.table({"clip.image": embeddings(np.eye(7, 4)[:3])}))
+    cases = [
+        (ClipScore(threshold=-9.0), scores, [False, True, False, False, False, True, True]),
+        (ClipScore(fraction=0.2), scores, [False, True, False, False, False, False, True]),  # index 1: 0.5
+        (ImageCluster(target="t", clusters=2), images, [False, True, True, False, True, True, False]),
+    ]
+    for node, table, expected in cases:
+        for tree, mask in ((node, expected), (~node, [not passes for passes in expected])):
+            evaluator = TreeEvaluator(tree, [node.fit(Columns(table, targets={"t": target}))])
+            assert evaluator.mask(table).tolist() == mask
+            leaf = next(evaluator.counts.leaves())
+            assert leaf.nan == (3 if node.name == "image_cluster" else 4)

@@ -71,7 +71,7 @@ def test_two_scorers_give_two_subsets(small_pool, encoders, tmp_path):
     assert np.allclose(table[0]["unsafe.score"].to_numpy(), (a / (a + b)).mean(axis=1), atol=1e-4)
 
 
-def test_the_default_instance_and_a_named_one_keep_their_files_apart(small_pool, tmp_path):
+def test_instances_have_separate_files(small_pool, tmp_path):
     def scorer():
         raise AssertionError("no encoder is needed")
 
@@ -85,7 +85,7 @@ def test_the_default_instance_and_a_named_one_keep_their_files_apart(small_pool,
         assert tables[0].equals(tables[1])
 
 
-def test_a_model_that_is_not_measured_is_named():
+def test_an_unknown_instance_is_refused_with_the_nearest_name():
     assert model_columns("scorer") == ("clip.image", "clip.text", "clip.score")
     assert model_columns("l14")[2] == "clip_l14_similarity_score" and model_columns("big")[0] == "big.image"
     with pytest.raises(UsageError, match=r'unknown measure "clip-b23".*Did you mean "clip-b32"'):

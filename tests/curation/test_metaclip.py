@@ -72,7 +72,7 @@ def captions(n, rng):
     return [" ".join(rng.choice(words, rng.integers(1, 4))) for _ in range(n)]
 
 
-def test_balance_is_algorithm_1(metadata):
+def test_balancing_is_algorithm_1(metadata):
     """Each entry beyond t keeps a caption with probability t / count; the head is thinned, the tail kept whole."""
     n, t = 6000, 300
     texts = captions(n, np.random.default_rng(1))
@@ -115,7 +115,7 @@ def test_the_draw_depends_on_uid_entry_and_seed_alone(metadata):
     assert table["uid"].to_pylist() == encode_uids(decode_uids(table["uid"]))  # left as they were
 
 
-def test_the_lists_content_decides(metadata, tmp_path):
+def test_the_metadata_is_identified_by_content(metadata, tmp_path):
     other = tmp_path / "copy.txt"
     other.write_bytes((tmp_path / "entries.txt").read_bytes())
     assert fingerprint(MetaClip(metadata=metadata)) == fingerprint(MetaClip(metadata=str(other)))

@@ -132,13 +132,13 @@ def test_heads_linear_and_deep(tmp_path):
         ("biased.npz", {"weight": np.ones((1, 4)), "bias": np.ones(3)}, "do not fit"),
     ],
 )
-def test_heads_that_are_none(name, arrays, says, tmp_path):
+def test_wrong_heads_are_refused(name, arrays, says, tmp_path):
     np.savez(tmp_path / name, **arrays)
     with pytest.raises(WinnowError, match=re.escape(says)):
         read_head(str(tmp_path / name))
 
 
-def test_other_files_are_no_heads(tmp_path):
+def test_other_files_are_refused_as_heads(tmp_path):
     for name, data in (("head.pth", b"x"), ("head.safetensors", b"not one"), ("head.npz", b"PK no")):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(WinnowError, match="head"):
@@ -178,7 +178,7 @@ def test_prompts_are_a_softmax_over_each_pair(small_pool, spec, tmp_path):
         build(Nsfw, {"yes": ["bad"]}, "nsfw")
 
 
-def test_a_derived_measure_reads_the_other_and_follows_it(small_pool, spec, tmp_path):
+def test_a_derived_measure_reads_and_follows_the_other(small_pool, spec, tmp_path):
     np.save(tmp_path / "head.npy", np.arange(16) / 16)
     clip, head = Clip(spec, encoder_digest(spec), device="cpu"), Aesthetic(str(tmp_path / "head.npy"))
     with pytest.raises(UsageError, match='"aesthetic" reads "clip", which is not measured'):
@@ -188,7 +188,7 @@ def test_a_derived_measure_reads_the_other_and_follows_it(small_pool, spec, tmp_
     for batch in view.batches(["clip.image", "aesthetic.score"]):
         expected = as_matrix(batch["clip.image"])[0].astype(np.float32) @ (np.arange(16, dtype=np.float32) / 16)
         assert np.allclose(batch["aesthetic.score"].to_numpy(), expected, atol=1e-5)
-    # Another head computes itself alone; another scorer computes both, beside the old columns.
+    # Another head computes itself alone; another scorer computes both, next to the old columns.
     np.save(tmp_path / "other.npy", np.ones(16))
     stage = MeasureStage(small_pool, (Aesthetic(str(tmp_path / "other.npy")), clip), str(tmp_path / "columns"))
     units, done = pending_units(stage)
@@ -239,5 +239,5 @@ def test_a_recipe_measures_what_its_filters_read(spec, tmp_path):
         parse_recipe(text.replace("scorer:", "max_skipped: 0.1 #"), "r.yaml", [])
 
 
-def test_upstream_measures_are_taken_along():
+def test_upstream_measures_are_included():
     assert list(with_upstream(["nsfw", "caption"])) == ["caption", "clip", "nsfw"]

@@ -37,7 +37,7 @@ def test_the_sample_is_uniform_without_replacement_and_of_the_stated_size():
     )
 
 
-def test_the_sample_leaves_out_what_has_no_finite_embedding():
+def test_the_sample_has_only_finite_embeddings():
     vectors = numbered(10)
     vectors[3, 1] = np.inf
     table = pa.table({"x": embeddings(vectors, pa.array([i == 5 for i in range(10)]))})
@@ -51,7 +51,7 @@ def test_the_sample_is_bounded_in_bytes():
     assert sample_size(10, 768, 50) == 50
 
 
-def test_a_coarse_search_states_its_recall_against_brute_force():
+def test_a_coarse_search_reports_its_recall():
     rng = np.random.default_rng(0)
     centroids = sphere(rng, 3000, 24)
     vectors = sphere(rng, 1000, 24)
@@ -70,7 +70,7 @@ def test_a_coarse_search_states_its_recall_against_brute_force():
     assert np.array_equal(assign(vectors, centroids), truth)
 
 
-def test_auto_is_exact_up_to_the_stated_size(monkeypatch):
+def test_auto_is_exact_up_to_the_documented_size(monkeypatch):
     monkeypatch.setattr("winnow.curation.search.centroids.EXACT", 50)
     monkeypatch.setattr("winnow.curation.search.centroids.has_gpu", lambda: False)
     rng = np.random.default_rng(1)
@@ -90,7 +90,7 @@ def test_coarse_training_is_nearly_as_good_as_exact():
     assert fits["coarse"] - chance > 0.95 * (fits["exact"] - chance) > 0
 
 
-def test_image_cluster_refuses_before_any_work():
+def test_image_cluster_refuses_before_fitting():
     rng = np.random.default_rng(3)
     table = pa.table({"clip.image": embeddings(sphere(rng, 6, 4))})
     view = Columns(table, targets={"t": Columns(table), "empty": Columns(table.slice(0, 0))})

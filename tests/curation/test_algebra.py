@@ -111,7 +111,7 @@ def test_reasons_name_the_first_node_that_drops():
     assert why.to_pylist() == ["~has(column='a')" if a else None for a, _, _ in ALL_ROWS]
 
 
-def test_yaml_and_python_are_one_tree():
+def test_yaml_and_python_give_the_same_tree():
     tree = {
         "all": [{"clip_score": {"fraction": 0.3}}, {"any": [{"basic": {}}, {"not": {"basic": {"language": None}}}]}]
     }
@@ -124,15 +124,15 @@ def test_yaml_and_python_are_one_tree():
     assert isinstance(Basic() | Basic(), AnyOf)
 
 
-def test_a_filter_of_ones_own_by_module_and_class():
-    node = parse({"tests.curation.test_tree:Has": {"column": "a"}})
+def test_a_custom_filter_by_module_and_class():
+    node = parse({"tests.curation.test_algebra:Has": {"column": "a"}})
     assert type(node).__name__ == "Has"
-    assert unparse(node) == {"tests.curation.test_tree:Has": {"column": "a"}}
+    assert unparse(node) == {"tests.curation.test_algebra:Has": {"column": "a"}}
     assert "source" in fingerprint(node)  # its text decides too
     assert "source" not in fingerprint(Basic())
 
 
-def test_fingerprints_tell_trees_apart():
+def test_fingerprints_differ_between_trees():
     trees = [Basic(), ~Basic(), Basic(min_words=4), Basic() & Basic(), Basic() | Basic(), ClipScore(fraction=0.3)]
     assert len({repr(fingerprint(tree)) for tree in trees}) == len(trees)
 
@@ -149,7 +149,7 @@ def test_fingerprints_tell_trees_apart():
         (["basic"], "a filter is written"),
         ({"basic": 3}, "parameters are written"),
         ({"nosuchmodule:Thing": {}}, 'no module "nosuchmodule"'),
-        ({"tests.curation.test_tree:Nothing": {}}, 'has no "Nothing"'),
+        ({"tests.curation.test_algebra:Nothing": {}}, 'has no "Nothing"'),
         ({"pathlib:Path": {}}, "not a Filter"),
     ],
 )
@@ -158,7 +158,7 @@ def test_wrong_trees_are_refused(tree, words):
         parse(tree)
 
 
-def test_a_filter_that_returns_the_wrong_shape_is_told_of():
+def test_a_mask_of_the_wrong_shape_is_reported():
     class Wrong(Has):
         def mask(self, batch, state):
             return np.ones(3, dtype=bool)

@@ -17,10 +17,10 @@ from winnow.curation.filters.score import Score, percentile
 from winnow.infra.errors import UsageError
 
 
-def plain_nth(values, place):
-    """The value at a place of the falling order; NaN below everything."""
+def plain_nth(values, rank):
+    """The value at a rank in descending order; NaN is below all others."""
     ordered = sorted((-math.inf if math.isnan(v) else v for v in values), reverse=True)
-    return ordered[place] if place < len(ordered) else -math.inf
+    return ordered[rank] if rank < len(ordered) else -math.inf
 
 
 STREAMS = {
@@ -34,7 +34,7 @@ STREAMS = {
     "missing": lambda rng, n: np.where(rng.random(n) < 0.4, np.nan, rng.normal(size=n)),
     "all missing": lambda rng, n: np.full(n, np.nan),
     "infinite": lambda rng, n: rng.choice([np.inf, -np.inf, 1.0], n),
-    "rising": lambda rng, n: np.sort(rng.normal(size=n)),  # the first block foretells nothing
+    "rising": lambda rng, n: np.sort(rng.normal(size=n)),  # the first block predicts nothing
     "falling": lambda rng, n: np.sort(rng.normal(size=n))[::-1],
     "close together": lambda rng, n: 1 + rng.integers(0, 50, n) * np.finfo(float).eps,
 }
@@ -42,15 +42,15 @@ STREAMS = {
 
 @pytest.mark.parametrize("kind", STREAMS)
 @pytest.mark.parametrize("block", [1, 64, 100_000])
-def test_selection_from_a_stream_is_that_of_sorting(kind, block):
+def test_nth_largest_equals_sorting(kind, block):
     values = STREAMS[kind](np.random.default_rng(0), 1000)
     parts = np.split(values, [0, 1, 300, 301, 700])
-    for place in (0, 1, 299, 500, 998, 999, 1000):
-        found, n = nth_largest(lambda: iter(parts), lambda n, place=place: place, block=block)
-        assert n == 1000 and found == plain_nth(values.tolist(), place), place
+    for rank in (0, 1, 299, 500, 998, 999, 1000):
+        found, n = nth_largest(lambda: iter(parts), lambda n, rank=rank: rank, block=block)
+        assert n == 1000 and found == plain_nth(values.tolist(), rank), rank
 
 
-def test_selection_of_nothing():
+def test_nth_largest_of_an_empty_stream():
     assert nth_largest(lambda: iter([]), lambda n: 0) == (-math.inf, 0)
 
 
@@ -69,7 +69,7 @@ def table(n=500, seed=0, digits=2):
 
 
 @pytest.mark.parametrize("budget", [1, 7, 200, 449])
-def test_a_budget_keeps_exactly_that_many_the_best_and_of_ties_the_smallest_uids(budget):
+def test_a_budget_keeps_the_best_and_breaks_ties_by_uid(budget):
     data = table()
     rows = [(score, uid) for score, uid in zip(data["clip.score"].to_pylist(), data["uid"].to_pylist(), strict=True)]
     best = sorted((row for row in rows if not math.isnan(row[0])), key=lambda row: (-row[0], row[1]))[:budget]
@@ -91,7 +91,7 @@ def scored(tree, data):
     return TreeEvaluator(node, fit_tree(node, view, lambda item, seen: item.fit(seen))).mask(data)
 
 
-def test_fractions_of_the_pool_and_of_what_came_before(monkeypatch):
+def test_fractions_of_the_pool_and_of_the_survivors(monkeypatch):
     data = table()
     words, scores = data["caption.words"].to_numpy(), data["clip.score"].to_numpy()
 
@@ -113,7 +113,7 @@ def test_fractions_of_the_pool_and_of_what_came_before(monkeypatch):
         among = scores[scope]
         threshold = plain_nth(among.tolist(), int(len(among) * 0.3))
         assert mask.tolist() == (before & (scores >= threshold)).tolist(), of
-    # members of an `any` do not stand before each other
+    # members of an `any` do not affect each other
     mask = scored({"any": [long, {"clip_score": {"fraction": 0.3, "of": "survivors"}}]}, data)
     assert mask.tolist() == (before | (scores >= plain_nth(scores.tolist(), int(len(scores) * 0.3)))).tolist()
 
@@ -138,7 +138,7 @@ def test_weighted_scores_are_sums_of_percentiles():
     assert node.mask(data, state).tolist() == [not math.isnan(p) and p >= threshold - 1e-12 for p in plain]
 
 
-def test_one_score_alone_cuts_as_the_score_itself():
+def test_a_single_score_selects_as_the_score_itself():
     data = table(300, digits=9)
     assert kept(Score({"clip": 3.0}, fraction=0.2), data).tolist() == kept(ClipScore(fraction=0.2), data).tolist()
     fewest = kept(Score({"clip": -1}, keep=40), data)
@@ -146,11 +146,11 @@ def test_one_score_alone_cuts_as_the_score_itself():
     assert sorted(np.flatnonzero(fewest)) == sorted(order)
 
 
-def test_percentiles_of_scores_not_in_the_pool():
+def test_percentiles_of_scores_outside_the_pool():
     assert percentile(np.array([0.0, 1.5, 2.0, 9.0]), np.array([1.0, 2.0, 2.0, 3.0])).tolist() == [0, 0.25, 0.5, 1]
 
 
-def test_ranks_of_a_large_pool_come_from_a_draw(monkeypatch):
+def test_ranks_of_a_large_pool_use_a_sample(monkeypatch):
     data = table(2000, digits=9)
     whole = Score({"clip": 1.0}, fraction=0.5).fit(Columns(data))
     monkeypatch.setattr("winnow.curation.filters.score.RANKED", 500)
@@ -182,7 +182,7 @@ def test_wrong_scores_are_refused(params, words):
         parse({"score": params})
 
 
-def test_a_random_fraction_nests():
+def test_random_fractions_are_nested():
     data = table(3000)
     small, large = kept(RandomFraction(0.2), data), kept(RandomFraction(0.5), data)
     assert not (small & ~large).any() and abs(large.mean() - 0.5) < 5 * 0.5 / 3000**0.5

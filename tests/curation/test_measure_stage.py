@@ -1,8 +1,12 @@
 """The measure stage: values against direct computation, images decoded once, columns kept apart."""
 
 import io
+import json
+from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -13,13 +17,14 @@ from tests.evaluate.sets import write_config
 from tests.examples.brightness import Brightness
 from winnow.curation.columns.table import View
 from winnow.curation.measures import MEASURES
-from winnow.curation.measures.base import MeasureSpec, make
+from winnow.curation.measures.base import Measure, MeasureSpec, Samples, make
 from winnow.curation.measures.caption import Caption
 from winnow.curation.measures.clip import Clip
 from winnow.curation.measures.language import Language
 from winnow.curation.measures.stage import MeasureStage
 from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrow import as_matrix
+from winnow.infra.params import params
 from winnow.infra.pool.index import IndexStage
 from winnow.infra.pool.pool import Pool
 from winnow.infra.stages.executors import SerialExecutor
@@ -37,7 +42,7 @@ def clip(tmp_path_factory):
     return Clip(spec, encoder_digest(spec), device="cpu")
 
 
-def test_clip_columns_are_the_encoders(small_pool, clip, tmp_path):
+def test_clip_columns_are_the_embeddings_of_the_encoder(small_pool, clip, tmp_path):
     measure(small_pool, (clip,), tmp_path)
     pool, encoder = Pool.open(small_pool), load_encoder(clip.encoder, device="cpu")
     view = View(pool, str(tmp_path))
@@ -64,7 +69,7 @@ def test_each_image_is_decoded_once(small_pool, clip, tmp_path, monkeypatch):
     assert len(count) == len(Pool.open(small_pool))  # a text measure more decodes nothing
 
 
-def test_columns_of_other_parameters_lie_beside(small_pool, tmp_path):
+def test_other_columns_are_left_unchanged(small_pool, tmp_path):
     first = measure(small_pool, (Caption(),), tmp_path)
     both = measure(small_pool, (Caption(), Brightness()), tmp_path)
     digest = first.values["digests"][first.values["columns"]["caption"]]
@@ -104,10 +109,43 @@ def test_a_column_not_measured_names_its_measure(small_pool, tmp_path):
 def test_registered_measures_hold_the_contract(name, small_pool, tmp_path, clip):
     kind = MEASURES.load(name)
     np.save(tmp_path / "head.npy", np.ones(16))
-    params = {"head": str(tmp_path / "head.npy")} if name == "aesthetic" else {}
-    made = clip if name == "clip" else make(MeasureSpec(name, kind, params), lambda: (clip.encoder, clip.digest))
+    given = {"head": str(tmp_path / "head.npy")} if name == "aesthetic" else {}
+    made = clip if name == "clip" else make(MeasureSpec(name, kind, given), lambda: (clip.encoder, clip.digest))
     assert kind.name == name and kind.summary and kind.__doc__
     manifest = measure(small_pool, (made, clip) if made.upstream() else (made,), tmp_path / "columns")
     for shard in Pool.open(small_pool).shards:
         table = pq.read_table(tmp_path / "columns" / manifest.values["columns"][name] / f"{shard.name}.parquet")
         assert table.schema.equals(made.schema()) and table.num_rows == shard.rows
+
+
+@params
+class Url(Measure):
+    """`url.path`, from the member `json`."""
+
+    name: ClassVar[str] = "url"
+    version: ClassVar[int] = 1
+    members: ClassVar[bool] = True
+
+    def schema(self):
+        return pa.schema([("path", pa.string())])
+
+    def compute(self, samples):
+        return pa.table([[json.loads(data)["url"] for data in samples.members("json")]], schema=self.schema())
+
+
+def test_a_measure_reads_other_members(small_pool, tmp_path):
+    measure(small_pool, (Url(), Brightness()), tmp_path)
+    view = View(Pool.open(small_pool), str(tmp_path))
+    found = [url for batch in view.batches(["url.path"]) for url in batch["url.path"].to_pylist()]
+    assert found == [f"https://example.com/{i}.jpg" for i in range(24)]
+    with pytest.raises(ValueError, match="members = True"):
+        Samples(pa.table({"uid": ["a"]})).members("json")
+
+
+def test_setup_loads_what_the_units_share(small_pool, clip, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("winnow.pretrain.encoder.load_encoder", lambda spec, **_: loaded.append(spec))
+    stage = MeasureStage(small_pool, (clip, Brightness()), str(tmp_path))
+    stage.setup()
+    assert loaded == [clip.encoder]
+    assert stage.resources.gpus == 0 and replace(clip, device="auto").resources.gpu_optional

@@ -225,8 +225,8 @@ class EvaluateStage(SetsStage):
             "not_applicable": results.unfit,
             "left_out": results.left_out,
         }
-        if own := {protocol.name: protocol.metric for protocol in protocols if protocol.metric is not None}:
-            values["protocol_metrics"] = own
+        if metrics := {protocol.name: protocol.metric for protocol in protocols if protocol.metric is not None}:
+            values["protocol_metrics"] = metrics
         official = {found.task.key for found in found_tasks if found.task.group != "extra"}
         return Output(self._write(results, official), values=values)
 
@@ -235,9 +235,9 @@ class EvaluateStage(SetsStage):
         files = [write_scores(self.out, results.rows), RESULTS]
         write_results(self.url(RESULTS), results.lines)
         for name, _, _ in self.checkpoints:
-            if mine := [line for line in results.lines if line["checkpoint"] == name and line["key"] in official]:
+            if lines := [line for line in results.lines if line["checkpoint"] == name and line["key"] in official]:
                 files.append(f"{DATACOMP_RESULTS}/{folder_of(name)}.jsonl")
-                write_results(self.url(files[-1]), mine)
+                write_results(self.url(files[-1]), lines)
         return files
 
 

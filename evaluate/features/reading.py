@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from winnow.evaluate.protocols.base import EvalSet, Targets
 from winnow.evaluate.sets.files import split_tars
-from winnow.evaluate.sets.shards import Part, Wanted, check_targets, read_samples
+from winnow.evaluate.sets.shards import Wanted, check_targets, read_samples
 from winnow.evaluate.tasks.task import TaskError
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
@@ -35,7 +35,7 @@ class LoadedSplit:
         skipped: (key, reason) of the images that cannot be decoded.
         texts: the embedding of each caption, where captions were embedded.
         has_text: whether the encoder reads text.
-        parts: of the split.
+        tars: shards of the split.
         indices: int64 [n], of the samples among all of the split.
         wanted: members of a sample to read.
     """
@@ -45,13 +45,13 @@ class LoadedSplit:
     skipped: list[tuple[str, str]]
     texts: dict[str, np.ndarray]
     has_text: bool
-    parts: list[Part]
+    tars: list[str]
     indices: np.ndarray
     wanted: Wanted
 
     def samples(self, wanted: Sequence[int]) -> list[Sample]:
         """Some samples with their members, read now."""
-        return read_samples(self.parts, [int(self.indices[i]) for i in wanted], self.wanted)
+        return read_samples(self.tars, [int(self.indices[i]) for i in wanted], self.wanted)
 
 
 class FeatureFiles:
@@ -86,16 +86,14 @@ class FeatureFiles:
             NotEmbedded: there are no features of it.
         """
         tars = {storage.name_of(tar): tar for tar in split_tars(test_set.url, split)}
-        listed = self._manifest.values["splits"].get(test_set.task.key, {}).get(split)
+        listed = self._listed("splits", test_set).get(split)
         if listed is None or listed["data"] != data:
             raise NotEmbedded("has not been embedded", where=storage.join(test_set.url, split), do="Run again.")
-        parts, targets, images, skipped, indices = [], [], [], [], []
+        targets, images, skipped, indices = [], [], [], []
         texts: dict[str, np.ndarray] = {}
         has_text, count = True, 0
         for entry in listed["parts"]:
             tar = tars[entry["shard"]]
-            index, count_of = entry["part"]
-            parts.append(Part(tar, "", index, count_of, 0))
             table = read_parquet(storage.join(self.url, self._unit(entry["samples"], tar)["files"][0]))
             here, faults = targets_of(table)
             targets.append(check_targets(here, faults, test_set, tar))
@@ -118,14 +116,21 @@ class FeatureFiles:
         features = np.concatenate(images)
         assert len(features) == len(indices), f"{len(features)} features of {len(indices)} samples"
         kept, wanted = Targets.concatenate(targets).take(indices), Wanted.by(test_set.kind, test_set.task)
-        return LoadedSplit(kept, features, skipped, texts, has_text, parts, np.array(indices, np.int64), wanted)
+        return LoadedSplit(
+            kept, features, skipped, texts, has_text, [*tars.values()], np.array(indices, np.int64), wanted
+        )
 
     def class_weights(self, test_set: EvalSet, encoder: str) -> np.ndarray | None:
         """float32 [classes, dim]; None where no prompts were embedded. Raises NotEmbedded."""
-        names = self._manifest.values["prompts"].get(test_set.task.key, {}).get(encoder, [])
+        names = self._listed("prompts", test_set).get(encoder, [])
         if not names or not all(self._unit(name)["text"] for name in names):
             return None
         return np.concatenate([self._array(f"{name}.npy") for name in names])
+
+    def _listed(self, what: str, test_set: EvalSet) -> dict[str, Any]:
+        """The "splits" or "prompts" of a set."""
+        listed: dict[str, Any] = self._manifest.values.get(what, {}).get(test_set.task.key, {})
+        return listed
 
     def _unit(self, name: str, tar: str | None = None) -> dict[str, Any]:
         """The files and values of a unit."""

@@ -147,8 +147,8 @@ class EmbedStage(SetsStage):
     """Embed sets with checkpoints.
 
     The images of a set are split into parts (`winnow.evaluate.sets.shards`). A unit is one encoder on one part. The
-    units of a part run together, so that its images are decoded once, with one more unit that keeps what is known of
-    the samples. Prompts are embedded in units of some thousand. Files are named and keyed by content: a new checkpoint
+    units of a part run together, so that its images are decoded once; one more unit stores what is known of the
+    samples. Prompts are embedded in units of some thousand. Files are named and keyed by content: a new checkpoint
     is embedded alone, a changed class name embeds no image, and one folder serves any number of evaluations.
 
     A part that is broken leaves a record that says so. An encoder that cannot be loaded leaves none, and the next run
@@ -291,11 +291,11 @@ class EmbedStage(SetsStage):
     def run_group(self, units: list[Unit]) -> Iterator[tuple[Unit, Output]]:
         from winnow.pretrain.encoder import load_encoders
 
-        mine = [unit for unit in units if "encoder" in unit.inputs]
-        wanted = [(unit.runtime["spec"], unit.inputs["encoder"]) for unit in mine]
+        encoded = [unit for unit in units if "encoder" in unit.inputs]
+        wanted = [(unit.runtime["spec"], unit.inputs["encoder"]) for unit in encoded]
         encoders = load_encoders(wanted, self.device, self.threads, self.precision)
         ready = [
-            (u, encoder) for u, encoder in zip(mine, encoders, strict=True) if not isinstance(encoder, WinnowError)
+            (u, encoder) for u, encoder in zip(encoded, encoders, strict=True) if not isinstance(encoder, WinnowError)
         ]
         if "prompts" in units[0].inputs:
             for unit, encoder in ready:

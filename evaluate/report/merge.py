@@ -41,7 +41,7 @@ class MergeScoresStage(Stage):
         missing: list[dict[str, str]] = []
         unfit: list[dict[str, str]] = []
         protocols: dict[str, None] = {}
-        own: dict[str, str] = {}
+        metrics: dict[str, str] = {}
         for name, url in self.runs:
             values = need_manifest(url, "scores").values
             table = read_scores(url)
@@ -54,10 +54,10 @@ class MergeScoresStage(Stage):
             for found, key in ((missing, "missing"), (unfit, "not_applicable")):
                 found += [entry | {"checkpoint": f"{name}/{entry['checkpoint']}"} for entry in values[key]]
             protocols |= dict.fromkeys(values["protocols"])
-            own |= values.get("protocol_metrics", {})
+            metrics |= values.get("protocol_metrics", {})
         write_scores(self.out, pa.concat_tables(tables))
         values = {"tasks": tasks, "checkpoints": checkpoints, "protocols": list(protocols), "missing": missing}
-        values |= {"not_applicable": unfit} | ({"protocol_metrics": own} if own else {})
+        values |= {"not_applicable": unfit} | ({"protocol_metrics": metrics} if metrics else {})
         return Output([SCORES], values=values)
 
     def finish(self, records: list[Any]) -> Output:

@@ -33,8 +33,8 @@ def scores_text(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) ->
     keys = sorted(tasks, key=lambda key: (ORDER.index(tasks[key]["group"]), tasks[key]["name"].lower()))
     checkpoints = list(dict.fromkeys([*(row["checkpoint"] for row in rows), *values["checkpoints"]]))
     protocols = list(values["protocols"])
-    own = values.get("protocol_metrics", {})  # of protocols whose main metric is not the task's
-    scores = _main_scores(rows, tasks, own)
+    metrics = values.get("protocol_metrics", {})  # of protocols whose main metric is not the task's
+    scores = _main_scores(rows, tasks, metrics)
     unfit = {(entry["checkpoint"], entry["task"], entry["protocol"]) for entry in values["not_applicable"]}
     names = dict(zip(checkpoints, short_names(checkpoints), strict=True))
     lines = []
@@ -45,13 +45,13 @@ def scores_text(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) ->
                 [
                     tasks[key]["name"],
                     protocol,
-                    _metric(tasks[key], protocol, own) or "–",
+                    _metric(tasks[key], protocol, metrics) or "–",
                     f"{tasks[key]['n']:,}",
                     *cells,
                 ]
             )
     over: dict[tuple[str, ...], list[str]] = {}
-    for protocol in (name for name in protocols if name not in own):
+    for protocol in (name for name in protocols if name not in metrics):
         scored = [c for c in checkpoints if any((c, key, protocol) in scores for key in keys)]
         shared = [key for key in keys if all((c, key, protocol) in scores for c in scored)]
         averaged = averaged_tasks(tasks, shared) if scored else []
@@ -83,12 +83,12 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def _main_scores(
-    rows: Sequence[Mapping[str, Any]], tasks: Mapping[str, Mapping[str, Any]], own: Mapping[str, str]
+    rows: Sequence[Mapping[str, Any]], tasks: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, str]
 ) -> dict[tuple[str, str, str], Estimate]:
     """The main metric by checkpoint, task and protocol, the mean over seeds."""
     found: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row["metric"] == _metric(tasks[row["task"]], row["protocol"], own):
+        if row["metric"] == _metric(tasks[row["task"]], row["protocol"], metrics):
             found.setdefault((row["checkpoint"], row["task"], row["protocol"]), []).append(row)
     scores = {}
     for key, group in found.items():
@@ -98,9 +98,9 @@ def _main_scores(
     return scores
 
 
-def _metric(task: Mapping[str, Any], protocol: str, own: Mapping[str, str]) -> str | None:
+def _metric(task: Mapping[str, Any], protocol: str, metrics: Mapping[str, str]) -> str | None:
     """The main metric of a task under a protocol."""
-    metric: str | None = own.get(protocol, task["metric"])
+    metric: str | None = metrics.get(protocol, task["metric"])
     return metric
 
 

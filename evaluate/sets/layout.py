@@ -52,13 +52,14 @@ def find_tasks(data_url: str, names: Sequence[str] | str = "all") -> list[FoundT
         data_url: the folder of `wds_<task>_test` folders, with `hf_cache/` next to them where DataComp's script filled
             it; or "hf://datasets/OWNER[@REVISION]", on whose every repository the tasks' revisions are read unless one
             is given. There all 40 are assumed to exist; what does not is reported when it is opened.
-        names: "all" for whatever is there; or keys, names or task files ("birds.yaml") of tasks.
+        names: "all" for whatever is there; or keys, names or task files ("birds.yaml", relative to the working
+            directory or the data folder) of tasks.
 
     Raises:
         UsageError: no such folder, no task in it, a faulty task file, or a named task that is unknown or not there.
     """
     words = [] if names == "all" else [names] if isinstance(names, str) else list(names)
-    files = {word: read_task(word) for word in words if word.endswith((".yaml", ".yml"))}
+    files = {word: read_task(_task_file(word, data_url)) for word in words if word.endswith((".yaml", ".yml"))}
     words = [files[word].key if word in files else word for word in words]
     given = {task.key: task for task in files.values()}
     if hub.is_data(data_url):
@@ -81,6 +82,12 @@ def find_tasks(data_url: str, names: Sequence[str] | str = "all") -> list[FoundT
             )
         selected.add(task.key)
     return [entry for key, entry in found.items() if key in selected]
+
+
+def _task_file(path: str, data_url: str) -> str:
+    """The URL of a task file that is named relative to the working directory or to the data folder."""
+    inside = storage.join(data_url, path)
+    return inside if not storage.exists(path) and not hub.is_data(data_url) and storage.exists(inside) else path
 
 
 def _present(data_url: str, by_folder: dict[str, Task]) -> dict[str, FoundTask]:

@@ -168,12 +168,12 @@ def _streamed(tar: str, wanted: Wanted) -> Iterator[Sample]:
             raise TaskError(error.what, where=tar, do=error.do) from error
 
 
-def read_samples(parts: Sequence[Part], indices: Sequence[int], wanted: Wanted) -> list[Sample]:
-    """Samples of a split by their index, counted over its parts and over all samples; for protocols that look at
-    members again."""
+def read_samples(tars: Sequence[str], indices: Sequence[int], wanted: Wanted) -> list[Sample]:
+    """Samples of a split by their index, counted over all samples of its shards; for protocols that read members
+    again."""
     found: dict[int, Sample] = {}
     first = 0
-    for tar in dict.fromkeys(part.tar for part in parts):
+    for tar in tars:
         samples = shard_index(tar, storage.version_token(tar))
         here = [index for index in sorted(set(indices)) if first <= index < first + len(samples)]
         batch = tuple(samples[index - first] for index in here)

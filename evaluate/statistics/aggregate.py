@@ -80,14 +80,14 @@ def average(subset: SubsetScores, tasks: Sequence[str]) -> Estimate:
 
 def difference(subset: SubsetScores, baseline: SubsetScores, tasks: Sequence[str]) -> Estimate:
     """Average of the subset minus that of the baseline, with its standard error."""
-    ours, reference = subset.over_seeds(tasks), baseline.over_seeds(tasks)
+    local, reference = subset.over_seeds(tasks), baseline.over_seeds(tasks)
     squares = sum(subset.test_stderr(task) ** 2 + baseline.test_stderr(task) ** 2 for task in tasks)
-    if set(subset.seeds) == set(baseline.seeds) and len(set(subset.seeds)) == len(ours) == len(reference):
+    if set(subset.seeds) == set(baseline.seeds) and len(set(subset.seeds)) == len(local) == len(reference):
         pairs = dict(zip(baseline.seeds, reference, strict=True))
-        seeds = sem([value - pairs[seed] for seed, value in zip(subset.seeds, ours, strict=True)])
+        seeds = sem([value - pairs[seed] for seed, value in zip(subset.seeds, local, strict=True)])
     else:
-        seeds = math.hypot(sem(ours), sem(reference))
-    return Estimate(mean(ours) - mean(reference), math.hypot(math.sqrt(squares) / len(tasks), seeds))
+        seeds = math.hypot(sem(local), sem(reference))
+    return Estimate(mean(local) - mean(reference), math.hypot(math.sqrt(squares) / len(tasks), seeds))
 
 
 def averaged_tasks(tasks: Mapping[str, Mapping[str, Any]], shared: Sequence[str]) -> list[str]:

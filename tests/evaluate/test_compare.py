@@ -180,7 +180,7 @@ def test_wrong_inputs(tmp_path: Path, stage: CompareStage) -> None:
     with pytest.raises(WinnowError, match=r'holds no scores of checkpoint "none/7"'):
         execute(CompareStage((entry,), stage.scores, str(tmp_path / "x")), SerialExecutor())
     (tmp_path / "s/none/funnel.json").write_text("[]")
-    with pytest.raises(WinnowError, match=r"funnel\.json: is no funnel"):
+    with pytest.raises(WinnowError, match=r"funnel\.json: is not a funnel"):
         execute(CompareStage(stage.subsets, stage.scores, str(tmp_path / "y")), SerialExecutor())
 
 

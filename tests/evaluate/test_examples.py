@@ -66,7 +66,7 @@ def test_a_protocol(tmp_path: Path, spec: str, monkeypatch, registered: bool) ->
     assert {row["metric"] for row in rows} == {"acc1", "acc5", "mean_per_class_recall"}
 
 
-@pytest.mark.parametrize("location", ["data", "recipe", "table"])
+@pytest.mark.parametrize("location", ["tasks", "data", "recipe", "table"])
 def test_a_task_and_a_kind(tmp_path: Path, spec: str, monkeypatch, location: str) -> None:
     data, tasks = tmp_path / "data", "all"
     write_pairs(data)
@@ -75,6 +75,9 @@ def test_a_task_and_a_kind(tmp_path: Path, spec: str, monkeypatch, location: str
         (data / "wds_pairs_test" / "dataset_type.txt").write_text("caption_pairs")
     elif location == "recipe":
         tasks = (str(EXAMPLES / "pairs.yaml"),)
+    elif location == "data":
+        tasks = ("pairs.yaml",)
+        (data / "pairs.yaml").write_text((EXAMPLES / "pairs.yaml").read_text())
     else:
         (data / "tasks").mkdir()
         (data / "tasks" / "pairs.yaml").write_text((EXAMPLES / "pairs.yaml").read_text())

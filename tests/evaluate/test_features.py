@@ -29,6 +29,7 @@ from tests.evaluate.sets import (
 from winnow.evaluate.features.stage import EmbedStage
 from winnow.evaluate.protocols import PROTOCOLS
 from winnow.evaluate.protocols.base import IMAGES, load_protocol
+from winnow.evaluate.sets.files import split_tars
 from winnow.evaluate.sets.layout import find_tasks
 from winnow.evaluate.sets.shards import Wanted, read_part, read_samples, samples_of, split_into_parts
 from winnow.evaluate.stage import EvaluateStage, folder_of
@@ -89,7 +90,7 @@ def test_parts_are_the_whole(tmp_path: Path, size: int) -> None:
     whole = list(samples_of(test_set))
     assert [(raw.key, image_of(raw)) for raw in raws] == [(sample.key, image_of(sample)) for sample in whole]
     assert [int(raw.member("cls")) for raw in raws] == [sample.label for sample in whole]
-    assert [image_of(one) for one in read_samples(parts, [29, 3, 3, 17], WANTED)] == [
+    assert [image_of(one) for one in read_samples(test_set.tars, [29, 3, 3, 17], WANTED)] == [
         image_of(whole[i]) for i in (29, 3, 3, 17)
     ]
 
@@ -102,7 +103,7 @@ def test_parts_of_an_object_store_are_its_shards(tmp_path: Path) -> None:
     assert len(parts) == 2
     here = [image_of(raw) for part in split_into_parts(str(root), "test") for raw in read_part(part, WANTED)]
     assert [image_of(raw) for part in parts for raw in read_part(part, WANTED)] == here
-    assert image_of(read_samples(parts, [20], WANTED)[0]) == here[20]
+    assert image_of(read_samples(split_tars("memory://sets/wds_colors_test"), [20], WANTED)[0]) == here[20]
 
 
 def test_a_truncated_tar_is_a_broken_task(tmp_path: Path) -> None:
@@ -128,6 +129,37 @@ def test_features_are_the_encoders(tmp_path: Path, data: Path, specs: dict[str, 
             for row, raw in zip(kept, read_part(part, WANTED), strict=True):
                 image = encoder.preprocess(decode_image(image_of(raw)))[None]
                 np.testing.assert_allclose(row, encoder.encode_images(image)[0], atol=1e-6)
+
+
+def test_evaluating_reads_typed_columns_that_the_manifest_lists(
+    tmp_path: Path, data: Path, specs: dict[str, str], monkeypatch
+) -> None:
+    """Without building the embed stage's units, which alone know how files are named."""
+    stage = stage_of(specs, data, tmp_path / "out", protocols=("zeroshot", "knn"))
+    embedding = stage.embedding()
+    manifest = execute(embedding, SerialExecutor())
+    listed = manifest.values["splits"]
+    assert {key: set(splits) for key, splits in listed.items()} == {
+        "colors": {"test", "train"},
+        "retrieval-colors": {"test"},
+    }
+    files = {file for unit in manifest.values["units"].values() for file in unit["files"]}
+    assert files == set(manifest.files)
+    labels, captions = [], []
+    for key, found in (("colors", labels), ("retrieval-colors", captions)):
+        for part in listed[key]["test"]["parts"]:
+            (file,) = manifest.values["units"][part["samples"]]["files"]
+            table = pq.read_table(embedding.url(file))
+            assert [str(table.schema.field(name).type) for name in ("label", "captions", "metadata")] == [
+                "int64",
+                "list<element: string>",
+                "list<element: double>",
+            ]
+            found += table["label" if found is labels else "captions"].to_pylist()
+    assert sorted(labels) == sorted(i * 5 % 6 for i in range(30)) and [len(one) for one in captions] == [1, 2, 3] * 3
+    for method in ("plan", "samples_unit", "images_unit", "prompt_units"):
+        monkeypatch.setattr(EmbedStage, method, lambda *_: pytest.fail("rebuilt the embed stage"))
+    execute(stage, SerialExecutor())
 
 
 def test_each_image_is_decoded_once_and_nothing_twice(

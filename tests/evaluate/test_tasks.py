@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -121,3 +123,13 @@ def test_every_registered_protocol_and_kind_loads() -> None:
         assert protocol.name == name and protocol.kinds <= set(KINDS.table)
         assert callable(protocol.run) and any(protocol.applies(kind) for kind in kinds.values())
     assert not load_protocol("zeroshot").applies(kinds["images"])
+
+
+def test_listing_and_planning_import_no_torch() -> None:
+    code = (
+        "import sys, winnow.evaluate.stage; from winnow.evaluate.protocols.base import *\n"
+        "[load_protocol(name) for name in PROTOCOLS.table], [load_kind(name) for name in KINDS.table]\n"
+        "print(sorted({'torch', 'ray', 'open_clip', 'matplotlib'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -128,7 +128,8 @@ def test_columns_reach_the_objective(tmp_path: Path) -> None:
     pq.write_table(pa.table({"words": words}), measured / "caption_stats-1" / "00000.parquet")
     values = {"columns": {"caption_stats": "caption_stats-1"}, "digests": {"caption_stats-1": "d"}}
     write_manifest(measured, values)
-    other = make_pool(tmp_path)
+    (tmp_path / "other").mkdir()
+    other = make_pool(tmp_path / "other")
     names = ("rank", "caption_stats.words")
     samples = Samples(str(tmp_path / "pool"), None, (SourceConfig(pool=other),), names, str(measured))
     for sample in samples.read(np.arange(12)):

@@ -351,7 +351,7 @@ def _explain(error: ValidationError, source: RecipeText, model: type[BaseModel])
     if fault["type"] == "value_error":
         cause = fault.get("ctx", {}).get("error")
         where = source.where((*loc, *getattr(cause, "path", ())))
-        return UsageError(str(cause) if cause else fault["msg"], where=where)
+        return UsageError(str(cause) if cause else fault["msg"], where=where, do=getattr(cause, "do", None))
     return UsageError(f"{dotted}: {fault['msg'][0].lower()}{fault['msg'][1:]}, not {fault['input']!r}", where=where)
 
 

@@ -19,7 +19,7 @@ class Order:
     """The sample at each position of the endless sequence. Keeps the permutations of two epochs.
 
     A source of weight w contributes each of its samples w times per epoch: all of them floor(w) times, and the
-    remaining fraction in turn, so that after any number of epochs the counts of a source's samples differ by at most one.
+    remaining fraction in turn. So after any number of epochs the counts of a source's samples differ by at most one.
 
     Args:
         sizes: number of samples of each source; samples are numbered consecutively, source after source.

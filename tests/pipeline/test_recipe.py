@@ -49,7 +49,7 @@ def test_a_good_recipe(text, tmp_path):
     assert recipe.targets() == [f"{tmp_path}/shards"]
     assert list(recipe.measure_kinds()) == ["clip"]
     assert recipe.pretrain.seeds == (0, 1)
-    assert recipe.pretrain.config().batch_size == 8
+    assert recipe.pretrain.batch_size == 8
 
 
 def test_overrides(text, tmp_path):

@@ -103,6 +103,11 @@ class Objective(nn.Module, abc.ABC):
             raise UsageError(
                 f"the objective {cls.__qualname__} has no {' and no '.join(lacking)}", do="See pretrain/README.md."
             )
+        if not hasattr(cls.Config, "__pydantic_fields__"):
+            raise UsageError(
+                f"the Config of the objective {cls.__qualname__} is not a params class",
+                do="Decorate it with winnow.infra.params.params.",
+            )
 
     @abc.abstractmethod
     def __init__(self, config: Any, model: dict[str, Any], augment: tuple[float, float] | None) -> None:

@@ -96,7 +96,7 @@ def _train(job: Job, config: PretrainConfig, device: torch.device, via: str) -> 
         engine = Engine(objective, config, device)
         if start is not None:
             engine.restore(start.tensors, start.scaler)
-            start = Saved(start.step, {}, {}, start.state)  # the tensors' memory
+            start = Saved(start.step, {}, {}, start.state)  # frees the tensors
         saved = start.step if start is not None else None
         first = saved or 0
         samples = Samples(job.pool, job.subset, config.sources, objective.columns, job.measured)

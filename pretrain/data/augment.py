@@ -1,7 +1,7 @@
-"""Random changes to images that contrastive objectives learn to ignore, drawn from a NumPy generator.
+"""Random augmentations of images, drawn from a NumPy generator.
 
-The pixel operations are torchvision's; it draws from torch's global generator, here every draw comes from the one that
-is handed in, so a view is a pure function of image and generator and any number of processes may make them.
+The pixel operations are torchvision's; it draws from torch's global generator. Here every draw comes from the given
+generator, so a view is a pure function of image and generator, in any number of processes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Augmentation:
 
     Attributes:
         size: side of the view, pixels.
-        area: share of the image that the crop takes, from and to; aspect ratio 3/4 to 4/3.
+        area: fraction of the image that the crop takes, from and to; aspect ratio 3/4 to 4/3.
         flip: probability of a horizontal flip.
         jitter, jitter_p: change of colour, and its probability.
         grey_p: probability of losing all colour.
@@ -129,7 +129,7 @@ def gaussian_blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def _band(n: int, radius: int, sigma: float) -> np.ndarray:
-    """The kernel centred on each of n places; float32 [n, n]."""
+    """The kernel centred on each of n positions; float32 [n, n]."""
     offsets = np.arange(-radius, radius + 1)
     kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
     at = np.abs(np.arange(n)[:, None] + offsets)

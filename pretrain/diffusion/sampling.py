@@ -1,4 +1,4 @@
-"""Images out of a diffusion checkpoint."""
+"""Draws images from a diffusion checkpoint."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def square(image: Image.Image, size: int) -> np.ndarray:
 
 
 def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """Images, uint8 [n, 3, H, W], row by row in one, uint8 [H', W', 3], as square as may be; the rest is white."""
+    """Images, uint8 [n, 3, H, W], row by row in one nearly square image, uint8 [H', W', 3], with white gaps."""
     n, _, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows, gap = math.ceil(n / columns), 2

@@ -1,7 +1,7 @@
-"""Batch normalisation when several processes share a batch.
+"""Batch normalisation when a batch is divided among several processes.
 
-Left alone it sees the samples of its process only, so a training would depend on the number of processes. Here it sees
-the whole global batch, or the same parts of it however many processes there are.
+By default it sees only the samples of its process, so a training would depend on the number of processes. Here it sees
+the whole global batch, or fixed parts of it whatever the number of processes.
 """
 
 from __future__ import annotations

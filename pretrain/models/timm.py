@@ -27,10 +27,8 @@ def timm_names() -> dict[str, str]:
 @functools.cache
 def timm_arguments(family: str) -> frozenset[str]:
     """The arguments of a family's class."""
-    parameters = inspect.signature(_FAMILIES[family].__init__).parameters.values()
-    return frozenset(
-        parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    ) - {"self"}
+    parameters = inspect.signature(_FAMILIES[family]).parameters.values()
+    return frozenset(item.name for item in parameters if item.kind is item.POSITIONAL_OR_KEYWORD)
 
 
 def check_timm(name: str, size: int, stem: str, kwargs: dict[str, Any]) -> dict[str, Any]:

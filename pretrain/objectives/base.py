@@ -93,15 +93,20 @@ class Objective(nn.Module, abc.ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Raises UsageError for a class that lacks a method or its `Config`."""
         super().__init_subclass__(**kwargs)
-        beside = getattr(sys.modules.get(cls.__module__), "Config", None)
-        if "Config" not in vars(cls) and beside is not None:
-            cls.Config = beside
+        default = getattr(sys.modules.get(cls.__module__), "Config", None)
+        if "Config" not in vars(cls) and default is not None:
+            cls.Config = default
         lacking = [name for name in _METHODS if getattr(getattr(cls, name), "__isabstractmethod__", False)]
         if not hasattr(cls, "Config"):
             lacking.append("Config")
         if lacking:
             raise UsageError(
                 f"the objective {cls.__qualname__} has no {' and no '.join(lacking)}", do="See pretrain/README.md."
+            )
+        if not hasattr(cls.Config, "__pydantic_fields__"):
+            raise UsageError(
+                f"the Config of the objective {cls.__qualname__} is not a params class",
+                do="Decorate it with winnow.infra.params.params.",
             )
 
     @abc.abstractmethod

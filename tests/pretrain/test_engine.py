@@ -55,7 +55,7 @@ def by_hand(pool: str, c: Any, step: Any) -> list[dict[str, torch.Tensor]]:
             objective.zero_grad()
             objective({name: torch.from_numpy(array) for name, array in batch.items()}).total.backward()
             with torch.no_grad():
-                step(objective, trained, learning_rate(i, steps=6, lr=c.lr, warmup_steps=c.warmup))
+                step(objective, trained, learning_rate(i, steps=6, lr=c.lr, warmup_steps=c.warmup_steps))
                 objective.after_step(i + 1)
             seen.append({name: p.detach().clone() for name, p in trained.items()})
     return seen

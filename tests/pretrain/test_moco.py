@@ -66,7 +66,7 @@ def test_steps_are_those_of_algorithm_1_written_plainly() -> None:
         logits = [torch.cat([(q[i] @ k[i])[None], torch.stack(list(queue)) @ q[i]]) / tau for i in range(n)]
         loss = torch.stack([F.cross_entropy(row, torch.tensor(0)) for row in logits]).mean()
 
-        losses = objective({"query": x_q, "key": x_k, "place": index_})
+        losses = objective({"query": x_q, "key": x_k, "index": index_})
         torch.testing.assert_close(losses.total, loss, rtol=1e-4, atol=1e-5)
         grads, plain = torch.autograd.grad(losses.total, trained), torch.autograd.grad(loss, list(f_q.parameters()))
         with torch.no_grad():
@@ -122,7 +122,7 @@ def test_views_depend_on_the_generator_alone() -> None:
     objective = make_objective(config(**CASES["moco"]), seed=0)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 64, 3), dtype=np.uint8))
     first, again, other = (objective.views(Sample(image=image, text=""), np.random.default_rng(i)) for i in (1, 1, 2))
-    for name in ("query", "key", "place"):
+    for name in ("query", "key", "index"):
         np.testing.assert_array_equal(first[name], again[name])
         assert np.any(first[name] != other[name])
     assert (first["query"] != first["key"]).any()

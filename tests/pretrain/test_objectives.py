@@ -13,6 +13,7 @@ from tests import drawing
 from tests.pretrain.test_train import lines, run
 from tests.pretrain.tiny import CASES, MODEL, changed, config, make_pool
 from winnow.infra.errors import UsageError
+from winnow.infra.params import params
 from winnow.infra.pool.index import IndexStage
 from winnow.infra.stages.executors import SerialExecutor
 from winnow.infra.stages.runner import execute
@@ -86,6 +87,11 @@ def test_two_processes_train_as_one(pool: str, wholes, tmp_path: Path) -> None: 
         assert ours == pytest.approx(reference, rel=1e-3), name
 
 
+@params
+class Empty:
+    pass
+
+
 def make(**attributes: Any) -> type[Objective]:
     """A subclass with the required methods, and these attributes; None leaves one out."""
 
@@ -93,7 +99,7 @@ def make(**attributes: Any) -> type[Objective]:
         return None
 
     required = dict.fromkeys(("__init__", "views", "forward", "encoder", "build_encoder"), method)
-    body = {name: value for name, value in ({"Config": object} | required | attributes).items() if value is not None}
+    body = {name: value for name, value in ({"Config": Empty} | required | attributes).items() if value is not None}
     return type("Custom", (Objective,), body | {"__module__": "nowhere"})
 
 
@@ -103,6 +109,11 @@ def test_a_class_that_lacks_something_is_refused_when_it_is_made(name: str) -> N
     with pytest.raises(UsageError) as error:
         make(**{name: None})
     assert error.value.what == f"the objective Custom has no {name}"
+
+
+def test_a_config_without_types_is_refused() -> None:
+    with pytest.raises(UsageError, match="Config of the objective Custom is not a params class"):
+        make(Config=object)
 
 
 def test_traits_are_inherited() -> None:
@@ -128,7 +139,8 @@ def test_columns_reach_the_objective(tmp_path: Path) -> None:
     pq.write_table(pa.table({"words": words}), measured / "caption_stats-1" / "00000.parquet")
     values = {"columns": {"caption_stats": "caption_stats-1"}, "digests": {"caption_stats-1": "d"}}
     write_manifest(measured, values)
-    other = make_pool(tmp_path)
+    (tmp_path / "other").mkdir()
+    other = make_pool(tmp_path / "other")
     names = ("rank", "caption_stats.words")
     samples = Samples(str(tmp_path / "pool"), None, (SourceConfig(pool=other),), names, str(measured))
     for sample in samples.read(np.arange(12)):

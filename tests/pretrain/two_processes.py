@@ -49,8 +49,8 @@ def of_three_steps(name: str, rank: int, world: int) -> list[torch.Tensor]:
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     for step in range(3):
         images = torch.from_numpy(rng.integers(0, 256, (16, 2, 3, 32, 32), dtype=np.uint8))
-        place = torch.from_numpy(rng.integers(1 << 62, size=16))
-        batch = {"views": images, "query": images[:, 0], "key": images[:, 1], "place": place}
+        index = torch.from_numpy(rng.integers(1 << 62, size=16))
+        batch = {"views": images, "query": images[:, 0], "key": images[:, 1], "index": index}
         loss = objective({key: part(value, rank, world) for key, value in batch.items()}).total
         grads = averaged(list(torch.autograd.grad(loss, trained)), world)
         losses += averaged([loss.detach()], world)

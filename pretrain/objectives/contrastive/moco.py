@@ -4,9 +4,9 @@ He et al. 2020, "Momentum Contrast for Unsupervised Visual Representation Learni
 al. 2020, "Improved Baselines with Momentum Contrastive Learning", for v2: a head of two layers, blur, weaker hue and
 τ = 0.2 (its cosine schedule is the recipe's `schedule`).
 
-Shuffled batch normalisation (section 3.3) keeps keys and queries from telling each other by the statistics they share.
-The paper has one part of the batch on each of 8 GPUs; here the global batch has `bn_parts` parts on any number of
-processes, one too, so the training is the same on all of them.
+Shuffled batch normalisation (section 3.3) prevents that shared statistics give away which key belongs to a query. The
+paper has one part of the batch on each of 8 GPUs. Here the global batch has `bn_parts` parts on any number of
+processes, so the training does not depend on that number.
 """
 
 from __future__ import annotations
@@ -93,14 +93,14 @@ class MoCo(Objective):
         self.keys = self.queue[:0]
 
     def views(self, sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """query, key: uint8 [3, H, W]; place: int64, by which the keys are shuffled."""
+        """query, key: uint8 [3, H, W]; index: int64, by which the keys are shuffled."""
         query, key = (self.augmentation(sample.image(), rng) for _ in range(2))
-        return {"query": query, "key": key, "place": np.asarray(rng.integers(1 << 62))}
+        return {"query": query, "key": key, "index": np.asarray(rng.integers(1 << 62))}
 
     def forward(self, batch: dict[str, torch.Tensor]) -> Losses:
         q = self.head(self.net(batch["query"]))
         with torch.no_grad():
-            keys = self._shuffled_keys(batch["key"], batch["place"])
+            keys = self._shuffled_keys(batch["key"], batch["index"])
         with torch.autocast(q.device.type, enabled=False):
             q = F.normalize(q.float(), dim=1)
             self.keys = F.normalize(keys.float(), dim=1)
@@ -117,7 +117,7 @@ class MoCo(Objective):
         return keys
 
     def after_step(self, step: int) -> None:
-        """θk ← m θk + (1 − m) θq (equation 2), and the batch's keys take the place of the oldest."""
+        """θk ← m θk + (1 − m) θq (equation 2), and the batch's keys replace the oldest."""
         for teacher, student in ((self.teacher_net, self.net), (self.teacher_head, self.head)):
             for key_weight, query_weight in zip(teacher.parameters(), student.parameters(), strict=True):
                 key_weight.lerp_(query_weight, 1 - self.momentum)

@@ -118,7 +118,7 @@ def test_a_foreign_manifest_next_to_the_shards(winnow, shards, tmp_path):
 def test_what_cannot_be_resharded(winnow, shards, tmp_path):
     write_metadata(tmp_path / "M", 20, per_file=10)
     status, _, error = winnow("reshard", "M", "--out", "R")
-    assert status == 2 and "without samples to copy" in error
+    assert status == 2 and "without images to copy" in error
     (tmp_path / "empty.npy").write_bytes(b"")
     np.savez(tmp_path / "some.npz", a=np.zeros(3))
     for name in ("empty.npy", "some.npz"):

@@ -2,14 +2,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# Without bytecode on disk every process compiles all of torch anew.
+# Without bytecode on disk every process compiles all of torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install quickstart test lint clean
 
 install: $(VENV)/.installed
 
-# uv installs the whole set in well under a minute; where it cannot be had, pip takes its place.
+# uv installs the whole set in well under a minute; where it is not available, pip is used.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv || true

@@ -1,4 +1,4 @@
-"""The curate stage: a tree of filters and a measured pool give a subset file, a funnel and, if asked, reasons."""
+"""The curate stage: applies trees of filters to a measured pool, and writes subsets, funnels and reasons."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from winnow.curation.algebra.fit import columns_of, fit_tree
-from winnow.curation.algebra.tree import NodeDecision, TreeEvaluator, fingerprint, parse, unparse
-from winnow.curation.columns.table import View
-from winnow.curation.filters.base import Filter, Node, State
+from winnow.curation.algebra.funnel import NodeDecision, TreeEvaluator
+from winnow.curation.algebra.nodes import Node
+from winnow.curation.algebra.parse import fingerprint, unparse
+from winnow.curation.columns.table import State, View
+from winnow.curation.filters.base import Filter
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.arrow import mask_array
@@ -29,7 +31,7 @@ from winnow.infra.stages.stage import Output, Record, Stage, Unit
 
 @dataclass(frozen=True)
 class MeasuredPool:
-    """Where a pool and its columns are. `columns` is None for a pool without measures."""
+    """The URLs of a pool and of its columns. `columns` is None for a pool without measures."""
 
     pool: str
     columns: str | None = None
@@ -43,25 +45,25 @@ class CurateStage(Stage):
     """Curate subsets of one pool.
 
     Each subset is a unit with the files `NAME/subset.npy`, `NAME/funnel.json` and, with `reasons`,
-    `NAME/reasons.parquet`. A subset called "" puts them into the directory itself. `NAME/timings.json` beside them, the
-    seconds that fitting each filter took, is no part of the output: equal work gives equal output.
+    `NAME/reasons.parquet`. The files of a subset called "" are in the directory itself. `NAME/timings.json`, the
+    seconds that fitting each filter took, is not part of the output, so equal work gives equal output.
 
     Args:
         source: the pool and its columns.
-        subsets: name and tree (YAML form) of each.
+        subsets: name and tree of each.
         out: directory.
-        targets: target sets by the name that filters give them.
-        reasons: whether to write for every dropped sample which node dropped it.
+        targets: target sets by the names that filters give them.
+        reasons: whether to write, for every dropped sample, which node dropped it.
     """
 
     source: MeasuredPool
-    subsets: tuple[tuple[str, dict[str, Any]], ...]
+    subsets: tuple[tuple[str, Node], ...]
     out: str
     targets: dict[str, MeasuredPool] = field(default_factory=dict)
     reasons: bool = True
 
     name = "curate"
-    version = 2
+    version = 3  # 3: infinite scores and embeddings never pass
     keep_stale = True
     run_on_driver = True
 
@@ -81,8 +83,7 @@ class CurateStage(Stage):
     def plan(self) -> list[Unit]:
         view = self._view()
         units = []
-        for name, tree in self.subsets:
-            node = parse(tree)
+        for name, node in self.subsets:
             view.check(columns_of(node))
             inputs = {"columns": view.digest(columns_of(node))}
             for number, (target, columns) in enumerate(_wanted(node)):
@@ -95,14 +96,15 @@ class CurateStage(Stage):
                     name or "subset",
                     inputs,
                     {"tree": fingerprint(node)},
-                    {"subset": name, "tree": tree},
+                    {"subset": name},
                     items=len(view) if view.pool.counted else 0,
                 )
             )
         return units
 
     def run(self, unit: Unit) -> Output:
-        node, view, prefix = parse(unit.runtime["tree"]), self._view(), unit.runtime["subset"]
+        prefix, view = unit.runtime["subset"], self._view()
+        node = dict(self.subsets)[prefix]
         timings: dict[str, float] = {}
         evaluator = TreeEvaluator(node, self.states(node, view, timings))
         kept, dropped, seen = bytearray(), [], 0
@@ -113,7 +115,7 @@ class CurateStage(Stage):
                 out = mask_array(~mask)
                 dropped.append(pa.table({"uid": batch["uid"].filter(out), "reason": why.filter(out)}))
             else:
-                mask = evaluator.keep(batch)
+                mask = evaluator.mask(batch)
             kept += decode_uids(batch["uid"].filter(mask_array(mask))).view(np.uint8).data
         uids = np.frombuffer(kept, UID_DTYPE)
         funnel = {
@@ -137,8 +139,8 @@ class CurateStage(Stage):
         return Output(files, seen, values={"kept": len(uids), "subset": files[0], "fits": facts})
 
     def states(self, node: Node, view: View | None = None, timings: dict[str, float] | None = None) -> list[State]:
-        """The fitted states of a tree's filters, out of files where an earlier subset left them; `timings` takes the
-        seconds of each by its label."""
+        """The fitted states of a tree's filters, read from the files of an earlier subset where there are any. Puts the
+        seconds of each filter into `timings`, by label."""
 
         def fit(item: Filter, seen: View) -> State:
             start = time.perf_counter()
@@ -150,13 +152,13 @@ class CurateStage(Stage):
         return fit_tree(node, self._view() if view is None else view, fit)
 
     def _fit(self, item: Filter, view: View) -> State:
-        """The filter's state, out of the file an earlier subset left if the same was fitted to the same columns."""
+        """The state of a filter, from the file of an earlier subset if it was fitted to the same columns there."""
         inputs = {"columns": view.digest(item.columns()), "filter": fingerprint(item)}
         for number, target in enumerate(item.targets()):
             inputs[f"target{number}"] = view.target(target).digest(item.target_columns())
         url = self.url("fits", f"{digest_json(inputs)[:32]}.npz")
         if storage.exists(url):
-            # One that is damaged is fitted anew.
+            # A damaged file is replaced.
             with (
                 contextlib.suppress(ValueError, EOFError, zipfile.BadZipFile),
                 np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as arrays,
@@ -175,21 +177,21 @@ class CurateStage(Stage):
         return Output(values=values)
 
     def why(self, subset: str, uid: str) -> tuple[str | None, list[NodeDecision]]:
-        """Why a sample is in a subset or not.
+        """Why a sample is or is not in a subset.
 
         Args:
             subset: its name.
             uid: 32 hex characters.
 
         Returns:
-            the label of the first node that dropped the sample (None if it was kept), and each node's verdict.
+            the label of the first node that dropped the sample (None if it was kept), and each node's decision.
 
         Raises:
-            UsageError: the uid is none.
+            UsageError: the uid is malformed.
             WinnowError: the pool has no such sample.
         """
         wanted = check_uid(uid)
-        node, view = parse(dict(self.subsets)[subset]), self._view()
+        node, view = dict(self.subsets)[subset], self._view()
         for shard, table in zip(view.pool.shards, view.batches(("uid",)), strict=True):
             found = np.flatnonzero(decode_uids(table["uid"]) == wanted)
             if len(found):
@@ -199,31 +201,27 @@ class CurateStage(Stage):
         raise WinnowError(f"no sample has the uid {uid}", where=self.source.pool)
 
 
-def check_trees(
-    source: MeasuredPool, trees: Iterable[dict[str, Any]], targets: Mapping[str, MeasuredPool] | None = None
-) -> None:
-    """Refuse, before anything is measured, trees that cannot come out on a pool: columns of its own that it has not,
-    too few samples, arrays of another dimension.
+def check_trees(source: MeasuredPool, nodes: Iterable[Node], targets: Mapping[str, MeasuredPool] | None = None) -> None:
+    """Refuse trees that cannot be applied to a pool, before anything is measured.
 
     Args:
-        source: the pool; its measures need not be there.
-        trees: in YAML form.
-        targets: those that are there already.
+        source: the pool; its measures need not be finished.
+        nodes: the trees.
+        targets: the target sets that are ready.
 
     Raises:
-        WinnowError: saying what to do.
+        WinnowError: the pool lacks a column, has too few samples, or holds arrays of another dimension.
     """
     pool = Pool.open(source.pool)
     view = View(pool, None, {name: source.view() for name, source in (targets or {}).items()})
-    for tree in trees:
-        node = parse(tree)
+    for node in nodes:
         view.check([column for column in columns_of(node) if view.knows(column)])
         for item in node.filters():
             item.check(view)
 
 
 def check_uid(uid: str) -> np.void:
-    """A uid as a `u8,u8` pair. Raises UsageError when it is none."""
+    """A uid as a `u8,u8` pair. Raises UsageError when it is malformed."""
     try:
         return decode_uids(pa.array([uid], pa.string()))[0]
     except WinnowError as error:
@@ -231,5 +229,5 @@ def check_uid(uid: str) -> np.void:
 
 
 def _wanted(node: Node) -> list[tuple[str, tuple[str, ...]]]:
-    """Target sets of a tree with the columns read of each."""
+    """The target sets of a tree, with the columns that are read of each."""
     return [(target, item.target_columns()) for item in node.filters() for target in item.targets()]

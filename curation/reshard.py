@@ -1,4 +1,4 @@
-"""The reshard stage: the samples of a subset, copied into webdataset tars with a parquet beside each."""
+"""The reshard stage: the samples of a subset, copied into webdataset tars, each with a parquet."""
 
 from __future__ import annotations
 
@@ -11,28 +11,22 @@ import pyarrow as pa
 
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
+from winnow.infra.io.images import image_extension
 from winnow.infra.io.storage import digest_bytes
-from winnow.infra.io.tar import TarWriter
-from winnow.infra.pool.pool import (
-    HERE,
-    LOCATION,
-    Pool,
-    Shard,
-    read_members,
-    shard_entry,
-    write_view,
-)
+from winnow.infra.pool.pool import Pool, Shard
 from winnow.infra.pool.uids import is_member, load_subset
+from winnow.infra.pool.views import LOCATION, located
+from winnow.infra.pool.writer import PoolWriter, SampleWriter, shard_entries
 from winnow.infra.stages.stage import Output, Record, Stage, Unit
 
 
 @dataclass
 class ReshardStage(Stage):
-    """Write a subset of a pool as shards of its own, in pool order; images are copied, not encoded again.
+    """Write a subset of a pool as new shards, in pool order. Images and other members are copied byte for byte.
 
-    `NNNNN.tar` holds `KEY.EXT`, `KEY.txt`, `KEY.json` (webdataset; img2dataset's keys: shard and row, nine digits),
-    `NNNNN.parquet` the pool's columns and where each member lies. The directory is a pool itself: `Pool.open` takes
-    it, and so does any reader of DataComp's shards.
+    `NNNNN.tar` holds `KEY.EXT`, `KEY.txt`, `KEY.json` and any other member (webdataset; img2dataset's keys: shard and
+    row, nine digits), `NNNNN.parquet` the pool's columns and the byte range of each member. The directory is a pool:
+    `Pool.open` reads it, and so does any reader of DataComp's shards.
 
     Args:
         pool: URL of the pool directory.
@@ -49,7 +43,7 @@ class ReshardStage(Stage):
     samples_per_shard: int = 10_000
 
     name = "reshard"
-    version = 1
+    version = 2
 
     def params(self) -> dict[str, Any]:
         return {"samples_per_shard": self.samples_per_shard}
@@ -57,7 +51,7 @@ class ReshardStage(Stage):
     def parents(self) -> dict[str, str]:
         return {"pool": Pool.open(self.pool).digest, "subset": self.subset_digest}
 
-    def offsets(self) -> dict[str, str]:
+    def locations(self) -> dict[str, str]:
         return {"pool": storage.absolute(self.pool)}
 
     def _kept(self, shard: Shard, subset: np.ndarray | None) -> np.ndarray:
@@ -104,59 +98,36 @@ class ReshardStage(Stage):
     def run(self, unit: Unit) -> Output:
         pool = Pool.open(self.pool)
         subset = None if self.subset is None else load_subset(self.subset)
-        tar_name, view_name = f"{unit.name}.tar", f"{unit.name}.parquet"
-        rows: list[pa.Table] = []
-        with storage.writing(self.url(tar_name)) as path:
-            with TarWriter(path) as tar:
-                for name, low, high in unit.params["parts"]:
-                    shard = pool.shard(name)
-                    table = shard.table().take(pa.array(self._kept(shard, subset)[low:high]))
-                    rows.append(self._copy(shard, table, tar, unit.runtime["number"], sum(len(part) for part in rows)))
-            digest = storage.digest_file(str(path))
-        table = pa.concat_tables(rows, promote_options="default")
-        with storage.writing(self.url(view_name)) as path:
-            write_view(str(path), table)
-        return Output(
-            [tar_name, view_name],
-            table.num_rows,
-            values={"tars": [[f"{HERE}/{tar_name}", digest]], "rows": table.num_rows},
-        )
-
-    def _copy(self, shard: Shard, table: pa.Table, tar: TarWriter, number: int, first: int) -> pa.Table:
-        """Append the samples to the tar; returns their view with the new places."""
-        public = table.select([name for name in table.column_names if name not in LOCATION.names])
-        offsets: dict[str, list[Any]] = {name: [] for name in LOCATION.names}
-        images = read_members(shard.tars, table, "image")
-        keys = [f"{number:05d}{first + i:04d}" for i in range(table.num_rows)]
-        public = public.set_column(public.column_names.index("key"), "key", pa.array(keys, pa.string()))
-        for key, image, ext, row in zip(keys, images, table["image_ext"].to_pylist(), public.to_pylist(), strict=True):
-            text = row["text"]
-            facts = json.dumps({name: value for name, value in row.items() if value is not None}, ensure_ascii=False)
-            members = {"image": (ext, image), "text": ("txt", None if text is None else text.encode())}
-            for member, (suffix, data) in (members | {"json": ("json", facts.encode())}).items():
-                at = tar.add(f"{key}.{suffix}", data) if data is not None else None
-                offsets[f"{member}_offset"].append(at)
-                offsets[f"{member}_size"].append(len(data) if data is not None else None)
-            offsets["tar"].append(0)
-            offsets["image_ext"].append(ext)
-            offsets["other"].append([])
-        for item in LOCATION:
-            public = public.append_column(item, pa.array(offsets[item.name], item.type))
-        return public
+        writer, views, first = PoolWriter(self.out, unit.name), [], 0
+        with writer.tar() as tar:
+            for name, low, high in unit.params["parts"]:
+                shard = pool.shard(name)
+                table = shard.table().take(pa.array(self._kept(shard, subset)[low:high]))
+                keys = [f"{unit.runtime['number']:05d}{first + i:04d}" for i in range(table.num_rows)]
+                views.append(_copy(shard, table, keys, tar))
+                first += table.num_rows
+        return writer.view(pa.concat_tables(views, promote_options="default"))
 
     def finish(self, records: list[Record]) -> Output:
-        entries = [
-            shard_entry(
-                record.unit,
-                f"{record.unit}.parquet",
-                record.files[f"{record.unit}.parquet"]["sha256"],
-                record.values["tars"],
-                record.values["rows"],
-                [],
-            )
-            for record in records
-        ]
-        return Output(values={"shards": entries})
+        return Output(values={"shards": shard_entries(records)})
+
+
+def _copy(shard: Shard, table: pa.Table, keys: list[str], tar: SampleWriter) -> pa.Table:
+    """Append samples to a tar under new keys; returns their view with the new locations."""
+    columns = table.select([name for name in table.column_names if name not in LOCATION.names])
+    columns = columns.set_column(columns.column_names.index("key"), "key", pa.array(keys, pa.string()))
+    located_rows = []
+    for sample, row in zip(shard.samples(table), columns.to_pylist(), strict=True):
+        facts = {name: value for name, value in row.items() if value is not None}
+        image = image_extension(sample.members)
+        members = {image: sample.members[image]} if image else {}
+        if row["text"] is not None:
+            members["txt"] = row["text"].encode()
+        members["json"] = json.dumps(facts, ensure_ascii=False).encode()
+        # Any other member is copied as it is.
+        members |= {ext: data for ext, data in sample.members.items() if ext not in (image, "txt", "json")}
+        located_rows.append(tar.add(row["key"], members))
+    return located(columns, located_rows)
 
 
 def subset_digest(url: str) -> str:

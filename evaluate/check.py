@@ -1,16 +1,18 @@
-"""What of the tasks is there, before any work: `winnow evaluate --check`."""
+"""Which test sets are complete, before any work: `winnow evaluate --check`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from winnow.evaluate.protocols.base import PROTOCOLS, applies
+from winnow.evaluate.protocols.base import EvalSet
 from winnow.evaluate.report.tables import text_table
 from winnow.evaluate.sets import hub, packed
-from winnow.evaluate.sets.layout import TYPE, EvalSet, FoundTask, find_tasks, split_tars
+from winnow.evaluate.sets.files import open_set, split_tars
+from winnow.evaluate.sets.layout import TYPE, FoundTask, find_tasks
 from winnow.evaluate.sets.shards import has_split, shard_index
-from winnow.evaluate.tasks.task import Task, TaskError, datacomp_tasks, find_task
+from winnow.evaluate.tasks.read import datacomp_tasks, find_task
+from winnow.evaluate.tasks.task import Task, TaskError
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 
@@ -20,15 +22,15 @@ COMPLETE, PARTIAL, INCOMPLETE, MISSING = "complete", "partial", "incomplete", "m
 
 @dataclass(frozen=True)
 class TaskCheck:
-    """What there is of a task's test set.
+    """The state of a task's test set.
 
     Attributes:
         task: the task.
-        state: "complete"; "partial", when all that the folder speaks of is there and whole, but fewer samples than the
-            task has, so that its result is of those only; "incomplete", when files are missing or broken, so that it
-            cannot be evaluated; "missing".
-        samples: in its test shards; None where they are not counted, which is done on local disks only.
-        note: the files at fault, or where the set lies in another form.
+        state: "complete"; "partial", when all files are intact but have fewer samples than the task, so that its scores
+            are of those only; "incomplete", when files are missing or broken, so that it cannot be evaluated;
+            "missing".
+        samples: in its test shards; None where they are not counted, as on object stores.
+        note: the faulty files, or where the set is in another form.
     """
 
     task: Task
@@ -38,14 +40,14 @@ class TaskCheck:
 
 
 def check_tasks(data: str, names: Sequence[str] | str = "all") -> list[TaskCheck]:
-    """One row for each of DataComp's 40, in the order of their keys, then one for each further set in the folder.
+    """One row for each of DataComp's 40, in the order of their keys, then one for each other set in the folder.
 
-    Reads the text files and, on a local disk, the headers of the shards; no image. On the hub it asks for the list
-    of files of each repository.
+    Reads the text files and, on a local disk, the headers of the shards; no image. On the hub it requests the list of
+    files of each repository.
 
     Args:
         data: as for `find_tasks`.
-        names: "all", or keys or names of tasks.
+        names: "all", or keys, names or files of tasks.
 
     Raises:
         UsageError: as `find_tasks` does.
@@ -72,14 +74,12 @@ def _check(found: FoundTask) -> TaskCheck:
         lost = _lost_shards(url)
         if lost:
             return TaskCheck(task, INCOMPLETE, note="no " + ", ".join(lost))
-        test_set = EvalSet.open(found)
-        if not any(applies(protocol, task.kind) for protocol in PROTOCOLS):
+        if found.kind is None:
             return TaskCheck(task, INCOMPLETE, note=f'{TYPE}: no protocol evaluates the kind "{task.kind}"')
+        test_set = open_set(task, url)
         if not storage.is_local(test_set.url):
             return TaskCheck(task, COMPLETE, note=_train_fault(found, test_set))
-        count = sum(_count(tar) for tar in test_set.tars)
-        if task.kind == "winogavil":
-            count = len(test_set.associations())
+        count = found.kind.count(test_set, sum(_count(tar) for tar in test_set.tars))
     except hub.Unreachable:
         raise
     except TaskError as error:
@@ -94,7 +94,7 @@ def _check(found: FoundTask) -> TaskCheck:
 
 
 def _lost_shards(url: str) -> list[str]:
-    """The shards that `nshards.txt` counts and that are not there."""
+    """The missing shards of those that `nshards.txt` counts."""
     path = storage.join(url, "test", "nshards.txt")
     if not storage.exists(path):
         return []
@@ -111,7 +111,7 @@ def _count(tar: str) -> int:
 
 
 def _train_fault(found: FoundTask, test_set: EvalSet) -> str:
-    """What is wrong with the train split, which the probes want and zero-shot does not; "" if nothing is."""
+    """What is wrong with the train split, which the probes need and zero-shot does not; "" if nothing is."""
     if not has_split(test_set.url, "train"):
         return ""
     try:
@@ -123,7 +123,7 @@ def _train_fault(found: FoundTask, test_set: EvalSet) -> str:
 
 
 def check_table(checks: Sequence[TaskCheck]) -> str:
-    """The rows as a text table, with a sentence on how many of the 38 there are."""
+    """The rows as a text table, with a sentence on how many of the 38 can be evaluated."""
     header = ("task", "group", "state", "samples", "of", "note")
     lines = [
         (

@@ -1,10 +1,10 @@
 """Metrics: pure functions of scores and labels.
 
-Scores rank candidates from high to low; among equal scores the candidate with the lower index comes first. So every
-figure is a function of its inputs alone, whatever sorting routine a library has. Where no scores are equal the figures
-are those of CLIP_benchmark and scikit-learn.
+Scores rank candidates from high to low; of equal scores the candidate with the lower index comes first. So a metric is
+a function of its inputs alone and does not depend on a library's sorting routine. Where no scores are equal, the
+metrics are those of CLIP_benchmark and scikit-learn.
 
-Standard errors: `binomial_stderr` for a share of independent samples, otherwise the bootstrap over images with a
+Standard errors: `binomial_stderr` for a fraction of independent samples, otherwise the bootstrap over images with a
 fixed seed (Efron & Tibshirani 1993, ch. 6).
 """
 
@@ -18,14 +18,14 @@ RESAMPLES = 1000
 
 
 def label_ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many candidates stand before the right one.
+    """How many candidates rank before the right one.
 
     Args:
         scores: float [n, candidates].
         labels: int [n], the index of the right candidate.
 
     Returns:
-        int64 [n]; 0 when the right one is first. What cannot be compared (nan) stands before it.
+        int64 [n]; 0 when the right one is first. NaN ranks before it.
     """
     true_scores = scores[np.arange(len(labels)), labels][:, None]
     behind = np.arange(scores.shape[1])[None, :] > labels[:, None]
@@ -34,7 +34,7 @@ def label_ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def accuracy(ranks: np.ndarray, k: int = 1) -> float:
-    """Share of samples whose right candidate is among the first k. `ranks` as `label_ranks` gives them, int [n]."""
+    """Fraction of samples whose right candidate is among the first k. `ranks` as `label_ranks` gives them, int [n]."""
     return float(np.mean(ranks < k))
 
 
@@ -44,7 +44,7 @@ def predictions(scores: np.ndarray) -> np.ndarray:
 
 
 def mean_per_class_recall(labels: np.ndarray, predicted: np.ndarray) -> float:
-    """Mean over the classes that occur in `labels` of the share of their samples predicted right. int [n] each."""
+    """Mean over the classes that occur in `labels` of the fraction of their samples predicted right. int [n] each."""
     total = np.bincount(labels)
     right = np.bincount(labels[labels == predicted], minlength=len(total))
     return float(np.mean(right[total > 0] / total[total > 0]))
@@ -81,13 +81,13 @@ def first(scores: np.ndarray, k: int) -> np.ndarray:
 
 def average_precision(scores: np.ndarray, targets: np.ndarray) -> float:
     """Mean over the classes of the average precision of each: the mean, over the images that have the class, of the
-    share of such images down to that one, in falling order of score; 0 for a class that none has, as in
+    fraction of such images down to that one, in descending order of score; 0 for a class that none has, as in
     CLIP_benchmark. `scores` float [n, classes], `targets` bool likewise."""
     return float(_precisions(np.ones((1, len(scores))), _sorted_targets(scores, targets))[0])
 
 
 def _sorted_targets(scores: np.ndarray, targets: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each class the images in order, and whether each has it."""
+    """For each class the order of the images, and whether each has the class."""
     orders = np.argsort(-scores, axis=0, kind="stable").T
     return [(order, targets[order, number]) for number, order in enumerate(orders)]
 
@@ -120,8 +120,8 @@ def retrieval_ranks(
         owner: int [m], ascending: the image of each caption.
 
     Returns:
-        (int64 [n]: captions of other images before the first of an image's own,
-        int64 [m]: images before a caption's own).
+        (int64 [n]: captions of other images before the first caption of the image,
+        int64 [m]: images before the image of the caption).
     """
     starts = np.searchsorted(owner, np.arange(len(images)))
     ends = np.searchsorted(owner, np.arange(len(images)), side="right")
@@ -152,8 +152,8 @@ def bootstrap_stderr(
 ) -> float:
     """Bootstrap standard error of a statistic that depends on how many samples fall in each cell.
 
-    Drawing n samples with replacement gives cell counts that are multinomial with the observed shares, so the counts
-    are drawn directly.
+    Drawing n samples with replacement gives cell counts that are multinomial with the observed frequencies, so the
+    counts are drawn directly.
 
     Args:
         statistic: counts [resamples, cells] to values [resamples]; nan where undefined.
@@ -202,7 +202,7 @@ def recall_stderr(
     text_hits: np.ndarray, image_hits: np.ndarray, owner: np.ndarray, seed: int = 0
 ) -> tuple[float, float, float]:
     """Bootstrap standard errors of recall in both directions and of their mean, drawing images with their captions,
-    for the captions of one image are not independent.
+    because the captions of one image are not independent.
 
     Args:
         text_hits: bool [n], one an image.
@@ -253,3 +253,28 @@ def average_precision_stderr(scores: np.ndarray, targets: np.ndarray, seed: int 
         draws = min(block, RESAMPLES - low)
         values.append(_precisions(rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(float), classes))
     return float(np.concatenate(values).std(ddof=1))
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """`frechet_distance` between two sets of features, float [n, d] and [m, d]."""
+    return frechet_distance(*moments(a), *moments(b))
+
+
+def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:
+    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½), squared as FID is; μ [d], Σ [d, d].
+
+    Heusel et al. 2017, equation 6. The trace of the root is that of (Σ₁^½ Σ₂ Σ₁^½)^½, which is symmetric, so that no
+    complex numbers arise.
+    """
+    values, vectors = np.linalg.eigh(np.asarray(cov1, np.float64))
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    inner = root @ np.asarray(cov2, np.float64) @ root
+    cross = np.sqrt(np.linalg.eigvalsh((inner + inner.T) / 2).clip(0)).sum()
+    difference = np.asarray(mu1, np.float64) - np.asarray(mu2, np.float64)
+    return float(difference @ difference + np.trace(cov1) + np.trace(cov2) - 2 * cross)
+
+
+def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [d] and unbiased covariance [d, d], float64, of features [n, d]."""
+    features = np.asarray(features, np.float64)
+    return features.mean(0), np.atleast_2d(np.cov(features, rowvar=False))

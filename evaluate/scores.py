@@ -1,31 +1,72 @@
-"""`eval_results.jsonl` as DataComp's evaluation writes it, so that its own tools read it."""
+"""The table of scores, and `eval_results.jsonl` as DataComp's evaluation writes it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from winnow.evaluate.tasks.task import Task
+from winnow.infra.io import storage
+from winnow.infra.io.parquet import read_parquet
+
+SCORES = "scores.parquet"
+RESULTS = "eval_results.jsonl"
+DATACOMP_RESULTS = "datacomp"  # folder of the same for each checkpoint, with DataComp's tasks alone
+SCHEMA = pa.schema(
+    [
+        ("checkpoint", pa.string()),
+        ("task", pa.string()),
+        ("protocol", pa.string()),
+        ("metric", pa.string()),
+        ("value", pa.float64()),
+        ("n", pa.int64()),
+        ("stderr", pa.float64()),
+        ("task_version", pa.int32()),
+        ("seed", pa.int64()),
+    ]
+)
+
+
+def write_scores(url: str, scores: pa.Table | Sequence[Mapping[str, Any]]) -> str:
+    """Write scores, as a table or as rows with the fields of `SCHEMA`, into a directory; returns the file's name."""
+    table = scores if isinstance(scores, pa.Table) else pa.Table.from_pylist(list(scores), SCHEMA)
+    with storage.writing(storage.join(url, SCORES)) as path:
+        pq.write_table(table, path)
+    return SCORES
+
+
+def read_scores(url: str) -> pa.Table:
+    """The scores in a directory. Raises WinnowError where there are none."""
+    return read_parquet(storage.join(url, SCORES))
+
+
+def write_results(url: str, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write lines of `result_line`."""
+    storage.write_bytes(url, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
 
 
 def result_line(checkpoint: str, task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One line of it: `key`, `dataset`, `metrics` with `main_metric`, and beside them the checkpoint's name.
+    """A line of `eval_results.jsonl`: `key`, `dataset`, `metrics` with `main_metric`, and the checkpoint's name.
 
-    Metrics bear DataComp's names. Each group's number of samples stands beside its accuracy as "count_region:3"; a
-    group without samples, for which DataComp writes NaN, is left out. What another protocol than zero-shot gave stands
-    as "PROTOCOL/METRIC", the mean over seeds where it has several.
+    Metrics have DataComp's names. The number of samples of a group is "count_region:3", next to its accuracy; a group
+    without samples, for which DataComp writes NaN, is left out. Metrics of other protocols than zero-shot are named
+    "PROTOCOL/METRIC", and are the mean over seeds.
 
     Args:
         checkpoint: its name.
         task: the task.
-        rows: `protocol`, `metric`, `value` and `n` of each figure.
+        rows: `protocol`, `metric`, `value` and `n` of each score.
     """
     zero_shot = [row for row in rows if row["protocol"] == "zeroshot"]
     values: dict[str, Any] = {row["metric"]: row["value"] for row in zero_shot}
     if "acc1" in values:
         values.setdefault("acc5", None)
-    # What WILDS's evaluators give another name.
+    # WILDS's evaluators have other names for these.
     macro = "F1-macro_all" in values
     if macro and "mean_per_class_recall" in values:
         values["recall-macro_all"] = values["mean_per_class_recall"]
@@ -43,11 +84,3 @@ def result_line(checkpoint: str, task: Task, rows: Sequence[Mapping[str, Any]]) 
             others.setdefault(f"{row['protocol']}/{row['metric']}", []).append(row["value"])
     values |= {name: mean(values) for name, values in others.items()}
     return {"key": task.key, "dataset": task.name, "metrics": values, "checkpoint": checkpoint}
-
-
-def measured(task: Task, images: int, rows: Sequence[Mapping[str, Any]]) -> int:
-    """How many samples of the test set the figures rest on, to be held against the task's `size`: images, of
-    WinoGAViL associations."""
-    if task.kind == "retrieval" or not rows:
-        return images
-    return max(int(row["n"]) for row in rows)

@@ -1,61 +1,34 @@
-"""The evaluate stage: many checkpoints on many tasks by many protocols, from the features that the embed stage kept."""
+"""The evaluate stage: many checkpoints on many tasks by many protocols, from the features of the embed stage."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from winnow.evaluate.features.reading import LoadedSplit, NotEmbedded, load_class_weights, load_split
-from winnow.evaluate.features.stage import EmbedStage, SetsStage, encoders_of
-from winnow.evaluate.protocols.base import (
-    NEED_TEXT,
-    NEED_TRAIN,
-    PROTOCOLS,
-    SEED,
-    SEEDS,
-    Features,
-    Split,
-    applies,
-    kind_of,
-)
-from winnow.evaluate.scores import measured, result_line
-from winnow.evaluate.sets.layout import EvalSet, FoundTask, TaskError, data_digest
+from winnow.evaluate.features.reading import FeatureFiles, LoadedSplit, NotEmbedded
+from winnow.evaluate.features.stage import EmbedStage, SetsStage
+from winnow.evaluate.protocols.base import SEED, EvalSet, Features, Protocol, Split, load_protocol
+from winnow.evaluate.scores import DATACOMP_RESULTS, RESULTS, result_line, write_results, write_scores
+from winnow.evaluate.sets.files import data_digest, open_set
+from winnow.evaluate.sets.layout import FoundTask
 from winnow.evaluate.sets.shards import has_split
-from winnow.evaluate.tasks.task import NotApplicable, Task
+from winnow.evaluate.tasks.task import NotApplicable, Task, TaskError
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
+from winnow.infra.params import build
 from winnow.infra.stages.runner import Budget
-from winnow.infra.stages.stage import Output, Record, Skipped, Unit, read_manifest
+from winnow.infra.stages.stage import Output, Record, Skipped, Unit
 
 if TYPE_CHECKING:
     from winnow.pretrain.encoder import Encoder
 
-SCORES = "scores.parquet"
-RESULTS = "eval_results.jsonl"
-DATACOMP_RESULTS = "datacomp"  # folder of the same for each checkpoint, of DataComp's tasks alone
 MAX_FOLDER = 160
-SCHEMA = pa.schema(
-    [
-        ("checkpoint", pa.string()),
-        ("task", pa.string()),
-        ("protocol", pa.string()),
-        ("metric", pa.string()),
-        ("value", pa.float64()),
-        ("n", pa.int64()),
-        ("stderr", pa.float64()),
-        ("task_version", pa.int32()),
-        ("seed", pa.int64()),
-    ]
-)
 
 
 @dataclass
@@ -63,17 +36,17 @@ class EvaluateStage(SetsStage):
     """Score checkpoints on tasks.
 
     A unit is one checkpoint on one task by one protocol, and by one seed where the protocol draws something. It embeds
-    nothing: `embedding()` is the stage that has to come first. A set that is broken leaves no row and is listed in the
-    manifest's `missing`; what does not apply (a task without a train split and a probe, an encoder without a text tower
-    and zero-shot) is listed in `not_applicable`.
+    nothing: `embedding()` is the stage that has to run first, and what that has written is read through its manifest.
+    A set that is broken leaves no row and is listed in the manifest's `missing`. What does not apply (a task without a
+    train split and a probe, an encoder without a text tower and zero-shot) is listed in `not_applicable`.
 
     A set of which more than `max_skipped` of the images cannot be decoded is missing, too. So is what a checkpoint
     that cannot be loaded would have scored; the next run tries it again.
 
     Args:
         features: directory of the features; `out`/features if not given. May be shared with other evaluations.
-        max_skipped: of a split's images, how many may be undecodable: a share of them when below 1, else a number.
-        others: see `SetsStage`; in `out` are scores.parquet and eval_results.jsonl.
+        max_skipped: of a split's images, how many may be undecodable: a fraction of them when below 1, else a number.
+        others: see `SetsStage`; `out` gets scores.parquet and eval_results.jsonl.
     """
 
     features: str = ""
@@ -85,20 +58,25 @@ class EvaluateStage(SetsStage):
     def embedding(self) -> EmbedStage:
         """The stage that must have run before this one."""
         same = {field.name: getattr(self, field.name) for field in fields(SetsStage)}
-        return EmbedStage(**same | {"out": self.features or self.url("features")})
+        return EmbedStage(**same | {"out": self._features_url})
+
+    @property
+    def _features_url(self) -> str:
+        return self.features or self.url("features")
 
     def plan(self) -> list[Unit]:
         if not self.checkpoints:
             raise UsageError("no checkpoint to evaluate")
         if not self.protocols:
             raise UsageError("no protocol to evaluate by")
+        found_tasks, protocols = self.found(), self._by_name()
         units = []
-        for found in self.found():
-            for protocol in self.protocols:
-                if self._unfit(found, protocol) is None:
-                    units += self._units(found, protocol)
+        for found in found_tasks:
+            for spec, protocol in protocols.items():
+                if _unfit(found, protocol) is None:
+                    units += self._units(found, spec, protocol)
         if not units:
-            reasons = [self._unfit(found, protocol) for found in self.found() for protocol in self.protocols]
+            reasons = [_unfit(found, protocol) for found in found_tasks for protocol in protocols.values()]
             raise UsageError(
                 f"no task here can be evaluated by {', '.join(self.protocols)}",
                 where=storage.absolute(self.data),
@@ -106,51 +84,49 @@ class EvaluateStage(SetsStage):
             )
         return units
 
-    def _unfit(self, found: FoundTask, protocol: str) -> str | None:
-        """Why a protocol does not apply to a set, whatever the encoder; None if it does."""
-        if not applies(protocol, found.task.kind):
-            return f'{protocol} does not evaluate tasks of kind "{found.task.kind}"'
-        if protocol in NEED_TRAIN and not has_split(found.url, "train"):
-            return "the set has no train split"
-        return None
+    def _by_name(self) -> dict[str, Protocol]:
+        """The protocols by what the recipe calls them. Raises UsageError when two have the same name in scores."""
+        found = {spec: load_protocol(spec) for spec in self.protocols}
+        names = Counter(protocol.name for protocol in found.values())
+        for name, count in names.items():
+            if count > 1:
+                raise UsageError(f'two protocols have the name "{name}"')
+        return found
 
-    def _units(self, found: FoundTask, protocol: str) -> list[Unit]:
-        splits = ("train", "val") if protocol in NEED_TRAIN else ()
+    def _units(self, found: FoundTask, spec: str, protocol: Protocol) -> list[Unit]:
+        splits = ("train", "val") if "train" in protocol.needs else ()
         inputs = {"data": data_digest(found.url)}
         inputs |= {split: data_digest(found.url, split) for split in splits if has_split(found.url, split)}
-        units = []
-        for name, spec, checkpoint in self.checkpoints:
-            for seed in SEEDS.get(protocol, (SEED,)):
-                units.append(
-                    Unit(
-                        unit_name(name, found.task, protocol, seed if protocol in SEEDS else None),
-                        inputs=inputs | {"checkpoint": checkpoint},
-                        params={
-                            "task": found.task.model_dump(),
-                            "protocol": protocol,
-                            "seed": seed,
-                            "precision": self.precision,
-                            "max_skipped": self.max_skipped,
-                        },
-                        runtime={"checkpoint": name, "spec": spec, "url": found.url},
-                    )
-                )
-        return units
+        params = {
+            "task": found.task.model_dump(mode="json"),
+            "protocol": spec,
+            "precision": self.precision,
+            "max_skipped": self.max_skipped,
+        }
+        if protocol.version > 1:
+            params["protocol_version"] = protocol.version
+        return [
+            Unit(
+                unit_name(name, found.task, protocol.name, seed if protocol.seeds else None),
+                inputs=inputs | {"checkpoint": checkpoint},
+                params=params | {"seed": seed},
+                runtime={"checkpoint": name, "spec": encoder, "url": found.url},
+            )
+            for name, encoder, checkpoint in self.checkpoints
+            for seed in protocol.seeds or (SEED,)
+        ]
 
     def run(self, unit: Unit) -> Output:
-        task = Task.model_validate(dict(unit.params["task"]))
-        protocol, seed = unit.params["protocol"], unit.params["seed"]
-        values = {"checkpoint": unit.runtime["checkpoint"], "task": task.key, "protocol": protocol, "rows": []}
-        found = FoundTask(task, unit.runtime["url"])
+        task = build(Task, unit.params["task"], "task")
+        protocol, seed = load_protocol(unit.params["protocol"]), unit.params["seed"]
+        values = {"checkpoint": unit.runtime["checkpoint"], "task": task.key, "protocol": protocol.name, "rows": []}
         try:
-            test_set = EvalSet.open(found)
-            splits = self._load(unit, found, test_set)
+            test_set = open_set(task, unit.runtime["url"])
+            files, splits = self._load(unit, test_set)
             test = splits["test"]
-            if protocol in NEED_TEXT and not test.has_text:
+            if "text" in protocol.needs and not test.has_text:
                 return Output(values=values | {"not_applicable": "the encoder has no text tower"})
-            kind = kind_of(protocol, task.kind)
-            assert kind is not None
-            scored = kind(self._features(unit, found, splits, seed), test_set)
+            scored = protocol.run(self._features(unit, test_set, protocol, files, splits), test_set)
         except NotApplicable as error:
             return Output(values=values | {"not_applicable": error.what})
         except UsageError:
@@ -159,160 +135,208 @@ class EvaluateStage(SetsStage):
             reason = self._without_root(str(error))
             retry = not isinstance(error, TaskError)
             return Output(skipped=[Skipped(unit.name, reason)], values=values | {"missing": reason}, retry=retry)
-        rows = [{"protocol": protocol, "seed": seed, **asdict(row)} for row in scored]
-        skipped = [
-            Skipped(f"{task.key}/{key}" if split == "test" else f"{task.key}/{split}/{key}", reason)
-            for split, loaded in splits.items()
-            for key, reason in loaded.skipped
-        ]
-        n = measured(task, len(test.samples), rows)
-        chance = 1 / n if task.kind == "retrieval" and task.chance is None else task.chance
-        left_out = {
-            split: dict(sorted(Counter(reason for _, reason in loaded.skipped).items()))
-            for split, loaded in splits.items()
-            if loaded.skipped
-        }
-        facts = {"rows": rows, "chance": chance, "n": n, "left_out": left_out}
-        return Output(items=n, skipped=skipped, values=values | facts)
+        rows = [{"protocol": protocol.name, "seed": seed, **asdict(row)} for row in scored]
+        n = test_set.kind.measured(len(test.images), [row.n for row in scored])
+        facts = {"rows": rows, "chance": test_set.kind.chance(task, n), "n": n, "left_out": _left_out(splits)}
+        return Output(items=n, skipped=list(_skipped(task, splits)), values=values | facts)
 
-    def _load(self, unit: Unit, found: FoundTask, test_set: EvalSet) -> dict[str, LoadedSplit]:
-        """The splits the unit's protocol looks at. Raises TaskError for a broken one, WinnowError where one is not
-        embedded."""
-        embedding, checkpoint = self.embedding(), unit.inputs["checkpoint"]
-        names = ["test", *(split for split in ("train", "val") if split in unit.inputs)]
+    def _load(self, unit: Unit, test_set: EvalSet) -> tuple[FeatureFiles, dict[str, LoadedSplit]]:
+        """The splits that the unit's protocol needs. Raises TaskError for a broken one, WinnowError where one has not
+        been embedded."""
+        data = {"test": unit.inputs["data"]}
+        data |= {split: unit.inputs[split] for split in ("train", "val") if split in unit.inputs}
+        files = FeatureFiles(self._features_url)
         try:
-            splits = {name: load_split(embedding, found, test_set, name, checkpoint) for name in names}
+            encoder = unit.inputs["checkpoint"]
+            splits = {name: files.split(test_set, name, digest, encoder) for name, digest in data.items()}
         except NotEmbedded as error:
-            # Why is more use than that it was not.
+            # The reason is more useful than the fact.
             self._encoder(unit)
-            manifest = read_manifest(embedding.out)
-            reason = manifest.skipped["units"].get(error.where) if manifest else None
+            reason = files.reason(error.where or "")
             if reason is None:
                 raise
-            raise WinnowError(f"could not be embedded: {reason}", where=storage.name_of(found.url)) from None
+            raise WinnowError(f"could not be embedded: {reason}", where=storage.name_of(unit.runtime["url"])) from None
         budget = Budget(self.max_skipped)
         for name, split in splits.items():
             reasons = Counter(reason for _, reason in split.skipped)
             try:
-                budget.check(reasons, len(split.samples), storage.join(found.url, name))
+                budget.check(reasons, len(split.images), storage.join(unit.runtime["url"], name))
             except WinnowError as error:
                 raise TaskError(error.what, where=error.where, do=error.do) from None
-        return splits
+        return files, splits
 
     def _encoder(self, unit: Unit) -> Encoder:
         """Raises WinnowError when it cannot be loaded."""
+        from winnow.pretrain.encoder import load_encoders
+
         wanted = [(unit.runtime["spec"], unit.inputs["checkpoint"])]
-        (loaded,) = encoders_of(wanted, self.device, self.threads, self.precision)
-        if isinstance(loaded, str):
-            raise WinnowError(loaded)
+        (loaded,) = load_encoders(wanted, self.device, self.threads, self.precision)
+        if isinstance(loaded, WinnowError):
+            raise WinnowError(f"the checkpoint {loaded.what}")
         return loaded
 
-    def _features(self, unit: Unit, found: FoundTask, splits: dict[str, LoadedSplit], seed: int) -> Features:
+    def _features(
+        self, unit: Unit, test_set: EvalSet, protocol: Protocol, files: FeatureFiles, splits: dict[str, LoadedSplit]
+    ) -> Features:
         def encoder() -> Encoder:
             return self._encoder(unit)
 
         test = splits["test"]
-        weights = None
-        if unit.params["protocol"] in NEED_TEXT:
-            weights = load_class_weights(self.embedding(), found, unit.inputs["checkpoint"])
+        text = "text" in protocol.needs
         return Features(
             images=test.images,
-            labels=test.labels(),
+            labels=test.targets.labels,
             encode_texts=_known_texts(test.texts, encoder),
-            captions=[sample.captions for sample in test.samples],
-            class_weights=weights,
+            captions=test.targets.captions,
+            class_weights=files.class_weights(test_set, unit.inputs["checkpoint"]) if text else None,
             splits={name: _split(split, labelled=name != "test") for name, split in splits.items()},
             encoder=encoder,
-            seed=seed,
+            seed=unit.params["seed"],
             device=self.device,
-            keys=[sample.key for sample in test.samples],
-            metadata=np.array([sample.metadata for sample in test.samples], np.float64),
+            keys=test.targets.keys,
+            metadata=np.array(test.targets.metadata, np.float64),
         )
 
     def _without_root(self, text: str) -> str:
-        """Records hold no absolute paths: a set is named from the data folder on."""
+        """Records hold no absolute paths: a set is named relative to the data folder."""
         return text.replace(storage.absolute(self.data) + "/", "")
 
     def finish(self, records: list[Record]) -> Output:
-        results: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+        by_unit: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
         for record in records:
             got = record.values
-            results.setdefault((got["checkpoint"], got["task"], got["protocol"]), []).append(got)
-        rows, lines, missing, unfit = [], [], [], []
-        tasks: dict[str, Any] = {}
-        left_out: dict[str, dict[str, dict[str, int]]] = {}
-        found_tasks = self.found()
+            by_unit.setdefault((got["checkpoint"], got["task"], got["protocol"]), []).append(got)
+        found_tasks, protocols = self.found(), list(self._by_name().values())
+        results = Results()
         for name, _, _ in self.checkpoints:
             for found in found_tasks:
-                task = found.task
-                stamp = {"checkpoint": name, "task": task.key}
-                if not any(applies(protocol, task.kind) for protocol in PROTOCOLS):
-                    reason = f'no protocol evaluates tasks of kind "{task.kind}"'
-                    missing.append(stamp | {"reason": reason})
-                    continue
-                mine: list[dict[str, Any]] = []
-                for protocol in self.protocols:
-                    stamp["protocol"] = protocol
-                    if (why := self._unfit(found, protocol)) is not None:
-                        unfit.append(stamp | {"reason": why})
-                        continue
-                    batch = results.get((name, task.key, protocol), [])
-                    mine += [row for got in batch for row in got["rows"]]
-                    unfit += [stamp | {"reason": got["not_applicable"]} for got in batch if "not_applicable" in got]
-                    faults = [got["missing"] for got in batch if "missing" in got]
-                    if len(batch) < len(SEEDS.get(protocol, (SEED,))):
-                        faults.append("failed; see skipped in the manifest")
-                    missing += [stamp | {"reason": fault} for fault in faults[:1]]
-                    for got in batch:
-                        if got["rows"]:
-                            if got["left_out"]:
-                                left_out.setdefault(task.key, {}).update(got["left_out"])
-                            tasks[task.key] = _facts(task) | {"chance": got["chance"], "n": got["n"]}
-                rows += [row | {"checkpoint": name, "task": task.key, "task_version": task.version} for row in mine]
-                lines += [result_line(name, task, mine)] if mine else []
-        if not rows:
-            first = (missing or unfit)[0]
+                results.add(name, found, protocols, by_unit)
+        if not results.rows:
+            first = (results.missing or results.unfit)[0]
             raise WinnowError(f"no task could be evaluated; the first, {first['task']}: {first['reason']}")
-        with storage.writing(self.url(SCORES)) as path:
-            pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path)
-        files = [SCORES, RESULTS]
-        _write_lines(self.url(RESULTS), lines)
-        official = {found.task.key for found in found_tasks if found.task.group != "extra"}
-        for name, _, _ in self.checkpoints:
-            if mine := [line for line in lines if line["checkpoint"] == name and line["key"] in official]:
-                files.append(f"{DATACOMP_RESULTS}/{folder_of(name)}.jsonl")
-                _write_lines(self.url(files[-1]), mine)
+        tasks = {
+            found.task.key: results.tasks[found.task.key] for found in found_tasks if found.task.key in results.tasks
+        }
         values = {
             "checkpoints": {name: digest for name, _, digest in self.checkpoints},
-            "protocols": list(self.protocols),
-            "tasks": {found.task.key: tasks[found.task.key] for found in found_tasks if found.task.key in tasks},
-            "missing": missing,
-            "not_applicable": unfit,
-            "left_out": left_out,
+            "protocols": [protocol.name for protocol in protocols],
+            "tasks": tasks,
+            "missing": results.missing,
+            "not_applicable": results.unfit,
+            "left_out": results.left_out,
         }
-        return Output(files, values=values)
+        if metrics := {protocol.name: protocol.metric for protocol in protocols if protocol.metric is not None}:
+            values["protocol_metrics"] = metrics
+        official = {found.task.key for found in found_tasks if found.task.group != "extra"}
+        return Output(self._write(results, official), values=values)
+
+    def _write(self, results: Results, official: set[str]) -> list[str]:
+        """Write scores and results; returns the names of the files."""
+        files = [write_scores(self.out, results.rows), RESULTS]
+        write_results(self.url(RESULTS), results.lines)
+        for name, _, _ in self.checkpoints:
+            if lines := [line for line in results.lines if line["checkpoint"] == name and line["key"] in official]:
+                files.append(f"{DATACOMP_RESULTS}/{folder_of(name)}.jsonl")
+                write_results(self.url(files[-1]), lines)
+        return files
 
 
-def _write_lines(url: str, lines: list[dict[str, Any]]) -> None:
-    storage.write_bytes(url, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+@dataclass
+class Results:
+    """What the units of an evaluation gave, brought together.
+
+    Attributes:
+        rows: of scores.parquet.
+        lines: of eval_results.jsonl.
+        missing, unfit: checkpoint, task, protocol and reason of what has no score though it should, and of what does
+            not apply.
+        tasks: facts on each task with a score, by key.
+        left_out: number of undecodable images by task, split and reason.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    missing: list[dict[str, str]] = field(default_factory=list)
+    unfit: list[dict[str, str]] = field(default_factory=list)
+    tasks: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+
+    def add(
+        self,
+        checkpoint: str,
+        found: FoundTask,
+        protocols: list[Protocol],
+        by_unit: Mapping[tuple[str, str, str], list[dict[str, Any]]],
+    ) -> None:
+        """Add the scores of a checkpoint on a task.
+
+        Args:
+            by_unit: values of the units' records by (checkpoint, task, protocol).
+        """
+        task, rows = found.task, []
+        stamp = {"checkpoint": checkpoint, "task": task.key}
+        if found.kind is None:
+            self.missing.append(stamp | {"reason": f'no protocol evaluates tasks of kind "{task.kind}"'})
+            return
+        for protocol in protocols:
+            stamp["protocol"] = protocol.name
+            if (why := _unfit(found, protocol)) is not None:
+                self.unfit.append(stamp | {"reason": why})
+                continue
+            batch = by_unit.get((checkpoint, task.key, protocol.name), [])
+            rows += [row for got in batch for row in got["rows"]]
+            self.unfit += [stamp | {"reason": got["not_applicable"]} for got in batch if "not_applicable" in got]
+            faults = [got["missing"] for got in batch if "missing" in got]
+            if len(batch) < len(protocol.seeds or (SEED,)):
+                faults.append("failed; see skipped in the manifest")
+            self.missing += [stamp | {"reason": fault} for fault in faults[:1]]
+            for got in batch:
+                if got["rows"]:
+                    self._note(task, got)
+        self.rows += [row | {"checkpoint": checkpoint, "task": task.key, "task_version": task.version} for row in rows]
+        self.lines += [result_line(checkpoint, task, rows)] if rows else []
+
+    def _note(self, task: Task, got: dict[str, Any]) -> None:
+        """Keep what readers of the scores need to know of a task."""
+        if got["left_out"]:
+            self.left_out.setdefault(task.key, {}).update(got["left_out"])
+        facts = task.model_dump(include={"name", "kind", "metric", "group", "scored", "size", "version"})
+        self.tasks[task.key] = facts | {"chance": got["chance"], "n": got["n"]}
 
 
-def _facts(task: Task) -> dict[str, Any]:
-    """What readers of the scores need to know of a task."""
-    return task.model_dump(include={"name", "kind", "metric", "group", "scored", "size", "version"})
+def _unfit(found: FoundTask, protocol: Protocol) -> str | None:
+    """Why a protocol does not apply to a set, whatever the encoder; None if it does."""
+    if not protocol.applies(found.kind):
+        return f'{protocol.name} does not evaluate tasks of kind "{found.task.kind}"'
+    if "train" in protocol.needs and not has_split(found.url, "train"):
+        return "the set has no train split"
+    return None
+
+
+def _left_out(splits: Mapping[str, LoadedSplit]) -> dict[str, dict[str, int]]:
+    """Number of undecodable images by split and reason."""
+    counts = {name: Counter(reason for _, reason in split.skipped) for name, split in splits.items()}
+    return {name: dict(sorted(reasons.items())) for name, reasons in counts.items() if reasons}
+
+
+def _skipped(task: Task, splits: Mapping[str, LoadedSplit]) -> Iterator[Skipped]:
+    for name, split in splits.items():
+        prefix = task.key if name == "test" else f"{task.key}/{name}"
+        for key, reason in split.skipped:
+            yield Skipped(f"{prefix}/{key}", reason)
 
 
 def _split(loaded: LoadedSplit, labelled: bool) -> Split:
-    """What a protocol learns from or tests on; to learn from, the samples with a label alone."""
-    labels = loaded.labels()
+    """What a protocol sees of a split; where it learns from it, the labelled samples alone."""
+    labels = loaded.targets.labels
     indices = np.flatnonzero(labels >= 0) if labelled else np.arange(len(labels))
     return Split(
-        loaded.images[indices], labels[indices], lambda wanted: loaded.image_bytes([int(indices[i]) for i in wanted])
+        loaded.images[indices], labels[indices], lambda wanted: loaded.samples([int(indices[i]) for i in wanted])
     )
 
 
 def _known_texts(known: dict[str, np.ndarray], encoder: Callable[[], Any]) -> Callable[[list[str]], np.ndarray]:
-    """Embeds texts, taking those embedded before from `known`."""
+    """A function that embeds texts, taking those embedded before from `known`."""
 
     def encode(texts: list[str]) -> np.ndarray:
         new = [text for text in dict.fromkeys(texts) if text not in known]
@@ -325,7 +349,7 @@ def _known_texts(known: dict[str, np.ndarray], encoder: Callable[[], Any]) -> Ca
 
 
 def folder_of(checkpoint: str) -> str:
-    """A name for files, of a checkpoint's name: readable, distinct for distinct ones, no longer than files' may be."""
+    """A file name for a checkpoint's name: readable, distinct for distinct names, not too long for a file."""
     folder = quote(checkpoint, safe="")
     if len(folder) > MAX_FOLDER:
         end = re.sub(r"[^A-Za-z0-9]+", "-", checkpoint)[-MAX_FOLDER // 2 :]
@@ -334,6 +358,6 @@ def folder_of(checkpoint: str) -> str:
 
 
 def unit_name(checkpoint: str, task: Task, protocol: str, seed: int | None = None) -> str:
-    """Distinct for distinct arguments, and safe as a path whatever the checkpoint is called."""
+    """Distinct for distinct arguments, and safe as a path whatever the checkpoint's name is."""
     name = f"{folder_of(checkpoint)}/{task.data_folder.removeprefix('wds_').removesuffix('_test')}/{protocol}"
     return name if seed is None else f"{name}/seed-{seed}"

@@ -1,4 +1,4 @@
-"""Errors a user reads: one paragraph saying what went wrong, where, and what to do."""
+"""Errors that a user reads: what went wrong, where, and what to do, in one paragraph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ class WinnowError(Exception):
 
     Args:
         what: what went wrong, as a clause without a full stop.
-        where: the place: file, line, shard, sample.
+        where: file and line, shard, or sample.
         do: what to do about it.
     """
 

@@ -4,11 +4,9 @@ A class whose fields a recipe may set (a filter, a measure, the `Config` of an o
 sections of the recipe derive from `Section`. Types are strict (no text for a number, no fraction for an integer, no
 `true` for 1), unknown names are refused, bounds are part of the annotation:
 
-    >>> from typing import Annotated
-    >>> from pydantic import Field
     >>> @params
     ... class Sharpness:
-    ...     fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    ...     fraction: float = pydantic.Field(0.5, gt=0, le=1)
     >>> build(Sharpness, {"fraction": 0.3}, "sharpness")
     Sharpness(fraction=0.3)
     >>> build(Sharpness, {"fractoin": 0.3}, "sharpness")
@@ -18,10 +16,11 @@ sections of the recipe derive from `Section`. Types are strict (no text for a nu
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -79,6 +78,20 @@ class ParameterError(UsageError):
         return self
 
 
+class InvalidValue(ValueError):
+    """For validators of a `Section` or `params` class: a `ValueError` that says which value below it is wrong.
+
+    Args:
+        what: what is wrong, as a sentence without a full stop.
+        path: keys and indices from the class to the value.
+        do: what to do about it.
+    """
+
+    def __init__(self, what: str, *path: str | int, do: str | None = None) -> None:
+        super().__init__(what)
+        self.what, self.path, self.do = what, path, do
+
+
 @dataclass_transform(frozen_default=True, field_specifiers=(pydantic.Field,))
 def params(cls: type[T]) -> type[T]:
     """Make a class a frozen, strict pydantic dataclass. Compare `dataclasses.dataclass(frozen=True)`."""
@@ -86,9 +99,14 @@ def params(cls: type[T]) -> type[T]:
 
 
 class Section(BaseModel):
-    """A mapping of a recipe: strict types, unknown keys forbidden, frozen."""
+    """A mapping of a recipe: strict types, unknown keys forbidden, frozen.
+
+    Attributes:
+        renamed: former names of keys, each with the new one, for the message that refuses them.
+    """
 
     model_config = ConfigDict(frozen=True, protected_namespaces=(), **_STRICT)
+    renamed: ClassVar[Mapping[str, str]] = {}
 
 
 def build(kind: type[T], given: Mapping[str, Any], label: str) -> T:
@@ -137,13 +155,17 @@ def refusal(error: ValidationError, kind: type, given: Any, label: str = "") -> 
     fault: Any = min(error.errors(), key=lambda item: item["type"] not in _UNKNOWN)
     path = _within(fault["loc"], given, fault["type"])
     name = ".".join(map(str, path)) or label
-    if fault["type"] in _UNKNOWN:
+    renamed = getattr(_kind_at(kind, path[:-1]), "renamed", {})
+    if fault["type"] in _UNKNOWN and path[-1] in renamed:
+        result = ParameterError(f"`{path[-1]}` is now `{renamed[str(path[-1])]}`")
+    elif fault["type"] in _UNKNOWN:
         of = f"parameter of {label}" if label else "key"
         result = _suggest(of, str(path[-1]), names_of(_kind_at(kind, path[:-1])) or ["(none)"])
     elif fault["type"] in _MISSING:
         result = ParameterError(f'{label} needs "{name}"' if label else f'"{name}" is missing')
     elif fault["type"] == "value_error":
         result = _own_words(fault["ctx"]["error"], label)
+        path += getattr(fault["ctx"]["error"], "path", ())
     else:
         result = _wrong_value(fault, f"{label}: {name}" if label and name != label else name)
     result.path = path
@@ -157,7 +179,7 @@ def _suggest(kind: str, word: str, words: Sequence[str]) -> ParameterError:
 
 def _own_words(cause: Exception, label: str) -> ParameterError:
     """What a validator of the class said."""
-    what, do = (cause.what, cause.do) if isinstance(cause, UsageError) else (str(cause), None)
+    what, do = (cause.what, cause.do) if isinstance(cause, (UsageError, InvalidValue)) else (str(cause), None)
     return ParameterError(f"{label}: {what}" if label and label not in what else what, do=do)
 
 
@@ -174,6 +196,8 @@ def _wrong_value(fault: Any, title: str) -> ParameterError:
     if what in _WANTED:
         example = _WANTED[what] == "a list" and isinstance(value, (int, float, str))
         hint = f" (write [{value!r}])" if example else ""
+        if what == "float_type" and isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value, re.IGNORECASE):
+            hint = f" (which YAML reads as text; write {value.lower().replace('e', '.0e')})"
         return ParameterError(f"{title} must be {_WANTED[what]}, not {value!r}{hint}")
     return ParameterError(f"{title}: {fault['msg'][0].lower()}{fault['msg'][1:]}, not {value!r}")
 

@@ -1,17 +1,13 @@
-"""A registry is a visible table of `name: "module:Object"`; what is outside it is named `module:Object` directly."""
+"""A registry is a visible table of `name: "module:Object"`; other objects are named `module:Object` directly."""
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import difflib
-import importlib
-import importlib.util
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from winnow.infra.errors import UsageError
+from winnow.infra.importing import import_custom
 
 SHOWN = 20  # words of a table in a message
 
@@ -35,7 +31,7 @@ class Registry:
     """A table of names.
 
     Args:
-        kind: what the names stand for, as it reads in messages ("filter").
+        kind: what the names denote, as in messages ("filter").
         table: name to "module:Object".
     """
 
@@ -57,13 +53,13 @@ class Registry:
         """Import and return the object. Raises UsageError when it is not there."""
         module_name, _, attribute = self.path(name).partition(":")
         try:
-            return getattr(importlib.import_module(module_name), attribute)
+            return getattr(import_custom(module_name), attribute)
         except ModuleNotFoundError as error:
             if error.name and module_name.split(".")[0] != error.name.split(".")[0]:
                 raise
             raise UsageError(
                 f'no module "{module_name}" for {self.kind} "{name}"',
-                do="It must be importable: put the file beside the recipe, or set PYTHONPATH.",
+                do="It must be importable: put the file next to the recipe, or set PYTHONPATH.",
             ) from error
         except AttributeError:
             raise UsageError(
@@ -74,39 +70,3 @@ class Registry:
         """The registered name of a class, or its "module:Class"."""
         path = f"{obj.__module__}:{obj.__qualname__}"
         return next((name for name, value in self.table.items() if value == path), path)
-
-
-def config_fields(path: str) -> dict[str, bool]:
-    """The fields of the dataclass `Config` in the module of "module:Object", each with whether it has a default.
-
-    Read from the source without importing it: an objective imports torch, and a recipe with a misspelt key should be
-    refused before that takes its seconds.
-    """
-    spec = importlib.util.find_spec(path.partition(":")[0])
-    if spec is None or not spec.origin:
-        raise UsageError(f'no module "{path.partition(":")[0]}"')
-    for node in ast.parse(Path(spec.origin).read_text()).body:
-        if isinstance(node, ast.ClassDef) and node.name == "Config":
-            return {
-                item.target.id: item.value is not None
-                for item in node.body
-                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-            }
-    return {}
-
-
-def class_constants(path: str) -> dict[str, Any]:
-    """The literals that the body of "module:Class" gives to names, read as `config_fields` reads; none inherited."""
-    module, _, name = path.partition(":")
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.origin:
-        raise UsageError(f'no module "{module}"')
-    constants = {}
-    for node in ast.parse(Path(spec.origin).read_text()).body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            for item in node.body:
-                target = item.targets[0] if isinstance(item, ast.Assign) else getattr(item, "target", None)
-                if isinstance(item, ast.Assign | ast.AnnAssign) and isinstance(target, ast.Name) and item.value:
-                    with contextlib.suppress(ValueError):  # no literal
-                        constants[target.id] = ast.literal_eval(item.value)
-    return constants

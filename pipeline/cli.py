@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.importing import search_also
 from winnow.infra.io import storage
-from winnow.infra.pool.metadata import is_metadata
-from winnow.infra.stages.executors import Executor, make_executor
+from winnow.infra.stages.executors import make_executor
 from winnow.infra.stages.progress import RunLog
-from winnow.infra.stages.runner import Budget, execute
-from winnow.infra.stages.stage import LOCATIONS, RECORDS, Manifest, Stage, read_manifest
+from winnow.infra.stages.runner import Budget
+from winnow.infra.stages.stage import Manifest
+
+if TYPE_CHECKING:
+    from winnow.pipeline.graph import Graph
 
 app = typer.Typer(
     name="winnow",
@@ -34,50 +36,31 @@ Address = Annotated[str | None, typer.Option("--address", help="Ray cluster to j
 MaxSkipped = Annotated[
     float, typer.Option("--max-skipped", help="Budget of samples skipped: a share below 1, else a number.")
 ]
+ScorerSpec = Annotated[
+    str | None, typer.Option("--scorer", help="Encoder of the clip measure: a checkpoint, or NAME:TAG.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, value in YAML.")
 ]
 
 
-def _importable(*files: str | None) -> tuple[str, ...]:
-    """Let modules of one's own be found, in the working directory and beside a recipe; returns those directories."""
-    here = (str(Path.cwd()), *(str(Path(file).absolute().parent) for file in files if file is not None))
-    sys.path.extend(path for path in here if path not in sys.path)
-    return here
+def _search_custom(*files: str | None) -> None:
+    """Let `module:Class` names be found next to a recipe and in the working directory, after all else."""
+    search_also(*(Path(file).absolute().parent for file in files if file is not None), Path.cwd())
 
 
-def _executor(name: str, address: str | None, beside: str | None = None) -> Executor:
-    return make_executor(name, address, import_paths=_importable(beside))
-
-
-def _run(
-    stage: Stage, executor: str, address: str | None, max_skipped: float = 0.05, beside: str | None = None
-) -> Manifest:
-    runner = _executor(executor, address, beside)
+def _run(graph: Graph, executor: str, address: str | None, until: str | None = None) -> dict[str, Manifest]:
+    runner = make_executor(executor, address)
     try:
-        return execute(stage, runner, budget=Budget(max_skipped), log=RunLog(stage.out))
+        return graph.run(runner, RunLog(graph.out), until)
     finally:
         runner.close()
 
 
-def _pool(
-    url: str, work: str, executor: str, address: str | None, captions: bool = True, max_skipped: float = 0.05
-) -> str:
-    """The pool directory of a URL: itself if it is indexed or a folder of metadata, else an index made below `work`."""
-    try:
-        manifest = read_manifest(url)
-    except WinnowError:  # a file of that name that is not ours
-        manifest = None
-    if (manifest is not None and "shards" in manifest.values) or is_metadata(url):
-        return storage.absolute(url)
-    if manifest is None and storage.exists(storage.join(url, LOCATIONS)) and storage.is_dir(storage.join(url, RECORDS)):
-        raise WinnowError("is not finished", where=url, do="Run again what makes it.")
-    from winnow.infra.pool.index import IndexStage
-
-    out = storage.join(storage.absolute(work), "pool")
-    _run(IndexStage((url,), out, captions=captions), executor, address, max_skipped)
-    return out
+def _names(text: str) -> tuple[str, ...]:
+    """Names divided by commas, each once."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 @app.command()
@@ -92,20 +75,13 @@ def run(
 ) -> None:
     """Run a recipe from the pool to the report. What is finished is not done again."""
     from winnow.pipeline.recipe.load import load_recipe
-    from winnow.pipeline.stages import check_stage
 
-    _importable(recipe)
+    _search_custom(recipe)
     read = load_recipe(recipe, overrides)
-    check_stage(until)
     from winnow.pipeline.graph import Graph
 
     graph = Graph(read, out or f"runs/{Path(recipe).stem}")
-    runner = _executor(executor, address, recipe)
-    log = RunLog(graph.out)
-    try:
-        manifests = graph.run(runner, log, until)
-    finally:
-        runner.close()
+    manifests = _run(graph, executor, address, until)
     if "compare" in manifests:
         typer.echo(storage.read_bytes(graph.url("report", "comparison.txt")).decode())
         typer.echo(f"Report: {graph.url('report', 'report.html')}")
@@ -121,7 +97,7 @@ def plan(
     """Check a recipe and say what running it would do, without doing it."""
     from winnow.pipeline.recipe.load import load_recipe
 
-    _importable(recipe)
+    _search_custom(recipe)
     read = load_recipe(recipe, overrides)
     from winnow.pipeline.graph import Graph
 
@@ -141,9 +117,9 @@ def index(
     debug: Debug = False,
 ) -> None:
     """Index shards: uids, captions, sizes, and the byte offsets of every member."""
-    from winnow.infra.pool.index import IndexStage
+    from winnow.pipeline.commands import index_graph
 
-    manifest = _run(IndexStage(tuple(pool), out, captions=captions), executor, address, max_skipped)
+    manifest = _run(index_graph(pool, out, captions, max_skipped), executor, address)["index"]
     typer.echo(f"{manifest.items:,} samples in {manifest.units} shards, {manifest.state}: {out}")
 
 
@@ -152,11 +128,11 @@ def measure(
     pool: Annotated[str, typer.Argument(help="Indexed pool, shards to index first, or DataComp's metadata folder.")],
     out: Out,
     measures: Annotated[
-        str, typer.Option("--measures", help="Names, comma-separated; `winnow ls measures` lists them.")
+        str,
+        typer.Option("--measures", help="Names, comma-separated, or a YAML mapping or file as a recipe's `measures:`."),
     ],
-    scorer: Annotated[
-        str | None, typer.Option("--scorer", help="Encoder of the clip measure: a checkpoint, or NAME:TAG.")
-    ] = None,
+    overrides: Overrides = None,
+    scorer: ScorerSpec = None,
     captions: Annotated[bool, typer.Option(help="Whether a sample must have a caption.")] = True,
     executor: ExecutorName = "ray",
     address: Address = None,
@@ -164,15 +140,13 @@ def measure(
     debug: Debug = False,
 ) -> None:
     """Compute columns: embeddings and scores, language, caption statistics."""
-    from winnow.curation.measures.stage import MeasureStage
-    from winnow.pipeline.stages import make_measures, need_images
+    from winnow.pipeline.commands import measure_graph
+    from winnow.pipeline.recipe.load import load_measures
 
-    names = [name.strip() for name in measures.split(",")]
-    need_images(pool, names)
-    made = make_measures(names, scorer)
-    url = _pool(pool, out, executor, address, captions, max_skipped)
-    stage = MeasureStage(url, made, storage.join(out, "columns"))
-    manifest = _run(stage.with_existing(), executor, address, max_skipped)
+    _search_custom()
+    wanted = load_measures(measures, overrides or [])
+    graph = measure_graph(pool, out, wanted, scorer, captions, max_skipped)
+    manifest = _run(graph, executor, address)["measure"]
     typer.echo(f"{', '.join(manifest.values['columns'])}: {storage.join(out, 'columns')}")
 
 
@@ -181,15 +155,18 @@ def curate(
     pool: Annotated[str, typer.Argument(help="Indexed pool, shards to index first, or DataComp's metadata folder.")],
     out: Out,
     filters: Annotated[str, typer.Option("--filters", help="YAML file with one tree of filters.")],
-    scorer: Annotated[
-        str | None, typer.Option("--scorer", help="Encoder of the clip measure: a checkpoint, or NAME:TAG.")
+    measures: Annotated[
+        str | None,
+        typer.Option("--measures", help="Parameters of measures: a YAML mapping or file as a recipe's `measures:`."),
     ] = None,
+    overrides: Overrides = None,
+    scorer: ScorerSpec = None,
     columns: Annotated[
         str | None, typer.Option("--columns", help="Columns measured before; else they are measured here.")
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Print the funnel.")] = False,
     why: Annotated[
-        str | None, typer.Option("--why", metavar="UID", help="Say what each node made of this sample.")
+        str | None, typer.Option("--why", metavar="UID", help="Report what each node decided about this sample.")
     ] = None,
     reasons: Annotated[
         bool, typer.Option("--reasons", help="Write reasons.parquet: for each dropped sample, which node dropped it.")
@@ -200,26 +177,23 @@ def curate(
     debug: Debug = False,
 ) -> None:
     """Apply a tree of filters; write subset.npy, funnel.json and the manifest."""
-    from winnow.curation.curate import CurateStage, check_uid
-    from winnow.pipeline.stages import curate_stages, load_filters, print_funnel, print_why
+    from winnow.curation.curate import check_uid
+    from winnow.pipeline import printing
+    from winnow.pipeline.commands import curate_graph
+    from winnow.pipeline.recipe.load import load_measures, load_tree
 
-    _importable(filters)
-    tree = load_filters(filters)
+    _search_custom(filters)
+    tree = load_tree(filters)
     if why is not None:
         check_uid(why)
-    runner = _executor(executor, address, filters)
-    try:
-        url = _pool(pool, storage.join(out, "work"), executor, address, max_skipped=max_skipped)
-        for stage in curate_stages(tree, url, out, scorer, columns, reasons):
-            manifest = execute(stage, runner, budget=Budget(max_skipped), log=RunLog(out))
-    finally:
-        runner.close()
+    parameters = load_measures(measures or "", overrides or [])
+    graph = curate_graph(pool, out, tree, parameters, scorer, columns, reasons, max_skipped)
+    manifest = _run(graph, executor, address)["curate"]
     if explain:
-        funnel, timings = (storage.read_json(storage.join(out, name)) for name in ("funnel.json", "timings.json"))
-        typer.echo(print_funnel(funnel, timings))
+        counts, timings = (storage.read_json(storage.join(out, name)) for name in ("funnel.json", "timings.json"))
+        typer.echo(printing.funnel(counts, timings))
     if why is not None:
-        assert isinstance(stage, CurateStage)
-        typer.echo(print_why(why, *stage.why("", why)))
+        typer.echo(printing.decisions(why, *graph.curate_stage().why("", why)))
     kept = manifest.values["subsets"]["subset"]
     typer.echo(f"{kept:,} of {manifest.items:,} samples: {storage.join(out, 'subset.npy')}")
 
@@ -236,12 +210,10 @@ def reshard(
     address: Address = None,
     debug: Debug = False,
 ) -> None:
-    """Copy a subset's samples into webdataset shards of its own."""
-    from winnow.curation.reshard import ReshardStage, subset_digest
+    """Copy a subset's samples into webdataset shards."""
+    from winnow.pipeline.commands import reshard_graph
 
-    digest = subset_digest(subset) if subset is not None else ""
-    url = _pool(pool, storage.join(out, "work"), executor, address)
-    manifest = _run(ReshardStage(url, subset, digest, out, samples_per_shard), executor, address)
+    manifest = _run(reshard_graph(pool, out, subset, samples_per_shard), executor, address)["reshard"]
     typer.echo(f"{manifest.items:,} samples in {manifest.units} shards: {out}")
 
 
@@ -260,12 +232,13 @@ def pretrain(
     debug: Debug = False,
 ) -> None:
     """Train a model; stopped and started again it goes on where it was."""
-    from winnow.pipeline.stages import load_pretrain_config, pretrain_stage
+    from winnow.pipeline.recipe.load import load_training
 
-    _importable(config)
-    read = load_pretrain_config(config, overrides or [])
-    url = _pool(pool, storage.join(out, "work"), executor, address, captions=read.reads_text)
-    _run(pretrain_stage(read, url, subset, seed, out), executor, address, beside=config)
+    _search_custom(config)
+    read = load_training(config, [*(overrides or []), f"seeds=[{seed}]"])
+    from winnow.pipeline.commands import pretrain_graph
+
+    _run(pretrain_graph(pool, out, read, subset), executor, address)
     typer.echo(f"Checkpoint: {storage.join(out, 'model', f'seed-{seed}')}")
 
 
@@ -290,9 +263,9 @@ def sample(
     debug: Debug = False,
 ) -> None:
     """Draw images from a diffusion checkpoint."""
-    from winnow.pipeline.stages import draw_samples
+    from winnow.pipeline.commands import draw_samples
 
-    selected = [name.strip() for name in classes.split(",")] if classes else None
+    selected = list(_names(classes)) if classes else None
     settings: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": seed, "sampler": sampler, "eta": eta}
     settings |= {"classes": selected, "captions": caption}
     for line in draw_samples(checkpoint, out, n, settings, against, features):
@@ -337,24 +310,23 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Score checkpoints on the evaluation sets; write scores.parquet and eval_results.jsonl."""
-    from winnow.pipeline.stages import check_text, evaluate_stage, score_table, unscored
-
     if check:
-        typer.echo(check_text(data, tasks))
+        from winnow.evaluate.check import check_table, check_tasks
+
+        typer.echo(check_table(check_tasks(storage.absolute(data), tasks if tasks == "all" else _names(tasks))))
         return
     if out is None:
         raise UsageError("--out is missing", do="Give the directory to write to.")
-    stage = evaluate_stage(specs or [], data, tasks, protocols, out, features, precision, max_skipped)
-    runner = _executor(executor, address)
-    try:
-        # A broken set is missing, and the others' figures stand; how many images a set may lack the stage knows.
-        execute(stage.embedding(), runner, budget=Budget(math.inf), log=RunLog(out))
-        execute(stage, runner, budget=Budget(math.inf), log=RunLog(out))
-    finally:
-        runner.close()
-    typer.echo(score_table(out))
-    if without := unscored(out):
-        raise WinnowError(f"no figure of {'; '.join(without)}")
+    from winnow.pipeline import printing
+    from winnow.pipeline.commands import evaluate_graph
+
+    _search_custom()
+    selected = tasks if tasks == "all" else _names(tasks)
+    graph = evaluate_graph(specs or [], out, data, selected, _names(protocols), features, precision, max_skipped)
+    _run(graph, executor, address)
+    typer.echo(printing.scores(out))
+    if without := printing.without_scores(out):
+        raise WinnowError(f"no score of {'; '.join(without)}")
 
 
 @app.command()
@@ -365,10 +337,10 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Compare the subsets of one or more runs: table, CSV and HTML report."""
-    from winnow.pipeline.stages import compare_stages
+    from winnow.pipeline.steps import compare_steps, run_steps
 
-    for stage in compare_stages(runs, baseline, out):
-        _run(stage, "serial", None)
+    steps = compare_steps(runs, baseline, out)
+    run_steps(steps, make_executor("serial"), RunLog(out), Budget())
     typer.echo(storage.read_bytes(storage.join(out, "comparison.txt")).decode())
     typer.echo(f"Report: {storage.join(storage.absolute(out), 'report.html')}")
 
@@ -386,7 +358,7 @@ def ls(
 
 @app.command()
 def doctor(debug: Debug = False) -> None:
-    """Check this machine: versions, shadowed packages, devices, space. Exit status 1 if something is broken."""
+    """Check this machine: versions, devices, space, one copy of winnow. Exit status 1 if something is broken."""
     from winnow.pipeline.doctor import examine
 
     findings = examine()
@@ -400,10 +372,21 @@ STOPPED = "winnow: stopped; what is finished is kept."
 INTERRUPTED = 130  # exit status, as shells have it
 
 
+# Options of earlier versions.
+_RENAMED = {"--max-set-aside": "--max-skipped"}
+
+
+def _refuse_old_options(words: list[str]) -> None:
+    for word in words:
+        if (name := word.partition("=")[0]) in _RENAMED:
+            raise UsageError(f"is now called {_RENAMED[name]}", where=name)
+
+
 def main() -> None:
     """Entry point: errors become one paragraph on stderr."""
     debug = "--debug" in sys.argv or os.environ.get("WINNOW_DEBUG") == "1"
     try:
+        _refuse_old_options(sys.argv)
         app()
     except WinnowError as error:
         if debug:
@@ -426,4 +409,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # `python -m` puts the working directory first, where a file may have the name of an installed module.
+    sys.path.append(sys.path.pop(0))
     main()

@@ -1,4 +1,4 @@
-"""`winnow doctor`: what about this machine would keep Winnow from working, or make it slow."""
+"""`winnow doctor`: what on this machine keeps Winnow from working, or makes it slow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOMS = ("infra", "pretrain", "curation", "evaluate", "pipeline")
+import winnow
+
 PACKAGES = (
     "torch",
     "torchvision",
@@ -41,7 +42,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at everything. Imports nothing heavy but torch."""
-    return [_python(), _bytecode(), *_shadowed(), *_packages(), *_devices(), *_space()]
+    return [_python(), _bytecode(), _one_copy(), *_packages(), *_devices(), *_space()]
 
 
 def _python() -> Finding:
@@ -51,33 +52,23 @@ def _python() -> Finding:
 
 
 def _bytecode() -> Finding:
-    """Each worker process imports torch and more; compiling them again each time trebles what that takes."""
+    """Each worker process imports torch and more; compiling them each time takes three times as long."""
     spec = importlib.util.find_spec("torch")
     known = spec is None or spec.cached is None or Path(spec.cached).exists()
     if known or not sys.dont_write_bytecode:
         return Finding("bytecode", "ok", "kept" if known else "will be kept")
-    return Finding("bytecode", "warn", "never kept: every process compiles torch anew; unset PYTHONDONTWRITEBYTECODE")
+    return Finding("bytecode", "warn", "not kept: every process compiles torch again; unset PYTHONDONTWRITEBYTECODE")
 
 
-def _shadowed() -> list[Finding]:
-    """Rooms are top-level packages; another installed package of the same name may come first."""
-    home = Path(__file__).resolve().parents[1]
-    findings = []
-    for room in ROOMS:
-        spec = importlib.util.find_spec(room)
-        origin = Path(spec.origin).resolve() if spec and spec.origin else None
-        if origin is None:
-            findings.append(Finding(room, "fail", "cannot be imported; is winnow installed?"))
-        elif origin.parents[1] != home:
-            hint = f"shadowed by {origin.parent}; uninstall that package or use an environment of its own"
-            findings.append(Finding(room, "fail", hint))
-    for name, owners in importlib.metadata.packages_distributions().items():
-        others = sorted({owner for owner in owners if owner != "winnow"})
-        if name in ROOMS and others:
-            findings.append(
-                Finding(name, "warn", f"also provided by {', '.join(others)}; whichever is found first wins")
-            )
-    return findings or [Finding("rooms", "ok", "none shadowed")]
+def _one_copy() -> Finding:
+    """A second copy on Python's path is the one that runs in another folder or with another PYTHONPATH."""
+    folders = [Path(folder or ".") / "winnow" for folder in sys.path]
+    homes = dict.fromkeys(folder.resolve() for folder in folders if (folder / "__init__.py").exists())
+    used = Path(winnow.__file__).resolve().parent
+    others = [str(home) for home in homes if home != used]
+    if others:
+        return Finding("winnow", "warn", f"{used}; there is another copy in {', '.join(others)}")
+    return Finding("winnow", "ok", f"{winnow.__version__} in {used}")
 
 
 def _packages() -> list[Finding]:

@@ -1,60 +1,106 @@
-"""The stage graph of a recipe: which stages there are, in order, and what each reads of those before it."""
+"""The one builder of stages: what a recipe or a single command runs, in which order, and where it writes."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import yaml
 
 from winnow.curation.curate import CurateStage, MeasuredPool, check_trees
-from winnow.curation.measures.base import Measure, make
+from winnow.curation.measures.base import Measure, MeasureSpec, make
 from winnow.curation.measures.stage import MeasureStage
 from winnow.curation.noise.inject import InjectStage
 from winnow.curation.reshard import ReshardStage
-from winnow.evaluate.report.compare import CompareStage, SubsetEntry
+from winnow.evaluate.report.compare import CompareStage
 from winnow.evaluate.stage import EvaluateStage
-from winnow.infra.errors import WinnowError
+from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.storage import digest_json, join
 from winnow.infra.pool.index import IndexStage
+from winnow.infra.pool.metadata import is_metadata
 from winnow.infra.pool.pool import Pool
+from winnow.infra.registry import unknown
 from winnow.infra.stages.executors import Executor
 from winnow.infra.stages.progress import RunLog
-from winnow.infra.stages.runner import Budget, execute
-from winnow.infra.stages.stage import Manifest, Stage, need_manifest, pending_units, read_manifest
+from winnow.infra.stages.runner import Budget
+from winnow.infra.stages.stage import (
+    LOCATIONS,
+    RECORDS,
+    Manifest,
+    Stage,
+    need_manifest,
+    pending_units,
+    read_manifest,
+)
 from winnow.pipeline.demo.stage import DemoStage
-from winnow.pipeline.recipe.load import DEMO, Recipe
+from winnow.pipeline.recipe.check import check_images
+from winnow.pipeline.recipe.schema import DEMO, Recipe
+from winnow.pipeline.steps import STEPS, FinishedRun, Step, StepPlan, run_steps
 from winnow.pretrain.encoder import encoder_digest
 from winnow.pretrain.stage import PretrainStage, TrainRun
 
 
 @dataclass(frozen=True)
-class Step:
-    """A stage to come. `build` may read the manifests of earlier steps, so it is called when they are done. `budget` is
-    the recipe's where None."""
+class Layout:
+    """Where the steps write, below the directory of the run. `{name}` is that of a subset or target set, `{digest}` is
+    one of the target set's URL.
 
-    name: str
-    build: Callable[[], Stage]
-    budget: Budget | None = None
+    `recipe` is the file that keeps the recipe; "" for none.
+    """
+
+    recipe: str = "recipe.yaml"
+    pool: str = "pool"
+    columns: str = "columns"
+    targets: str = "targets/{name}-{digest}"
+    target_columns: str = "target-columns/{name}-{digest}"
+    subsets: str = "subsets"
+    shards: str = "shards/{name}"
+    checkpoints: str = "checkpoints"
+    scores: str = "scores"
 
 
 @dataclass(frozen=True)
-class StepPlan:
-    """How far a step is: units finished and in all; None when it waits for an earlier step."""
+class Given:
+    """What a single command has from its arguments, in place of an earlier step or of a recipe's key.
 
-    name: str
-    done: int | None = None
-    units: int | None = None
+    Attributes:
+        pool: an indexed pool or a folder of metadata.
+        columns: measured columns of the pool.
+        subset: a subset file to reshard or to train on.
+        checkpoints: encoders to evaluate, as `load_encoder` takes them.
+        features: where embeddings are kept; next to the scores if "".
+        keep_columns: whether columns measured before stay in the manifest of the measure step.
+        reasons: whether the curate step writes why each sample was dropped.
+    """
 
-    @property
-    def text(self) -> str:
-        if self.units is None or self.done is None:
-            return "waits for the steps before"
-        return "finished" if self.done == self.units else f"{self.units - self.done} of {self.units} units to do"
+    pool: str | None = None
+    columns: str | None = None
+    subset: str | None = None
+    checkpoints: tuple[str, ...] = ()
+    features: str = ""
+    keep_columns: bool = False
+    reasons: bool = True
+
+
+def ready_pool(url: str) -> str | None:
+    """The absolute URL of a pool that needs no index: it is one, or a folder of metadata.
+
+    Raises:
+        WinnowError: the directory of an index that is not finished.
+    """
+    try:
+        manifest = read_manifest(url)
+    except WinnowError:  # a file of that name by another program
+        manifest = None
+    if (manifest is not None and "shards" in manifest.values) or is_metadata(url):
+        return storage.absolute(url)
+    if manifest is None and storage.exists(join(url, LOCATIONS)) and storage.is_dir(join(url, RECORDS)):
+        raise WinnowError("is not finished", where=url, do="Run again what makes it.")
+    return None
 
 
 class Graph:
@@ -63,16 +109,18 @@ class Graph:
     Args:
         recipe: checked.
         out: directory of the run.
+        layout: where in it the steps write.
+        given: what need not be made.
     """
 
-    def __init__(self, recipe: Recipe, out: str) -> None:
-        self.recipe, self.out = recipe, storage.absolute(out)
+    def __init__(self, recipe: Recipe, out: str, layout: Layout = Layout(), given: Given = Given()) -> None:
+        self.recipe, self.out, self.layout, self.given = recipe, storage.absolute(out), layout, given
 
     def url(self, *parts: str) -> str:
         return join(self.out, *parts)
 
     def resolve(self, url: str) -> str:
-        """A source's URL; `demo:NAME` lies in the run's own directory."""
+        """A source's URL; `demo:NAME` is below the directory of the run."""
         if url.startswith(DEMO):
             return self.url("demo", url.removeprefix(DEMO))
         return storage.absolute(url)
@@ -80,53 +128,89 @@ class Graph:
     @property
     def pool_url(self) -> str:
         """The pool that is measured and curated."""
-        return self.url("injected" if self.recipe.inject else "pool")
+        if self.given.pool is not None:
+            return self.given.pool
+        return self.url("injected") if self.recipe.inject else self.url(self.layout.pool)
+
+    @property
+    def subsets(self) -> tuple[str, ...]:
+        """Names of the subsets to reshard and to train on. A single command has one, which has no name."""
+        return tuple(self.recipe.subsets) or ("",)
 
     def steps(self) -> list[Step]:
-        recipe, steps = self.recipe, []
-        trusted = recipe.scorer.trusted if recipe.scorer else None
-        if recipe.demo is not None:
-            steps.append(Step("demo", self._demo))
-        steps.append(Step("index", self._index))
-        if recipe.inject is not None:
-            steps.append(Step("inject", self._inject))
-        if trusted is not None:
-            steps += [Step("index trusted", self._trusted), Step("pretrain scorer", self._scorer)]
-        for target in recipe.targets():
-            name = storage.name_of(target)
-            steps.append(Step(f"index {name}", lambda target=target: self._target(target)))  # type: ignore[misc]
-            steps.append(Step(f"measure {name}", lambda target=target: self._measure_target(target)))  # type: ignore[misc]
-        if recipe.measure_kinds():
+        """All steps, in order."""
+        recipe, given, steps = self.recipe, self.given, self._sources()
+        if recipe.pool_measures() and given.columns is None:
             steps.append(Step("measure", self._measure))
-        steps.append(Step("curate", self._curate))
+        if recipe.subsets:
+            steps.append(Step("curate", self.curate_stage))
         if recipe.reshard is not None:
-            for name in recipe.subsets:
-                steps.append(Step(f"reshard {name}", lambda name=name: self._reshard(name)))  # type: ignore[misc]
+            steps += [Step(f"reshard {name}".strip(), partial(self._reshard, name)) for name in self.subsets]
         if recipe.pretrain is not None:
             steps.append(Step("pretrain", self._pretrain))
         if recipe.evaluate is not None:
-            # A broken set is missing, and the others' figures stand.
-            embed = Step("embed", lambda: self._evaluate().embedding(), Budget(math.inf))
-            evaluate = Step("evaluate", self._evaluate, Budget(math.inf))
-            steps += [embed, evaluate, Step("compare", self.compare_stage)]
+            # A broken set is missing, and the other scores stay; how many images a set may lack the stage knows.
+            budget = Budget(math.inf)
+            steps += [Step("embed", lambda: self._evaluate().embedding(), budget)]
+            steps += [Step("evaluate", self._evaluate, budget)]
+            if not given.checkpoints:
+                steps.append(Step("compare", self._compare))
+        return steps
+
+    def _sources(self) -> list[Step]:
+        """The steps that make the pool, the scorer and the target sets ready."""
+        recipe, steps = self.recipe, []
+        if recipe.demo is not None:
+            steps.append(Step("demo", self._demo))
+        if recipe.pool and self.given.pool is None:
+            steps.append(Step("index", self._index))
+        if recipe.inject is not None:
+            steps.append(Step("inject", self._inject))
+        if recipe.scorer is not None and recipe.scorer.trusted is not None:
+            steps += [Step("index trusted", self._trusted), Step("pretrain scorer", self._scorer)]
+        for target in recipe.targets():
+            if self._is_ready(target):
+                continue
+            name = storage.name_of(target)
+            steps.append(Step(f"index {name}", partial(self._target, target)))
+            steps.append(Step(f"measure {name}", partial(self._measure_target, target)))
         return steps
 
     def run(self, executor: Executor, log: RunLog, until: str | None = None) -> dict[str, Manifest]:
-        """Bring every step to its manifest. Raises WinnowError at the first that fails."""
-        manifests = {}
-        storage.write_bytes(self.url("recipe.yaml"), dump_recipe(self.recipe).encode())
-        for step in self.steps():
-            stage = step.build()
-            budget = step.budget or Budget(self.recipe.max_skipped)
-            manifests[step.name] = execute(stage, executor, budget=budget, log=log, label=step.name)
-            if stage.out == self.pool_url:
-                check_trees(MeasuredPool(self.pool_url), self.recipe.subsets.values())
-            if until is not None and step.name.split()[0] == until and step.name == self._last(until):
-                break
-        return manifests
+        """Bring every step to its manifest.
 
-    def _last(self, until: str) -> str:
-        return [step.name for step in self.steps() if step.name.split()[0] == until][-1]
+        Args:
+            executor: where units run.
+            log: where progress is reported.
+            until: the last step to run, one of `STEPS`; all if None.
+
+        Raises:
+            UsageError: there is no such step.
+            WinnowError: at the first step that fails.
+        """
+        steps = self.steps()
+        if until is not None:
+            if until not in STEPS:
+                raise unknown("stage", until, STEPS, "--until")
+            last = [i for i, step in enumerate(steps) if step.name.split()[0] == until]
+            steps = steps[: last[-1] + 1] if last else steps
+        if self.layout.recipe:
+            text = yaml.safe_dump(self.recipe.text, sort_keys=False, allow_unicode=True)
+            storage.write_bytes(self.url(self.layout.recipe), text.encode())
+        if self.given.pool is not None:
+            self._check_pool()
+        return run_steps(steps, executor, log, Budget(self.recipe.max_skipped), self._finished)
+
+    def _finished(self, stage: Stage) -> None:
+        if stage.out == self.pool_url:
+            self._check_pool()
+
+    def _check_pool(self) -> None:
+        """Refuse, before anything is measured, trees that cannot be applied to this pool."""
+        ready = {target: MeasuredPool(target) for target in self.recipe.targets() if self._is_ready(target)}
+        check_trees(MeasuredPool(self.pool_url), self.recipe.subsets.values(), ready)
+        if self.given.columns is None:
+            check_images(self.pool_url, self.recipe.pool_measures().values())
 
     def plan(self) -> list[StepPlan]:
         """How far each step is, without doing anything."""
@@ -159,11 +243,20 @@ class Graph:
         trusted = self.recipe.scorer.trusted if self.recipe.scorer else None
         sources = tuple(self.resolve(url) for url in self.recipe.pool)
         skip = trusted.shards if trusted else ()
-        return IndexStage(sources, self.url("pool"), captions=self.recipe.needs_captions, skip=skip)
+        return IndexStage(sources, self.url(self.layout.pool), captions=self._captions(), skip=skip)
+
+    def _captions(self) -> bool:
+        """Whether a sample must have a caption: as `captions` says, else unless nothing here could read it."""
+        recipe = self.recipe
+        if recipe.captions is not None or recipe.pretrain is None:
+            return recipe.captions is not False
+        columns = {column for item in recipe.filters() for column in item.columns()}
+        others = recipe.scorer or recipe.inject or recipe.pool_measures() or "text" in columns
+        return recipe.pretrain.reads_text or bool(others)
 
     def _inject(self) -> Stage:
         assert self.recipe.inject is not None
-        return InjectStage(pool=self.url("pool"), config=self.recipe.inject, out=self.url("injected"))
+        return InjectStage(pool=self.url(self.layout.pool), config=self.recipe.inject, out=self.url("injected"))
 
     def _trusted(self) -> Stage:
         assert self.recipe.scorer is not None and self.recipe.scorer.trusted is not None
@@ -174,119 +267,128 @@ class Graph:
     def _scorer(self) -> Stage:
         assert self.recipe.scorer is not None and self.recipe.scorer.train is not None
         pool = self.url("trusted")
-        run = TrainRun(
-            name="scorer", seed=0, pool=pool, subset=None, digest=digest_json([Pool.open(pool).digest, None])
-        )
+        digest = digest_json([Pool.open(pool).digest, None])
+        run = TrainRun(name="scorer", seed=0, pool=pool, subset=None, digest=digest)
         return PretrainStage(config=self.recipe.scorer.train, runs=(run,), out=self.url("scorer"))
 
-    def _encoder(self) -> str:
-        """What `load_encoder` takes for the scorer."""
+    def _encoder(self) -> tuple[str, str]:
+        """The scorer, as `load_encoder` takes it, and the digest of its content."""
         scorer = self.recipe.scorer
         assert scorer is not None
+        spec = scorer.spec
         if scorer.train is not None:
             need_manifest(self.url("scorer"), "scorer")
-            return self.url("scorer", "scorer", "seed-0")
-        return scorer.spec
+            spec = self.url("scorer", "scorer", "seed-0")
+        return spec, encoder_digest(spec)
 
-    def _made(self, kinds: dict[str, tuple[type[Measure], dict[str, Any]]]) -> tuple[Measure, ...]:
-        def scorer() -> tuple[str, str]:
-            spec = self._encoder()
-            return spec, encoder_digest(spec)
+    def _made(self, specs: Mapping[str, MeasureSpec]) -> tuple[Measure, ...]:
+        return tuple(make(spec, self._encoder) for spec in specs.values())
 
-        return tuple(make(kind, params, scorer) for kind, params in kinds.values())
+    def _is_ready(self, target: str) -> bool:
+        """Whether a target set needs no index: DataComp's metadata."""
+        return not target.startswith(DEMO) and is_metadata(target)
 
-    def _target_name(self, target: str) -> str:
+    def _target_urls(self, target: str) -> tuple[str, str]:
+        """The pool of a target set and its columns."""
         name = re.sub(r"[^\w.-]", "-", storage.name_of(target))
-        return f"{name}-{digest_json(self.resolve(target))[:8]}"
+        facts = {"name": name, "digest": digest_json(self.resolve(target))[:8]}
+        layout = self.layout
+        return self.url(layout.targets.format(**facts)), self.url(layout.target_columns.format(**facts))
 
     def _target(self, target: str) -> Stage:
-        return IndexStage((self.resolve(target),), self.url("targets", self._target_name(target)), captions=False)
+        return IndexStage((self.resolve(target),), self._target_urls(target)[0], captions=False)
 
     def _measure_target(self, target: str) -> Stage:
-        name = self._target_name(target)
-        made = self._made(self.recipe.target_kinds(target))
-        return MeasureStage(self.url("targets", name), made, self.url("target-columns", name))
+        pool, columns = self._target_urls(target)
+        return MeasureStage(pool, self._made(self.recipe.target_measures(target)), columns)
 
     def _measure(self) -> Stage:
-        return MeasureStage(self.pool_url, self._made(self.recipe.measure_kinds()), self.url("columns"))
+        made = self._made(self.recipe.pool_measures())
+        stage = MeasureStage(self.pool_url, made, self.url(self.layout.columns))
+        return stage.with_existing() if self.given.keep_columns else stage
 
-    def _curate(self) -> Stage:
-        columns = self.url("columns") if self.recipe.measure_kinds() else None
-        targets = {}
-        for target in self.recipe.targets():
-            name = self._target_name(target)
-            targets[target] = MeasuredPool(self.url("targets", name), self.url("target-columns", name))
+    def curate_stage(self) -> CurateStage:
+        """The stage that writes the subsets."""
+        columns = self.given.columns
+        if columns is None and self.recipe.pool_measures():
+            columns = self.url(self.layout.columns)
+        targets = {
+            target: MeasuredPool(self.resolve(target))
+            if self._is_ready(target)
+            else MeasuredPool(*self._target_urls(target))
+            for target in self.recipe.targets()
+        }
+        source = MeasuredPool(self.pool_url, columns)
         subsets = tuple(self.recipe.subsets.items())
-        return CurateStage(MeasuredPool(self.pool_url, columns), subsets, self.url("subsets"), targets)
+        return CurateStage(source, subsets, self.url(self.layout.subsets), targets, self.given.reasons)
 
-    def _subset(self, name: str) -> tuple[str, str]:
-        """URL and digest of a subset's .npy."""
-        manifest = need_manifest(self.url("subsets"), "subsets")
-        return self.url("subsets", name, "subset.npy"), manifest.files[f"{name}/subset.npy"]["sha256"]
+    def _subset(self, name: str) -> tuple[str | None, str | None]:
+        """URL and digest of a subset's .npy; None for the whole pool."""
+        if not self.recipe.subsets:
+            url = self.given.subset
+            return url, storage.digest_file(url) if url is not None else None
+        manifest = need_manifest(self.url(self.layout.subsets), "subsets")
+        file = join(name, "subset.npy")
+        return self.url(self.layout.subsets, file), manifest.files[file]["sha256"]
 
     def _reshard(self, name: str) -> Stage:
         assert self.recipe.reshard is not None
         url, digest = self._subset(name)
-        return ReshardStage(self.pool_url, url, digest, self.url("shards", name), self.recipe.reshard.samples_per_shard)
+        out, size = self.url(self.layout.shards.format(name=name)), self.recipe.reshard.samples_per_shard
+        return ReshardStage(self.pool_url, url, digest or "", out, size)
 
     def _pretrain(self) -> Stage:
         assert self.recipe.pretrain is not None
+        self._check_captions()
         source = Pool.open(self.pool_url).digest
         runs = []
-        for name in self.recipe.subsets:
+        for name in self.subsets:
             url, digest = self._subset(name)
             # The samples and their order are the same with and without resharding, and so is the digest.
-            pool, subset = (self.url("shards", name), None) if self.recipe.reshard else (self.pool_url, url)
+            resharded = self.recipe.reshard is not None
+            pool, subset = (self.url(self.layout.shards.format(name=name)), None) if resharded else (self.pool_url, url)
             for seed in self.recipe.pretrain.seeds:
-                runs.append(
-                    TrainRun(name=name, seed=seed, pool=pool, subset=subset, digest=digest_json([source, digest]))
-                )
-        return PretrainStage(config=self.recipe.pretrain.config(), runs=tuple(runs), out=self.url("checkpoints"))
+                digests = digest_json([source, digest])
+                runs.append(TrainRun(name=name or "model", seed=seed, pool=pool, subset=subset, digest=digests))
+        out = self.url(self.layout.checkpoints)
+        return PretrainStage(config=self.recipe.pretrain, runs=tuple(runs), out=out)
 
-    def _checkpoints(self) -> list[tuple[str, int, str]]:
-        """(subset, seed, checkpoint name) of every training; the name is also the path below `checkpoints`."""
+    def _check_captions(self) -> None:
+        """Raises UsageError when the training reads captions and the given pool was indexed without."""
+        config, manifest = self.recipe.pretrain, read_manifest(self.given.pool) if self.given.pool else None
+        params = manifest.params if manifest is not None else {}
+        without = params.get("captions") is False or "text" not in params.get("require", ["text"])
+        if config and config.reads_text and without:
+            raise UsageError(
+                f"was indexed without asking for captions, from which {config.objective_name} learns",
+                where=self.given.pool,
+                do="Index it again, without --no-captions.",
+            )
+
+    def _finished_run(self) -> FinishedRun:
         assert self.recipe.pretrain is not None
-        seeds = self.recipe.pretrain.seeds
-        return [(name, seed, f"{name}/seed-{seed}") for name in self.recipe.subsets for seed in seeds]
+        recipe, pool = self.recipe, self.pool_url
+        return FinishedRun(self.out, pool, tuple(recipe.subsets), self.recipe.pretrain.seeds, recipe.reference)
 
     def _evaluate(self) -> EvaluateStage:
         assert self.recipe.evaluate is not None
         section = self.recipe.evaluate
-        need_manifest(self.url("checkpoints"), "checkpoints")
-        entries = []
-        for _, _, name in self._checkpoints():
-            spec = self.url("checkpoints", name)
-            entries.append((name, spec, encoder_digest(spec)))
+        entries = [(spec, spec) for spec in self.given.checkpoints]
+        if not entries:
+            need_manifest(self.url(self.layout.checkpoints), "checkpoints")
+            names = [name for _, _, name in self._finished_run().checkpoints()]
+            entries = [(name, self.url(self.layout.checkpoints, name)) for name in names]
         return EvaluateStage(
-            checkpoints=tuple(entries),
+            checkpoints=tuple((name, spec, encoder_digest(spec)) for name, spec in entries),
             data=self.resolve(section.data),
             tasks=section.tasks,
             protocols=section.protocols,
-            out=self.url("scores"),
+            features=self.given.features,
+            out=self.url(self.layout.scores),
             precision=section.precision,
             max_skipped=self.recipe.max_skipped,
         )
 
-    def entries(self, prefix: str = "") -> tuple[SubsetEntry, ...]:
-        """The subsets with their checkpoints, as the compare stage takes them; names and checkpoints get the prefix."""
-        by_name: dict[str, list[tuple[int, str]]] = {}
-        for name, seed, checkpoint in self._checkpoints():
-            by_name.setdefault(name, []).append((seed, prefix + checkpoint))
-        drawn: dict[str, list[tuple[str, str]]] = {name: [] for name in by_name}
-        for name, seed, checkpoint in self._checkpoints():
-            url = self.url("checkpoints", checkpoint)
-            images = [file for file in storage.list_names(url) if file.endswith(".png")]
-            drawn[name] += [(f"seed {seed}: {file}", join(url, file)) for file in images]
-        return tuple(
-            SubsetEntry(prefix + name, self.url("subsets", name), tuple(checkpoints), self.pool_url, tuple(drawn[name]))
-            for name, checkpoints in by_name.items()
-        )
-
-    def compare_stage(self) -> CompareStage:
-        """The last stage."""
-        return CompareStage(self.entries(), self.url("scores"), self.url("report"), self.recipe.reference)
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML, with what was overridden and filled in."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
+    def _compare(self) -> Stage:
+        run = self._finished_run()
+        return CompareStage(run.entries(), self.url(self.layout.scores), self.url("report"), run.reference)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from winnow.curation.filters.base import parameter_name
-from winnow.curation.measures.base import Measure
-from winnow.infra.registry import Registry, config_fields, unknown
-
-_BY_SCORER = ("encoder", "digest")
+from winnow.infra.params import names_of
+from winnow.infra.registry import Registry, unknown
+from winnow.pipeline.printing import blocks, table
 
 
 def listing(what: str) -> str:
@@ -28,41 +25,17 @@ def listing(what: str) -> str:
     if what not in tables:
         raise unknown("list", what, tables)
     rows = tables[what]()
-    return blocks(rows) if what in ("filters", "measures") else aligned(rows)
-
-
-def aligned(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows as columns of equal width."""
-    if not rows:
-        return "(none)"
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
-def blocks(rows: Sequence[tuple[str, ...]]) -> str:
-    """A paragraph a row: the first cell, then the others under it by the names that the first row has for them."""
-    names, width = rows[0][1:], max(len(name) for name in rows[0])
-    indent = " " * (width + 4)
-    found = []
-    for head, *cells in rows[1:]:
-        lines = [
-            textwrap.fill(f"  {name.ljust(width)}  {cell or '(none)'}", 100, subsequent_indent=indent)
-            for name, cell in zip(names, cells, strict=True)
-        ]
-        found.append("\n".join([head, *lines]))
-    return "\n\n".join(found)
+    return blocks(rows) if what in ("filters", "measures") else table(rows)
 
 
 def parameters(kind: Any) -> str:
     """`name=default` of a dataclass's fields; a name alone must be given. The recipe's scorer is not a parameter."""
     parts = []
     for item in fields(kind):
-        if item.name in _BY_SCORER and issubclass(kind, Measure):
+        if item.name in getattr(kind, "filled", ()):
             continue
         default = item.default_factory() if item.default_factory is not MISSING else item.default
-        name = parameter_name(item)
+        name = item.name
         parts.append(name if default is MISSING else f"{name}={default}")
     return ", ".join(parts)
 
@@ -89,7 +62,7 @@ def _measures() -> Sequence[tuple[str, ...]]:
     for name in MEASURES.names():
         kind = MEASURES.load(name)
         files = [word for word, wanted in (("pixels", kind.pixels), ("files", kind.encoded)) if wanted]
-        reads = ", ".join([*files, *kind.reads, *kind.derived])
+        reads = ", ".join([*files, *kind.reads, *kind(**kind.example).derived()])
         rows.append((name, kind.summary, reads, parameters(kind)))
     return rows
 
@@ -102,11 +75,11 @@ def _objectives() -> Sequence[tuple[str, ...]]:
 
 def _objective(registry: Registry, name: str) -> tuple[str, ...]:
     path = registry.path(name)
-    return name, ", ".join(config_fields(path)), path.partition(":")[0].replace(".", "/") + ".py"
+    return name, ", ".join(names_of(registry.load(name).Config)), path.partition(":")[0].replace(".", "/") + ".py"
 
 
 def _tasks() -> Sequence[tuple[str, ...]]:
-    from winnow.evaluate.tasks.task import datacomp_tasks
+    from winnow.evaluate.tasks.read import datacomp_tasks
 
     rows = [("name", "kind", "group", "metric", "classes", "scored")]
     for task in datacomp_tasks().values():
@@ -116,17 +89,18 @@ def _tasks() -> Sequence[tuple[str, ...]]:
 
 
 def _protocols() -> Sequence[tuple[str, ...]]:
-    from winnow.evaluate.protocols.base import NEED_TEXT, NEED_TRAIN, PROTOCOLS, SEEDS
+    from winnow.evaluate.protocols import PROTOCOLS
 
     rows = [("name", "needs", "seeds", "kinds of task")]
-    for name, registry in PROTOCOLS.items():
-        needs = [*(["a text tower"] if name in NEED_TEXT else []), *(["a train split"] if name in NEED_TRAIN else [])]
-        rows.append((name, ", ".join(needs), ", ".join(map(str, SEEDS.get(name, ()))), ", ".join(registry.names())))
+    for name in PROTOCOLS.table:
+        protocol = PROTOCOLS.load(name)
+        seeds = ", ".join(map(str, protocol.seeds))
+        rows.append((name, ", ".join(sorted(protocol.needs)), seeds, ", ".join(sorted(protocol.kinds))))
     return rows
 
 
 def _recipes() -> Sequence[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = [("name", "what")]
     for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml")):
         first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
         rows.append((path.stem, first))

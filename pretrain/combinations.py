@@ -1,90 +1,181 @@
-"""Settings of a training that cannot work together, refused with the reason before torch is imported."""
+"""Settings that cannot work together, each refused with the reason."""
 
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from winnow.pretrain.config import PretrainConfig
+from winnow.infra.params import InvalidValue
+from winnow.pretrain.sections import ModelConfig, OptimizerConfig, ParallelConfig
 
-# What DeepSpeed's config has of its own for settings that have a name here.
+# Keys of DeepSpeed's config for which this configuration has keys of its own.
 _OURS = {
     "optimizer": "optimizer",
-    "scheduler": "schedule, lr and warmup",
+    "scheduler": "schedule, lr and warmup_steps",
     "fp16": "precision",
     "bf16": "precision",
     "amp": "precision",
     "torch_autocast": "precision",
-    "activation_checkpointing": "activation_checkpointing",
+    "activation_checkpointing": "parallel.activation_checkpointing",
 }
+_NETWORKS = {"encoder": "an encoder of open_clip or timm", "unet": "a unet", "autoencoder": "an autoencoder"}
 
 
-def check_engine(config: PretrainConfig) -> None:
-    """Raises ValueError: the combination, and why it cannot work."""
-    _batch(config)
-    stage = config.zero_stage
-    if stage == 3 and config.ema is not None:
-        raise ValueError(
+def check_engine(parallel: ParallelConfig, optimizer: OptimizerConfig, batch_size: int) -> None:
+    """Check the settings of the engine. Imports no torch.
+
+    Raises:
+        InvalidValue: the combination, and why it cannot work; with the path to the key.
+    """
+    _check_batch(parallel, batch_size)
+    stage = parallel.zero_stage
+    if stage == 3 and optimizer.ema is not None:
+        raise InvalidValue(
             "ema is a mean of whole weights, and zero_stage 3 leaves each process only a part of them; take zero_stage "
-            "2 or lower"
+            "2 or lower",
+            "optimizer",
+            "ema",
         )
-    if stage == 3 and config.grad_cache > 1:
-        raise ValueError(
+    if stage == 3 and parallel.grad_cache > 1:
+        raise InvalidValue(
             "grad_cache computes features and loss apart, and zero_stage 3 has the weights whole only within one "
-            "forward pass; take zero_stage 2 or lower"
+            "forward pass; take zero_stage 2 or lower",
+            "parallel",
+            "grad_cache",
         )
-    if stage and config.optimizer == "lars":
-        raise ValueError(
+    if stage and optimizer.name == "lars":
+        raise InvalidValue(
             "lars scales the step of each layer by its norm, and ZeRO cuts the layers into flat partitions; take "
-            "zero_stage 0, or adamw or sgd"
+            "zero_stage 0, or adamw or sgd",
+            "optimizer",
+            "name",
         )
-    if config.offload and not stage:
-        raise ValueError("offload moves ZeRO's optimiser partitions to the CPU; take zero_stage 1, 2 or 3")
-    if config.wandb is not None and importlib.util.find_spec("wandb") is None:
-        raise ValueError("wandb is not installed; pip install wandb, or leave the key out")
-    _deepspeed(config)
-
-
-def _batch(config: PretrainConfig) -> None:
-    if config.accumulate > 1 and config.grad_cache > 1:
-        raise ValueError(
-            "accumulate and grad_cache both cut the batch: grad_cache is for losses that couple samples, accumulate "
-            "for the others; take one"
+    if parallel.offload and not stage:
+        raise InvalidValue(
+            "offload moves ZeRO's optimizer partitions to the CPU; take zero_stage 1, 2 or 3", "parallel", "offload"
         )
-    parts = config.accumulate * config.grad_cache
-    if config.batch_size % (config.workers * parts):
-        raise ValueError(
-            f"batch_size {config.batch_size} cannot be shared evenly by {config.workers} workers"
-            + (f" in {parts} parts" if parts > 1 else "")
+    _check_deepspeed(parallel, batch_size)
+
+
+def check_wandb(project: str | None) -> None:
+    """Raises InvalidValue when W&B is asked for and not installed."""
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise InvalidValue("wandb is not installed; pip install wandb, or leave the key out", "logging", "wandb")
+
+
+def _check_batch(parallel: ParallelConfig, batch_size: int) -> None:
+    if parallel.accumulation_steps > 1 and parallel.grad_cache > 1:
+        raise InvalidValue(
+            "accumulation_steps and grad_cache both split the batch: grad_cache is for losses that couple samples, "
+            "accumulation_steps for the others; take one",
+            "parallel",
+            "accumulation_steps",
+        )
+    parts = parallel.parts
+    if batch_size % (parallel.num_processes * parts):
+        raise InvalidValue(
+            f"batch_size {batch_size} cannot be divided evenly among {parallel.num_processes} processes"
+            + (f" in {parts} parts" if parts > 1 else ""),
+            "batch_size",
         )
 
 
-def _deepspeed(config: PretrainConfig) -> None:
+def _check_deepspeed(parallel: ParallelConfig, batch_size: int) -> None:
     """What `deepspeed:` says must agree with what the other keys say."""
+    given, here = parallel.deepspeed, ("parallel", "deepspeed")
     for key, ours in _OURS.items():
-        if key in config.deepspeed:
-            raise ValueError(f"deepspeed: {key} is set by {ours} of this config")
-    parts = config.accumulate * config.grad_cache
-    zero = config.deepspeed.get("zero_optimization", {})
+        if key in given:
+            raise InvalidValue(f"deepspeed: {key} is set by {ours} of this config", *here, key)
+    zero = given.get("zero_optimization", {})
     if not isinstance(zero, dict):
-        raise ValueError("deepspeed: zero_optimization must be a mapping")
-    derived: dict[str, tuple[Any, Any, str]] = {
-        "train_batch_size": (config.deepspeed.get("train_batch_size"), config.batch_size, "batch_size"),
+        raise InvalidValue("deepspeed: zero_optimization must be a mapping", *here, "zero_optimization")
+    per_process = batch_size // parallel.num_processes // parallel.parts
+    derived: dict[str, tuple[Any, int, str]] = {
+        "train_batch_size": (given.get("train_batch_size"), batch_size, "batch_size"),
         "train_micro_batch_size_per_gpu": (
-            config.deepspeed.get("train_micro_batch_size_per_gpu"),
-            config.batch_size // config.workers // parts,
-            "batch_size / workers / accumulate",
+            given.get("train_micro_batch_size_per_gpu"),
+            per_process,
+            "batch_size / num_processes / accumulation_steps",
         ),
         "gradient_accumulation_steps": (
-            config.deepspeed.get("gradient_accumulation_steps"),
-            parts,
-            "accumulate, or grad_cache",
+            given.get("gradient_accumulation_steps"),
+            parallel.parts,
+            "accumulation_steps, or grad_cache",
         ),
-        "zero_optimization.stage": (zero.get("stage"), config.zero_stage, "zero_stage"),
+        "zero_optimization.stage": (zero.get("stage"), parallel.zero_stage, "zero_stage"),
     }
-    for key, (given, value, ours) in derived.items():
-        if given is not None and given != value:
-            raise ValueError(f"deepspeed: {key} {given} contradicts {ours}, which is {value}; change that instead")
-    if "offload_optimizer" in zero and not config.offload:
-        raise ValueError("deepspeed: zero_optimization.offload_optimizer needs `offload: true` of this config")
+    for key, (value, expected, ours) in derived.items():
+        if value is not None and value != expected:
+            raise InvalidValue(
+                f"deepspeed: {key} {value} contradicts {ours}, which is {expected}; change that instead",
+                *here,
+                *key.split("."),
+            )
+    if "offload_optimizer" in zero and not parallel.offload:
+        raise InvalidValue(
+            "deepspeed: zero_optimization.offload_optimizer needs `offload: true` of this config",
+            *here,
+            "zero_optimization",
+        )
+
+
+def check_objective(
+    name: str, cls: Any, params: Any, model: ModelConfig, parallel: ParallelConfig, batch_size: int
+) -> None:
+    """Check what an objective can be combined with, from the attributes of its class.
+
+    Args:
+        name: of the objective, for messages.
+        cls: the class, a subclass of `objectives.base.Objective`.
+        params: its `Config`.
+        model, parallel, batch_size: of the training.
+
+    Raises:
+        InvalidValue: the combination, and why it cannot work; with the path to the key.
+    """
+    if cls.network != model.network:
+        raise InvalidValue(
+            f"{name} trains {_NETWORKS[cls.network]}, and the model is {_NETWORKS[model.network]}", "model"
+        )
+    if cls.needs_text and model.timm is not None:
+        raise InvalidValue(
+            f"{name} reads captions, and {model.timm} of timm reads images only; give an open_clip model", "model"
+        )
+    if cls.teacher and parallel.zero_stage == 3:
+        raise InvalidValue(
+            f"{name} keeps a momentum encoder, the mean of the weights after each step, and zero_stage 3 leaves each "
+            "process only a part of the weights; take zero_stage 2 or lower",
+            "parallel",
+            "zero_stage",
+        )
+    _check_coupling(name, cls, parallel, batch_size)
+    values = {"batch_size": batch_size, "num_processes": parallel.num_processes, **vars(params)}
+    for whole, part, why in cls.divisible:
+        if values[whole] % values[part]:
+            path = ("batch_size",) if whole == "batch_size" else ("objective", name, whole)
+            raise InvalidValue(
+                f"{name}: {whole} {values[whole]} is not a multiple of {part} {values[part]}; {why}", *path
+            )
+
+
+def _check_coupling(name: str, cls: Any, parallel: ParallelConfig, batch_size: int) -> None:
+    if batch_size < 2 and cls.couples_batch:
+        raise InvalidValue(
+            f"the loss of {name} compares the samples of a batch with each other; batch_size 1 has no others",
+            "batch_size",
+        )
+    cacheable = cls.splits_by_features()
+    if parallel.accumulation_steps > 1 and cls.couples_batch:
+        raise InvalidValue(
+            f"the loss of {name} couples the samples of a batch, so accumulation_steps cannot split it; take "
+            + ("grad_cache, which gives the whole batch's gradient" if cacheable else "more processes"),
+            "parallel",
+            "accumulation_steps",
+        )
+    if parallel.grad_cache > 1 and not cacheable:
+        raise InvalidValue(
+            f"{name} has no features apart from its loss, so grad_cache cannot split the batch"
+            + ("" if cls.couples_batch else "; accumulation_steps can"),
+            "parallel",
+            "grad_cache",
+        )

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import hashlib
-import json
-import pickle
-import tempfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,22 +13,29 @@ import numpy as np
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
 from winnow.infra.registry import unknown
-from winnow.pretrain.models.catalog import check_config, check_preprocess, model_config, pretrained_tags
-from winnow.pretrain.models.spec import RANDOM, Spec, encoder_digest, is_winnow, parse_spec
+from winnow.pretrain.models.spec import encoder_digest, parse_spec
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-__all__ = ["Encoder", "encoder_digest", "load_encoder", "parse_spec"]
+__all__ = [
+    "Encoder",
+    "encoder_digest",
+    "load_checkpoint",
+    "load_encoder",
+    "load_encoders",
+    "load_sampler",
+    "parse_spec",
+]
 
-_CACHED = 2
-_cache: dict[tuple[str, str, str], Encoder] = {}
 PRECISIONS = ("auto", "float32", "bfloat16")
+_KEPT = 2  # encoders loaded one by one
+_cache: dict[tuple[str, str, str], Encoder] = {}
 
 
-def load_encoder(spec: str, device: str = "auto", threads: int | None = None, precision: str = "auto") -> Encoder:
-    """Load an encoder; the last two loaded in a process are kept, for workers that are handed unit after unit.
+def load_encoder(spec: str, device: str = "auto", threads: int | None = None, precision: str = "float32") -> Encoder:
+    """Load an encoder. A process keeps the last two, for workers that run one unit after the other.
 
     Args:
         spec: see `parse_spec`. Weights are read as safetensors or with `weights_only`, never executed.
@@ -45,6 +47,43 @@ def load_encoder(spec: str, device: str = "auto", threads: int | None = None, pr
         UsageError: the spec names nothing, or there is no such precision.
         WinnowError: the weights do not fit, are damaged, or cannot be downloaded.
     """
+    encoder = _load(spec, encoder_digest(spec), device, threads, precision)
+    while len(_cache) > _KEPT:
+        del _cache[next(iter(_cache))]
+    return encoder
+
+
+def load_encoders(
+    wanted: Sequence[tuple[str, str]], device: str = "auto", threads: int | None = None, precision: str = "float32"
+) -> list[Encoder | WinnowError]:
+    """Load several encoders, and keep just those: a process needs memory for all that are evaluated together.
+
+    Args:
+        wanted: (spec, digest) of each.
+        device, threads, precision: as in `load_encoder`.
+
+    Returns:
+        The encoders, or the error of each that cannot be loaded, in order.
+
+    Raises:
+        UsageError: a spec names nothing, or there is no such precision.
+    """
+    digests = {digest for _, digest in wanted}
+    for key in [key for key in _cache if key[0] not in digests]:
+        del _cache[key]
+    found: list[Encoder | WinnowError] = []
+    for spec, digest in wanted:
+        try:
+            found.append(_load(spec, digest, device, threads, precision))
+        except UsageError:
+            raise
+        except WinnowError as error:
+            found.append(error)
+    return found
+
+
+def _load(spec: str, digest: str, device: str, threads: int | None, precision: str) -> Encoder:
+    """Out of the cache, whose last entry it then is."""
     import torch
 
     if threads is not None:
@@ -56,147 +95,33 @@ def load_encoder(spec: str, device: str = "auto", threads: int | None = None, pr
     if precision == "auto":
         fast = device.startswith("cuda") and torch.cuda.is_bf16_supported()
         precision = "bfloat16" if fast else "float32"
-    key = (encoder_digest(spec), device, precision)
+    key = (digest, device, precision)
     if key in _cache:
         _cache[key] = _cache.pop(key)
         return _cache[key]
-    model, tokenizer = _load(parse_spec(spec))
-    encoder = _cache[key] = Encoder(spec, key[0], model, tokenizer, device, precision)
-    while len(_cache) > _CACHED:
-        del _cache[next(iter(_cache))]
+    from winnow.pretrain.checkpoint.load import load_network
+
+    model, tokenizer = load_network(parse_spec(spec))
+    encoder = _cache[key] = Encoder(spec, digest, model, tokenizer, device, precision)
     return encoder
 
 
-def load_checkpoint(url: str) -> torch.nn.Module:
-    """The network of a checkpoint folder as its objective's `build_encoder` makes it; on the CPU, frozen.
+def load_sampler(spec: str) -> Callable[..., np.ndarray]:
+    """A function that draws images from a diffusion checkpoint: number of images to uint8 [n, 3, H, W].
 
-    Raises as `load_encoder`.
+    Its keyword arguments are those of `winnow.pretrain.diffusion.sampling.sample`. It raises UsageError where the
+    checkpoint draws no images.
     """
-    spec = parse_spec(url)
-    if spec.kind != "folder" or spec.weights:
-        raise UsageError("is no checkpoint folder", where=url)
-    model: torch.nn.Module = _load(spec)[0]
-    return model.eval().requires_grad_(False)
+    from winnow.pretrain.diffusion.sampling import sample
+
+    return functools.partial(sample, spec)
 
 
-def _load(spec: Spec) -> tuple[Any, Any]:
-    """The model and its tokenizer (None when it reads no text)."""
-    import open_clip
-    import torch
+def load_checkpoint(url: str) -> torch.nn.Module:
+    """The network of a checkpoint folder as its objective makes it, on the CPU, frozen. Raises as `load_encoder`."""
+    from winnow.pretrain.checkpoint import load
 
-    from winnow.pretrain.models.nets import Pixels, build_model, build_tokenizer, quiet
-
-    try:
-        if spec.kind == "pixels":
-            return Pixels(int(spec.model)), None
-        if spec.kind == "folder":
-            with _local(spec.model, folder=True) as folder, torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                return _load_folder(folder, bool(spec.weights))
-        if spec.kind == "config":
-            content = storage.read_json(spec.model)
-            config = check_config(content, spec.model)
-            preprocess = check_preprocess(content.get("preprocess_cfg"), spec.model)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                try:
-                    model = build_model(config, preprocess)
-                except UsageError as error:
-                    raise UsageError(error.what, where=spec.model) from error
-            if spec.is_file:
-                with _local(spec.weights) as path:
-                    open_clip.load_checkpoint(model, str(path))
-            return model, build_tokenizer(config)
-        with torch.random.fork_rng(devices=[]), quiet():
-            torch.manual_seed(0)
-            if spec.weights == RANDOM:
-                model = open_clip.create_model(spec.model, pretrained_text=False)
-            elif spec.is_file:
-                with _local(spec.weights) as path:
-                    model = open_clip.create_model(spec.model, pretrained=str(path))
-            else:
-                # open_clip only warns when a tag was trained with another activation than the model's name implies.
-                quick = pretrained_tags(spec.model)[spec.weights]
-                model = open_clip.create_model(spec.model, pretrained=spec.weights, force_quick_gelu=quick)
-        return model, build_tokenizer(model_config(spec.model), spec.model)
-    except WinnowError:
-        raise
-    except Exception as error:  # whatever a library raises on a file that is not what it should be, or on no network
-        raise WinnowError(
-            f"cannot be loaded ({_message(error)})",
-            where=spec.text,
-            do="Published weights are downloaded once; without a network give a local file, as NAME:FILE."
-            if spec.kind == "name" and not spec.is_file
-            else "The weights must be a state dict that fits the model.",
-        ) from error
-
-
-def _message(error: Exception) -> str:
-    """What a library said, in one line."""
-    if isinstance(error, pickle.UnpicklingError):
-        return "damaged, or it holds more than tensors, and none of that is executed"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}{': ' if lines else ''}{' '.join(lines[:3])[:300]}"
-
-
-def _load_folder(folder: Path, random: bool) -> tuple[Any, Any]:
-    import open_clip
-    from safetensors.torch import load_file
-
-    from winnow.pretrain.models.nets import build_tokenizer, quiet
-    from winnow.pretrain.objectives import OBJECTIVES
-
-    if is_winnow(str(folder)):
-        content = json.loads((folder / "config.json").read_text())
-        if isinstance(content, dict) and "objective" in content:
-            cls = OBJECTIVES.load(content["objective"]["name"])
-            model = cls.build_encoder(content["model"], content["preprocess"])
-            if not random:
-                model.load_state_dict(load_file(folder / "model.safetensors"))
-            return model, build_tokenizer(content["model"]) if hasattr(model, "encode_text") else None
-    with quiet():
-        model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
-    return model, open_clip.get_tokenizer(f"local-dir:{folder}")
-
-
-@contextlib.contextmanager
-def _local(url: str, folder: bool = False) -> Iterator[Path]:
-    """A local path of a file or of a checkpoint folder, fetched if need be."""
-    if storage.is_local(url):
-        yield storage.local_path(url)
-        return
-    with tempfile.TemporaryDirectory() as name:
-        target = Path(name)
-        if not folder:
-            target = target / storage.name_of(url)
-            target.write_bytes(storage.read_bytes(url))
-        else:
-            for part in storage.list_names(url):
-                if not storage.is_dir(storage.join(url, part)):
-                    (target / part).write_bytes(storage.read_bytes(storage.join(url, part)))
-        yield target
-
-
-_token_caches: dict[str, Any] = {}
-
-
-def _token_cache(tokenizer: Any) -> Any:
-    """Tuples of texts to int64 [n, context], remembering the latest; the same for tokenizers that do the same."""
-    from open_clip.tokenizer import SimpleTokenizer
-
-    def tokens(texts: tuple[str, ...]) -> torch.Tensor:
-        result: torch.Tensor = tokenizer(list(texts))
-        return result
-
-    if type(tokenizer) is not SimpleTokenizer or tokenizer.reduction_fn is not None:
-        return tokens
-    key = f"{_vocabulary(tokenizer)} {tokenizer.context_length} {tokenizer.clean_fn.__name__}"
-    return _token_caches.setdefault(key, functools.lru_cache(maxsize=64)(tokens))
-
-
-@functools.lru_cache(maxsize=8)
-def _vocabulary(tokenizer: Any) -> str:
-    return storage.digest_json(sorted(tokenizer.encoder.items()))
+    return load.load_checkpoint(url)
 
 
 class Encoder:
@@ -205,7 +130,7 @@ class Encoder:
     Attributes:
         spec, digest: what was loaded, and its identity by content.
         dim: of the embeddings.
-        has_text: whether `encode_texts` can be called.
+        reads: what it can embed: "image", "text", "audio".
         image_size: side of the preprocessed images, pixels.
         preprocess_key: equal for two encoders exactly when they preprocess images identically.
         logit_scale: what cosines are multiplied by; 1 where the model has none.
@@ -216,27 +141,36 @@ class Encoder:
     ) -> None:
         import torch
 
-        from winnow.pretrain.models.nets import image_size, preprocess_config, val_steps
+        from winnow.pretrain.models.preprocessing import image_size, preprocess_config, val_steps
+        from winnow.pretrain.models.tokenizer import token_cache
 
         self.spec, self.digest = spec, digest
         self._device = torch.device(device)
         self._model = model.eval().requires_grad_(False).to(self._device)
-        # Encoders that are evaluated together are given the same texts one after the other.
-        self._tokens: Any = _token_cache(tokenizer) if tokenizer is not None else None
+        # Encoders that are evaluated together get the same texts one after the other.
+        self._tokens: Any = token_cache(tokenizer) if tokenizer is not None else None
         self._bf16 = precision == "bfloat16"
         config = preprocess_config(model)
         self.image_size = image_size(model)
         self.preprocess_key = hashlib.sha256(storage.canonical_json(config).encode()).hexdigest()
         self._crop, self._normalise = val_steps(config)
-        self.has_text = tokenizer is not None and hasattr(model, "encode_text")
+        methods = {"image": "encode_image", "text": "encode_text", "audio": "encode_audio"}
+        self.reads = frozenset(kind for kind, method in methods.items() if hasattr(model, method))
+        if tokenizer is None:
+            self.reads -= {"text"}
         scale = getattr(model, "logit_scale", None)
         self.logit_scale = float(scale.exp()) if scale is not None else 1.0
         blank = torch.zeros(1, 3, self.image_size, self.image_size)
         self.dim = self.encode_images(blank).shape[1]
 
+    @property
+    def has_text(self) -> bool:
+        """Whether `encode_texts` can be called."""
+        return "text" in self.reads
+
     def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """RGB image to float32 [3, H, W], as open_clip preprocesses for evaluation. Of many, `crop` each and
-        `normalise` them together."""
+        """RGB image to float32 [3, H, W], as open_clip preprocesses for evaluation. For many images,
+        `crop` each and `normalise` them together."""
         return self._normalise(self._crop(image)[None])[0]
 
     def crop(self, image: Image.Image) -> torch.Tensor:
@@ -253,12 +187,29 @@ class Encoder:
 
         return self._run(lambda x: self._model.encode_image(x), torch.as_tensor(batch))
 
+    def feature_maps(self, images: torch.Tensor | np.ndarray) -> np.ndarray:
+        """Features before they are pooled: preprocessed images, float32 [n, 3, H, W], to float32 [n, c, h, w].
+
+        Of a ResNet the last stage's; of a ViT the last block's patch tokens on their grid; of an autoencoder the
+        latents; of a diffusion model the middle block's.
+
+        Raises:
+            UsageError: the network has none.
+        """
+        import torch
+
+        from winnow.pretrain.models.maps import feature_maps
+
+        maps = self._infer(lambda x: feature_maps(self._model, x, self.spec), torch.as_tensor(images))
+        result: np.ndarray = maps.float().cpu().numpy()
+        return result
+
     def encode_texts(self, texts: Sequence[str], batch: int = 256) -> np.ndarray:
         """Texts to L2-normalised float32 [n, dim]. Raises UsageError when the model reads no text."""
         import torch
 
         if not self.has_text:
-            raise UsageError("this encoder reads no text", where=self.spec)
+            raise UsageError("this encoder does not read text", where=self.spec)
         if not texts:
             return np.empty((0, self.dim), np.float32)
         tokens = torch.cat([self._tokens(tuple(texts[i : i + batch])) for i in range(0, len(texts), batch)])
@@ -272,7 +223,7 @@ class Encoder:
 
     @property
     def _causal(self) -> bool:
-        """Whether a text's feature is taken at its end and looks at nothing behind it, as CLIP's is."""
+        """Whether a text's feature is that of its last token and attends to nothing after it, as in CLIP."""
         import open_clip
 
         causal = isinstance(self._model, open_clip.CLIP) and self._model.attn_mask is not None
@@ -281,7 +232,7 @@ class Encoder:
     def _encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """open_clip's `encode_text` of a causal model, without the padding after the longest text.
 
-        That changes nothing, and prompts fill a fifth of CLIP's 77 places; texts of like length are put together.
+        The result is the same, and prompts fill a fifth of CLIP's 77 tokens; similar lengths share a batch.
         """
         import torch
 
@@ -297,18 +248,22 @@ class Encoder:
     def image_tower(self) -> torch.nn.Module:
         """A copy to fine-tune: preprocessed images, float32 [n, 3, H, W], to features [n, dim], not normalised.
 
-        Its parameters ask for gradients; the encoder itself stays as it is. On the encoder's device, in evaluation
-        mode.
+        Its parameters require gradients; the encoder itself is unchanged. On the encoder's device, in evaluation mode.
         """
-        from winnow.pretrain.models.nets import ImageEncoder
+        from winnow.pretrain.models.towers import ImageEncoder
 
         return ImageEncoder(copy.deepcopy(self._model)).requires_grad_(True).eval()
+
+    def _infer(self, encode: Any, batch: torch.Tensor) -> Any:
+        import torch
+
+        with torch.inference_mode(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+            return encode(batch.to(self._device))
 
     def _run(self, encode: Any, batch: torch.Tensor) -> np.ndarray:
         import torch
 
-        with torch.inference_mode(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-            features = encode(batch.to(self._device))
+        features = self._infer(encode, batch)
         features = torch.nn.functional.normalize(features.float(), dim=-1)
         result: np.ndarray = features.cpu().numpy()
         return result

@@ -1,4 +1,4 @@
-"""Starting the processes of a training: by Ray Train under the Ray executor, else on this machine."""
+"""Starts the processes of a training: by Ray Train under the Ray executor, else on this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +16,7 @@ from winnow.infra.io import storage
 from winnow.infra.stages.executors import on_ray
 from winnow.pretrain.config import PretrainConfig
 from winnow.pretrain.objectives import OBJECTIVES
+from winnow.pretrain.sections import ParallelConfig
 
 if TYPE_CHECKING:
     import torch
@@ -39,10 +39,10 @@ def launch(jobs: list[Job], via: Literal["auto", "local", "ray"] = "auto") -> No
     Raises:
         WinnowError: as a process raised it, or that processes died more often than allowed.
     """
-    config = PretrainConfig(**jobs[0].config)
+    config = jobs[0].config
     if via == "ray" or (via == "auto" and on_ray()):
         _by_ray(jobs, config)
-    elif config.workers == 1:
+    elif config.parallel.num_processes == 1:
         _local_process(0, jobs, config, None, None)
     else:
         _by_spawn(jobs, config)
@@ -51,14 +51,14 @@ def launch(jobs: list[Job], via: Literal["auto", "local", "ray"] = "auto") -> No
 def _local_process(rank: int, jobs: list[Job], config: PretrainConfig, rendezvous: str | None, errors: Any) -> None:
     import torch.distributed as dist
 
-    from winnow.pretrain.engine.engine import load_deepspeed
+    from winnow.pretrain.engine.zero import destroy_group, load_deepspeed
     from winnow.pretrain.loop import train
 
-    device = _local_device(rank, config)
-    with _environment(RANK=str(rank), WORLD_SIZE=str(config.workers), LOCAL_RANK=str(rank)), _folder() as folder:
+    device, world = _local_device(rank, config.parallel), config.parallel.num_processes
+    with _environment(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank)), _folder() as folder:
         rendezvous = rendezvous or str(Path(folder) / "rendezvous")
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=rank, world_size=config.workers)
+        dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=rank, world_size=world)
         try:
             for job in jobs:
                 train(job, device, "local")
@@ -67,22 +67,18 @@ def _local_process(rank: int, jobs: list[Job], config: PretrainConfig, rendezvou
                 errors.put(error)
             raise
         finally:
-            # DeepSpeed's own, for it keeps groups made from this one.
             load_deepspeed(device)
-            import deepspeed.comm as ds_comm
-
-            (ds_comm if ds_comm.is_initialized() else dist).destroy_process_group()
+            destroy_group()
 
 
-def _local_device(rank: int, config: PretrainConfig, use: bool = True) -> torch.device:
+def _local_device(rank: int, parallel: ParallelConfig, use: bool = True) -> torch.device:
     import torch
 
-    if config.device == "cpu" or (config.device == "auto" and torch.cuda.device_count() < config.workers):
+    found, wanted = torch.cuda.device_count(), parallel.num_processes
+    if parallel.device == "cpu" or (parallel.device == "auto" and found < wanted):
         return torch.device("cpu")
-    if torch.cuda.device_count() < config.workers:
-        raise UsageError(
-            f"{config.workers} workers want a GPU each, there are {torch.cuda.device_count()}", where="device"
-        )
+    if found < wanted:
+        raise UsageError(f"{wanted} processes want a GPU each, there are {found}", where="parallel.device")
     device = torch.device("cuda", rank)
     if use:
         torch.cuda.set_device(device)
@@ -110,9 +106,9 @@ def _folder() -> tempfile.TemporaryDirectory:
 def _by_spawn(jobs: list[Job], config: PretrainConfig) -> None:
     import torch.multiprocessing as mp
 
-    # A server that has imported all forks the processes in an instant, the next training's too. What CUDA is asked for
-    # at import must not be forked.
-    method = "forkserver" if _local_device(0, config, use=False).type == "cpu" else "spawn"
+    # A server that has imported everything forks the processes in an instant, those of the next training too. A process
+    # that has touched CUDA must not be forked.
+    method = "forkserver" if _local_device(0, config.parallel, use=False).type == "cpu" else "spawn"
     context = mp.get_context(method)
     if method == "forkserver":
         module = OBJECTIVES.path(config.objective_name).partition(":")[0]
@@ -121,7 +117,7 @@ def _by_spawn(jobs: list[Job], config: PretrainConfig) -> None:
         errors = context.SimpleQueue()
         args = (dict(os.environ), os.getpid(), jobs, config, str(Path(folder) / "rendezvous"), errors)
         try:
-            mp.start_processes(_spawned, args, nprocs=config.workers, start_method=method)
+            mp.start_processes(_spawned, args, nprocs=config.parallel.num_processes, start_method=method)
         except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
             if not errors.empty():
                 raise errors.get() from None
@@ -129,15 +125,15 @@ def _by_spawn(jobs: list[Job], config: PretrainConfig) -> None:
 
 
 def _spawned(rank: int, environment: dict[str, str], launcher: int, *args: Any) -> None:
-    os.environ.clear()  # the server's is that of the first training
+    os.environ.clear()  # the server has that of the first training
     os.environ.update(environment)
     threading.Thread(target=_end_with, args=(launcher,), daemon=True).start()
     _local_process(rank, *args)
 
 
 def _end_with(launcher: int) -> None:
-    """End this process when the one that launched it is gone: killed, it cannot say so, and what goes on without it
-    would write over what is started in its place."""
+    """End this process when its launcher is gone. A killed launcher cannot end it, and it would overwrite the files of
+    the training that is started next."""
     while True:
         try:
             os.kill(launcher, 0)
@@ -151,20 +147,21 @@ def _by_ray(jobs: list[Job], config: PretrainConfig) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    # Several trainings may be waiting for cores at once; that is no fault to time out on.
+    # Several trainings may wait for cores at once; that must not time out.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(7 * 24 * 3600))
     gpus = ray.cluster_resources().get("GPU", 0)
-    use_gpu = config.device == "cuda" or (config.device == "auto" and gpus >= config.workers)
+    parallel = config.parallel
+    use_gpu = parallel.device == "cuda" or (parallel.device == "auto" and gpus >= parallel.num_processes)
     scratch = storage.join(jobs[0].out, ".ray")
     trainer = TorchTrainer(
         _ray_process,
-        train_loop_config={"jobs": [asdict(job) for job in jobs]},
+        train_loop_config={"jobs": jobs},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=config.workers, use_gpu=use_gpu, resources_per_worker={"CPU": config.threads}
+            num_workers=parallel.num_processes, use_gpu=use_gpu, resources_per_worker={"CPU": parallel.threads}
         ),
         run_config=RunConfig(
-            name="train", storage_path=scratch, failure_config=FailureConfig(max_failures=config.max_failures)
+            name="train", storage_path=scratch, failure_config=FailureConfig(max_failures=parallel.max_failures)
         ),
     )
     try:
@@ -182,7 +179,7 @@ def _by_ray(jobs: list[Job], config: PretrainConfig) -> None:
 def _ray_process(values: dict[str, Any]) -> None:
     import ray.train.torch
 
-    from winnow.pretrain.loop import Job, train
+    from winnow.pretrain.loop import train
 
     for job in values["jobs"]:
-        train(Job(**job), ray.train.torch.get_device(), "ray")
+        train(job, ray.train.torch.get_device(), "ray")

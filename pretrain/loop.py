@@ -3,80 +3,86 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 from winnow.pretrain.checkpoint.export import export
+from winnow.pretrain.checkpoint.load import initial_weights
 from winnow.pretrain.checkpoint.resume import Resume, Saved, no_space
-from winnow.pretrain.config import TRAITS, PretrainConfig, build_params, check_traits
-from winnow.pretrain.data.loader import Batches, Samples
-from winnow.pretrain.engine.engine import Engine, learning_rate
+from winnow.pretrain.config import PretrainConfig
+from winnow.pretrain.data.loader import Batches
+from winnow.pretrain.data.samples import Samples
+from winnow.pretrain.distributed import rank, world_size
+from winnow.pretrain.engine.engine import Engine
+from winnow.pretrain.models.batchnorm import over_whole_batch
 from winnow.pretrain.monitor.flops import model_flops, peak_flops
-from winnow.pretrain.monitor.report import LOG, Boards, Report, StepLog
-from winnow.pretrain.objectives import OBJECTIVES
+from winnow.pretrain.monitor.metrics import Report
+from winnow.pretrain.monitor.writers import LOG, Boards, StepLog
 from winnow.pretrain.objectives.base import Objective
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training; JSON values, so that it travels to any process.
+    """One training.
 
     Attributes:
-        config: `PretrainConfig` as a dict.
+        config: how, checked.
         pool, subset: URLs of an indexed pool and of a subset's .npy (None: the whole pool).
         out: URL of the training's directory.
         seed: of initialisation, order and augmentation.
         key: of the training's content; it resumes only from checkpoints of the same.
         note: URL of a progress note, or "".
+        measured: URL of the pool's measured columns, or None.
     """
 
-    config: dict[str, Any]
+    config: PretrainConfig
     pool: str
     subset: str | None
     out: str
     seed: int
     key: str = ""
     note: str = ""
+    measured: str | None = None
 
 
 def make_objective(config: PretrainConfig, seed: int) -> Objective:
-    """The objective with its networks initialised from the seed alone; torch's global generator is left as it was."""
-    cls = OBJECTIVES.load(config.objective_name)
-    module = importlib.import_module(cls.__module__)
-    params = build_params(module.Config, config.objective_params)
-    try:  # the config was checked by what the source says; this is the class itself, with what it inherits
-        traits = {name: getattr(cls, name) for name in TRAITS}
-        traits["cacheable"] = vars(cls).get("cacheable", False)  # a subclass may have another loss
-        check_traits(config, traits, vars(params))
-    except ValueError as error:
-        raise UsageError(str(error), where="pretrain") from None
+    """The objective with its networks initialised from the seed, or from `config.init`, in training mode.
+
+    torch's global generator is left as it was.
+    """
+    cls = config.objective_class
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        objective: Objective = cls(params, config.model.resolved(), config.augment)
+        objective: Objective = cls(config.params, config.model.resolved(), config.augment)
+    if cls.sync_batchnorm:
+        over_whole_batch(objective)
+    if config.init is not None:
+        objective.initialise(initial_weights(config.init, objective.encoder()))
     return objective.train()
 
 
 def train(job: Job, device: torch.device, via: str) -> None:
-    """Train to the end and export; the process group must be up, and all its processes call this with the same job.
-    `via` says in the log who started them.
+    """Train to the end and export. The process group must be up, and all its processes call this with the same job.
 
     On the CPU in float32, with the same number of processes and threads, an interrupted and resumed training ends in
     the same bits as an uninterrupted one.
+
+    Args:
+        job: what to train.
+        device: where.
+        via: who started the processes, for the log.
     """
-    config = PretrainConfig(**job.config)
     try:
-        with _settings(config, device):
-            _train(job, config, device, via)
+        with _settings(job.config.parallel.threads, device):
+            _train(job, job.config, device, via)
     except Exception as error:
         reported = WinnowError(
-            "no space left on the disk", where=job.out, do="Free some and run again: it goes on from there."
+            "no space left on the disk", where=job.out, do="Free some and run again: it resumes from there."
         )
         if (full := no_space(error, reported)) is not None:
             raise full from error
@@ -84,54 +90,37 @@ def train(job: Job, device: torch.device, via: str) -> None:
 
 
 def _train(job: Job, config: PretrainConfig, device: torch.device, via: str) -> None:
-    rank, world = dist.get_rank(), dist.get_world_size()
     objective = make_objective(config, job.seed)
-    with Resume(job.out, job.key, config.objective_name, config.keep_checkpoints) as resume:
+    with Resume(job.out, job.key, config.objective_name, config.checkpoint.keep) as resume:
         start, passed_over = resume.load(objective)
         engine = Engine(objective, config, device)
         if start is not None:
             engine.restore(start.tensors, start.scaler)
-            start = Saved(start.step, {}, {}, start.state)
-        first = start.step if start is not None else 0
-        samples = Samples(job.pool, job.subset, config.sources)
-        log = StepLog(storage.join(job.out, LOG), first, rank == 0)
-        log.write(event="start", step=first, samples=len(samples), workers=world, via=via, device=device.type)
+            start = Saved(start.step, {}, {}, start.state)  # frees the tensors
+        saved = start.step if start is not None else None
+        first = saved or 0
+        samples = Samples(job.pool, job.subset, config.sources, objective.columns, job.measured)
+        log = StepLog(storage.join(job.out, LOG), first, rank() == 0)
+        log.write(event="start", step=first, samples=len(samples), workers=world_size(), via=via, device=device.type)
         for what in passed_over:
             log.write(event="checkpoint passed over", what=what)
-        batches = Batches(
-            samples,
-            objective.views,
-            seed=job.seed,
-            batch=config.batch_size,
-            rank=rank,
-            world=world,
-            first=first,
-            last=config.steps,
-            decoders=config.decoders,
-            pin=device.type == "cuda",
-        )
-        saved = first if start is not None else None
-        boards = Boards(config, job.out, job.key, first, rank == 0)
-        with batches, contextlib.closing(boards):
-            peak = peak_flops(device)
-            report = Report(config, log, boards, job.note if rank == 0 else "", first, peak)
+        boards = Boards(config, job.out, job.key, first, rank() == 0)
+        with _batches(job, samples, objective, first, device) as batches, contextlib.closing(boards):
+            report = Report(config, log, boards, job.note if rank() == 0 else "", first, peak_flops(device))
             if start is not None:
                 report.take(start.state)
             for step, arrays in enumerate(batches, start=first):
-                parts = _parts(arrays, config.accumulate * config.grad_cache, device)
-                if step == first and peak is not None:
+                parts = _parts(arrays, config.parallel.parts, device)
+                if step == first and report.peak is not None:
                     report.flops = _flops(config, job.seed, parts[0], device)
                 # Dropout and the like draw from (seed, step, process), so there is no generator state to save.
-                torch.manual_seed(((job.seed * 1_000_003 + step) * 65_537 + rank) % (1 << 63))
-                lr = learning_rate(
-                    step, steps=config.steps, lr=config.lr, warmup=config.warmup, schedule=config.schedule
-                )
-                want = report.wants(step + 1)
-                losses, norm = engine.step(parts, step, lr, want)
-                if want:
-                    report.step(step + 1, losses, norm, lr, engine, batches)
+                torch.manual_seed(((job.seed * 1_000_003 + step) * 65_537 + rank()) % (1 << 63))
+                wanted = report.wants(step + 1)
+                losses, facts = engine.step(parts, step, wanted)
+                if wanted:
+                    report.step(step + 1, losses, facts, engine, batches)
                 resume.check()
-                if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < config.steps:
+                if config.saves_after(step + 1):
                     saved = step + 1
                     resume.save(engine, saved, report.state(batches))
             total = report.state(batches)
@@ -152,32 +141,47 @@ def _train(job: Job, config: PretrainConfig, device: torch.device, via: str) -> 
         engine.close()
 
 
+def _batches(job: Job, samples: Samples, objective: Objective, first: int, device: torch.device) -> Batches:
+    return Batches(
+        samples,
+        objective.views,
+        seed=job.seed,
+        batch=job.config.batch_size,
+        rank=rank(),
+        world=world_size(),
+        first=first,
+        last=job.config.steps,
+        num_workers=job.config.parallel.num_workers,
+        pin=device.type == "cuda",
+    )
+
+
 def _flops(config: PretrainConfig, seed: int, part: dict[str, torch.Tensor], device: torch.device) -> float | None:
-    """Of a sample, counted on networks of their own for two of them."""
+    """Of a sample, counted on two samples with a copy of the networks."""
     return model_flops(make_objective(config, seed).to(device), {name: value[:2] for name, value in part.items()})
 
 
 def _parts(arrays: dict[str, Any], parts: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
     tensors = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
-    cut = {name: tensor.chunk(parts) for name, tensor in tensors.items()}
-    return [{name: chunks[i] for name, chunks in cut.items()} for i in range(parts)]
+    split = {name: tensor.chunk(parts) for name, tensor in tensors.items()}
+    return [{name: chunks[i] for name, chunks in split.items()} for i in range(parts)]
 
 
 @contextlib.contextmanager
-def _settings(config: PretrainConfig, device: torch.device) -> Iterator[None]:
-    """The process's threads and determinism, put back afterwards for those who train in their own process."""
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+def _settings(threads: int, device: torch.device) -> Iterator[None]:
+    """The process's threads and determinism, restored afterwards for callers that train in their own process."""
+    before, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     memory: Any = torch.utils.deterministic
     filled = memory.fill_uninitialized_memory
     generator = torch.random.get_rng_state()
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(threads)
     if device.type == "cpu":  # costs nothing there
         torch.use_deterministic_algorithms(True)
         memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
         torch.use_deterministic_algorithms(deterministic)
         memory.fill_uninitialized_memory = filled
         torch.random.set_rng_state(generator)

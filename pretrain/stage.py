@@ -1,17 +1,19 @@
-"""The pretrain stage: one unit a training, each with a directory of its own."""
+"""The pretrain stage: one unit per training, each in its own directory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from winnow.infra.errors import UsageError
 from winnow.infra.io import storage
 from winnow.infra.io.storage import digest_json
 from winnow.infra.pool.pool import Pool
 from winnow.infra.stages.resources import Resources
 from winnow.infra.stages.runner import note_url
-from winnow.infra.stages.stage import Output, Stage, Unit
+from winnow.infra.stages.stage import Output, Stage, Unit, need_manifest
 from winnow.pretrain.config import PretrainConfig
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ class TrainRun:
         pool: URL of an indexed pool.
         subset: URL of a subset's .npy, or None for the whole pool.
         digest: of the data: pool and subset.
+        measured: URL of the pool's measured columns, for objectives that read some; or None.
     """
 
     name: str
@@ -37,6 +40,7 @@ class TrainRun:
     pool: str
     subset: str | None
     digest: str
+    measured: str | None = None
 
 
 @dataclass
@@ -46,7 +50,7 @@ class PretrainStage(Stage):
     Args:
         config: how, the same for all.
         runs: on what.
-        out: directory; a training's files lie in `<name>/seed-<seed>/`.
+        out: directory; a training's files are in `<name>/seed-<seed>/`.
     """
 
     config: PretrainConfig
@@ -60,9 +64,9 @@ class PretrainStage(Stage):
 
     @property
     def resources(self) -> Resources:
-        config = self.config
-        gpus = 0 if config.device == "cpu" else config.workers
-        return Resources(config.workers * config.threads, gpus, gpu_optional=config.device == "auto")
+        config = self.config.parallel
+        gpus = 0 if config.device == "cpu" else config.num_processes
+        return Resources(config.num_processes * config.threads, gpus, gpu_optional=config.device == "auto")
 
     def params(self) -> dict[str, Any]:
         return self.config.identity()
@@ -74,23 +78,34 @@ class PretrainStage(Stage):
         return [
             Unit(
                 f"{run.name}/seed-{run.seed}",
-                inputs={"data": run.digest} | self._sources(),
+                inputs={"data": run.digest} | self._sources() | self._measured(run),
                 params={"seed": run.seed} | self._weights(),
-                runtime={"pool": run.pool, "subset": run.subset},
-                group=str(number // self.config.runs_per_start),
+                runtime={"pool": run.pool, "subset": run.subset, "measured": run.measured},
+                group=str(number // self.config.parallel.runs_per_launch),
                 items=self.config.steps * self.config.batch_size,
             )
             for number, run in enumerate(self.runs)
         ]
 
     def _sources(self) -> dict[str, str]:
-        """Digests of the further sources, by their place in the config."""
+        """Digests of the further sources, by their index in the config."""
         return {
             f"source {i}": digest_json(
                 [Pool.open(source.pool).digest, None if source.subset is None else storage.digest_file(source.subset)]
             )
             for i, source in enumerate(self.config.sources)
         }
+
+    def _measured(self, run: TrainRun) -> dict[str, Any]:
+        """Digests of the measures whose columns the objective reads."""
+        measures = sorted({name.partition(".")[0] for name in self.config.objective_class.columns if "." in name})
+        if run.measured is None or not measures:
+            return {}
+        values = need_manifest(run.measured, "columns").values
+        missing = [name for name in measures if name not in values["columns"]]
+        if missing:
+            raise UsageError(f'the columns of "{missing[0]}" have not been measured', where=run.measured)
+        return {f"measure {name}": values["digests"][values["columns"][name]] for name in measures}
 
     def _weights(self) -> dict[str, Any]:
         return {"weights": [source.weight for source in self.config.sources]} if self.config.sources else {}
@@ -106,18 +121,19 @@ class PretrainStage(Stage):
             files = [f"{unit.name}/{name}" for name in names if name in FILES or name.endswith(".png")]
             yield unit, Output(files=files, items=training["samples_seen"], values=training)
 
+    @cached_property
+    def _absolute(self) -> PretrainConfig:
+        return self.config.absolute()
+
     def _job(self, unit: Unit) -> Job:
         from winnow.pretrain.loop import Job
 
-        subset = unit.runtime["subset"]
-        config = self.config.model_dump(mode="json")
-        for source in config["sources"]:
-            for name in ("pool", "subset"):
-                source[name] = source[name] and storage.absolute(source[name])
+        subset, measured = unit.runtime["subset"], unit.runtime["measured"]
         return Job(
-            config=config,
+            config=self._absolute,
             pool=storage.absolute(unit.runtime["pool"]),
-            subset=None if subset is None else storage.absolute(subset),
+            subset=subset and storage.absolute(subset),
+            measured=measured and storage.absolute(measured),
             out=storage.absolute(self.url(unit.name)),
             seed=unit.params["seed"],
             key=self.key(unit),

@@ -116,6 +116,21 @@ def test_reading_a_recipe_imports_nothing_heavy():
     assert result.stdout.strip() == "[]"
 
 
+def test_no_function_over_60_lines():
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef):
+                    assert (node.end_lineno or 0) - node.lineno < 60, f"{path}: {node.name}"
+
+
+def test_no_source_is_parsed():
+    """Traits and parameters are read from classes, not from their text."""
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*.py"):
+            assert "ast.parse" not in path.read_text(), path
+
+
 def test_no_file_over_500_lines():
     for room in (*ROOMS, "tests"):
         for path in (ROOT / room).rglob("*.py"):

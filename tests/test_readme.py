@@ -1,4 +1,4 @@
-"""The README's commands, run as they stand there (small inputs in place of the names in capitals)."""
+"""The README's commands, run as they are written (small inputs in place of the names in capitals)."""
 
 import re
 import shlex
@@ -39,7 +39,7 @@ def test_single_stage_commands(tmp_path, monkeypatch, capsys):
     write_pool(tmp_path / "SHARDS", shards=2, per_shard=8)
     write_classification(tmp_path / "EVALSETS", n=12)
     (tmp_path / "filters.yaml").write_text("basic: {language: null, min_side: 8, max_aspect: 1.05}\n")
-    settings = {"model": MODEL, "samples_seen": 16, "batch_size": 4, "warmup": 1}
+    settings = {"model": MODEL, "samples_seen": 16, "batch_size": 4, "warmup_steps": 1}
     (tmp_path / "pretrain.yaml").write_text(yaml.safe_dump(settings))
     monkeypatch.chdir(tmp_path)
     for words in chain:
@@ -62,11 +62,11 @@ SMALL = [
     "demo.shard_size=60",
     "scorer.train.samples_seen=32",
     "scorer.train.batch_size=16",
-    "scorer.train.warmup=1",
+    "scorer.train.warmup_steps=1",
     "pretrain.samples_seen=32",
     "pretrain.batch_size=16",
-    "pretrain.warmup=1",
-    "pretrain.runs_per_start=9",
+    "pretrain.warmup_steps=1",
+    "pretrain.parallel.runs_per_launch=9",
     "reshard.samples_per_shard=50",
 ]
 CLUSTERS = (

@@ -19,7 +19,10 @@ from tests.drawing import write_pool
 from tests.evaluate.sets import write_classification, write_config, write_train
 from tests.examples.brightness import Brightness
 from tests.pretrain.tiny import config as train_config
+from winnow.curation.algebra.nodes import All
 from winnow.curation.curate import CurateStage, MeasuredPool
+from winnow.curation.filters.basic import Basic
+from winnow.curation.filters.clip_score import ClipScore
 from winnow.curation.measures.caption import Caption
 from winnow.curation.measures.clip import Clip
 from winnow.curation.measures.stage import MeasureStage
@@ -56,7 +59,7 @@ class World:
         World._run(IndexStage((str(folder / "shards"),), str(folder / "pool")))
         world = World(folder, str(folder / "pool"), write_config(folder))
         World._run(MeasureStage(world.pool, (Caption(), world.clip), world.url("columns")))
-        World._run(CurateStage(world.source, (("none", {}), ("half", HALF)), world.url("subsets")))
+        World._run(CurateStage(world.source, (("none", All()), ("half", HALF)), world.url("subsets")))
         write_classification(folder / "eval", n=12)
         write_train(write_classification(folder / "eval", "wds_shades_test", n=10))
         World._run(world.evaluate(world.url("scores")).embedding())
@@ -96,8 +99,8 @@ class World:
         return replace(self.evaluate(out, tasks).embedding(), out=out)
 
 
-HALF = {"clip_score": {"fraction": 0.5}}
-SPREAD = {"all": [{"basic": {"min_side": 8, "language": None}}, {"not": HALF}]}
+HALF = ClipScore(fraction=0.5)
+SPREAD = Basic(min_side=8, language=None) & ~HALF
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +121,7 @@ CASES: dict[str, Callable[[World, str, bool], Stage]] = {
         w.pool, (Brightness(),) if changed else (Caption(), Brightness()), out
     ),
     "curate": lambda w, out, changed: CurateStage(
-        w.source, (("a", HALF if changed else SPREAD), ("b", {}), ("c", {"not": HALF})), out
+        w.source, (("a", HALF if changed else SPREAD), ("b", All()), ("c", ~HALF)), out
     ),
     "reshard": lambda w, out, changed: ReshardStage(
         w.pool,
@@ -176,8 +179,8 @@ def is_stage(node: ast.stmt) -> bool:
 
 def test_every_stage_has_a_case():
     found = set()
-    for path in ROOT.glob("*/*.py"):
-        if path.parent.name in ("infra", "pretrain", "curation", "evaluate", "pipeline"):
+    for room in ("infra", "pretrain", "curation", "evaluate", "pipeline"):
+        for path in (ROOT / room).rglob("*.py"):
             found |= {node.name for node in ast.parse(path.read_text()).body if is_stage(node)}
     assert found == {name.capitalize() + "Stage" for name in CASES if name != "merge"} | {"MergeScoresStage"}
 

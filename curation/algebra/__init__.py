@@ -1,1 +1,1 @@
-"""Trees of filters: parsing, fitting, applying, counting."""
+"""Trees of filters: parsing, fitting, evaluation, counts."""

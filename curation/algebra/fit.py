@@ -1,4 +1,4 @@
-"""Fitting a tree's filters, one after the other, each to the pool or to what those before it have kept."""
+"""Fitting the filters of a tree in order, each to the pool or to what the filters before it kept."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from winnow.curation.algebra.tree import TreeEvaluator, fingerprint
-from winnow.curation.columns.table import View
-from winnow.curation.filters.base import All, Filter, Node, State
+from winnow.curation.algebra.funnel import TreeEvaluator
+from winnow.curation.algebra.nodes import All, Node
+from winnow.curation.algebra.parse import fingerprint
+from winnow.curation.columns.table import State, View
+from winnow.curation.filters.base import Filter
 from winnow.infra.io.arrow import mask_array
 from winnow.infra.io.storage import digest_json
 
@@ -21,7 +23,7 @@ def columns_of(node: Node) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Survivors(View):
-    """What a fitted tree keeps of a pool, as a view of its own.
+    """What a fitted tree keeps of a pool, as a view.
 
     Attributes:
         node: the tree.
@@ -44,7 +46,7 @@ class Survivors(View):
     def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         evaluator = TreeEvaluator(self.node, list(self.states))
         for batch in super().batches(tuple(dict.fromkeys((*columns, *columns_of(self.node))))):
-            yield batch.filter(mask_array(evaluator.keep(batch))).select(list(columns))
+            yield batch.filter(mask_array(evaluator.mask(batch))).select(list(columns))
 
 
 Fit = Callable[[Filter, View], State]
@@ -53,8 +55,8 @@ Fit = Callable[[Filter, View], State]
 def fit_tree(node: Node, view: View, fit: Fit) -> list[State]:
     """The states of a tree's filters, in the order of `node.filters()`.
 
-    A filter of the scope "survivors" is fitted to what the earlier members of every `all` around it have kept; members
-    of an `any` do not stand before each other.
+    A filter with the scope "survivors" is fitted to what the earlier members of every enclosing `all` kept. The members
+    of an `any` do not affect each other.
 
     Args:
         node: the tree.

@@ -1,1 +1,1 @@
-"""A pool's own and measured columns as one table, thresholds, quantiles."""
+"""Pool columns and measured columns as one table; thresholds; quantiles."""

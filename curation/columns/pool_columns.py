@@ -1,37 +1,30 @@
-"""Columns of a whole pool in memory or in a scratch file, for filters whose decision takes all samples together."""
+"""Columns of a whole pool in memory or in a temporary file, for filters that decide on all samples together."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from winnow.curation.columns.table import missing
-from winnow.curation.columns.threshold import SCOPES, Threshold
-from winnow.curation.filters.base import Filter, State, numbers, parameter_name
-from winnow.curation.measures.clip import as_matrix
+from winnow.curation.columns.table import View, finite_matrix, missing, numbers
+from winnow.curation.columns.threshold import Threshold
 from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrays import is_array, load_matrix
-from winnow.infra.pool.uids import UID_DTYPE, decode_uids, encode_uids, is_member, sort_uids
-from winnow.infra.registry import unknown
-
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
+from winnow.infra.pool.uids import UID_DTYPE, decode_uids, encode_uids
 
 
 @dataclass(frozen=True)
 class PoolColumns:
-    """Rows of a pool that have a value in every column asked for, in pool order; n of them.
+    """The n rows of a pool that have a value in every requested column, in pool order.
 
     Attributes:
         uids: dtype u8,u8, shape [n].
-        vectors: embeddings by column, float16, shape [n, d], mapped from a scratch file that vanishes with them.
-        numbers: scalars by column, shape [n]; whole numbers as they are stored, others float64.
-        total: rows of the pool, with those left out.
+        vectors: embeddings by column, float16, shape [n, d], mapped from a temporary file that is removed with them.
+        numbers: scalars by column, shape [n]; integers in their type, others as float64.
+        total: rows of the pool, including those without a value.
     """
 
     uids: np.ndarray
@@ -46,13 +39,13 @@ class PoolColumns:
 def collect(
     view: View, vectors: Sequence[str] = (), scalars: Sequence[str] = (), optional: Sequence[str] = ()
 ) -> PoolColumns:
-    """Read columns of a pool; rows in which one is null or NaN are left out.
+    """Read columns of a pool, without the rows in which one is null or NaN.
 
     Args:
         view: of the pool.
         vectors: columns of embeddings; all of a column have one dimension.
         scalars: columns of numbers.
-        optional: columns of numbers that may be missing, and then are NaN.
+        optional: columns of numbers that may be null, which become NaN.
 
     Raises:
         WinnowError: embeddings of a column differ in dimension.
@@ -63,9 +56,9 @@ def collect(
     total = 0
     for batch in view.batches(tuple(dict.fromkeys(("uid", *vectors, *scalars, *optional)))):
         present = ~np.asarray(missing(batch, scalars))
-        found = {name: as_matrix(batch[name]) for name in vectors}
-        for matrix, there in found.values():
-            present &= there & np.isfinite(matrix).all(axis=1)
+        found = {name: finite_matrix(batch[name]) for name in vectors}
+        for _, usable in found.values():
+            present &= usable
         columns = {name: _scalars(batch[name]) for name in scalars} | {name: numbers(batch[name]) for name in optional}
         for name, (matrix, _) in found.items():
             stores[name].append(matrix[present])
@@ -82,16 +75,16 @@ def collect(
 
 
 def _scalars(column: pa.ChunkedArray) -> np.ndarray:
-    # Not by way of float64, which would round 64-bit hashes.
+    # float64 would round 64-bit hashes.
     return column.fill_null(0).to_numpy() if pa.types.is_integer(column.type) else numbers(column)
 
 
 class _Store:
-    """A matrix that grows in a scratch file, so that memory holds only the pages in use."""
+    """A matrix that grows in a temporary file, so that memory holds only the pages in use."""
 
     def __init__(self, column: str) -> None:
         self.column, self.rows, self.dim = column, 0, 0
-        self.file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the map of it
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115 - the memory map keeps it open
 
     def append(self, block: np.ndarray) -> None:
         if self.dim and block.shape[1] != self.dim:
@@ -110,16 +103,8 @@ class _Store:
         return np.memmap(self.file, np.float16, "r", shape=(self.rows, self.dim))
 
 
-# The embeddings and the score of one model: the recipe's scorer, or a column family of DataComp's metadata.
-MODELS = {
-    "scorer": ("clip.image", "clip.text", "clip.score"),
-    "b32": ("b32_img", "b32_txt", "clip_b32_similarity_score"),
-    "l14": ("l14_img", "l14_txt", "clip_l14_similarity_score"),
-}
-
-
 def dimensions(view: View, column: str) -> int | None:
-    """Of a view's embeddings; None when it has no shard, or the embeddings are not measured yet."""
+    """The dimension of a view's embeddings; None when it has no shard or they are not measured yet."""
     if not view.knows(column):
         return None
     first = next(iter(view.batches((column,))), None)
@@ -138,8 +123,8 @@ def target_vectors(view: View, target: str | tuple[str, ...], column: str) -> np
     parts = [load_matrix(name) for name in files]
     for name in folders:
         for batch in view.target(name).batches((column,)):
-            matrix, present = as_matrix(batch[column])
-            parts.append(matrix[present])
+            matrix, usable = finite_matrix(batch[column])
+            parts.append(matrix[usable])
     if len({part.shape[1] for part in parts if len(part)}) > 1:
         raise WinnowError("the targets' embeddings differ in dimension", where=", ".join((*folders, *files)))
     found = np.concatenate([part for part in parts if len(part)] or [np.empty((0, 0), np.float16)])
@@ -149,39 +134,21 @@ def target_vectors(view: View, target: str | tuple[str, ...], column: str) -> np
     return found
 
 
-class SelectionFilter(Filter):
-    """A filter whose `fit` returns the uids it keeps, sorted, as `kept`; what was not there to fit is dropped."""
-
-    def keep(self, batch: pa.Table, state: State) -> np.ndarray:
-        return is_member(decode_uids(batch["uid"]), state["kept"])
-
-
-def as_state(uids: np.ndarray, mask: np.ndarray, **more: np.ndarray) -> State:
-    """The state of a `Chosen` filter.
-
-    Args:
-        uids: dtype u8,u8, shape [n].
-        mask: which are kept, bool, shape [n].
-        more: further arrays, for `report`.
-    """
-    return {"kept": sort_uids(uids[mask]), **more}
-
-
 def passing(cutoff: Threshold, uids: np.ndarray, scores: np.ndarray, total: int) -> np.ndarray:
-    """Which of some samples a cut keeps by their scores; bool, shape [n].
+    """Which samples a threshold keeps by their scores; bool, shape [n].
 
     Args:
-        cut: a threshold, a fraction or a budget.
+        cutoff: a threshold, a fraction or a budget.
         uids: dtype u8,u8, shape [n].
         scores: float, NaN where there is none, shape [n].
-        total: rows of the pool, at least n; those without a score count in a fraction, as the lowest.
+        total: rows of the pool, at least n. In a fraction, those without a score count as the lowest.
     """
-    named = pa.array(encode_uids(uids)) if cutoff.budget is not None else pa.nulls(len(uids), pa.string())
+    named = pa.array(encode_uids(uids)) if cutoff.keep is not None else pa.nulls(len(uids), pa.string())
     absent = total - len(uids)
     table = pa.table({"uid": named, "score": scores.astype(np.float64)})
     rest = pa.table({"uid": pa.nulls(absent, pa.string()), "score": np.full(absent, np.nan)})
     state = cutoff.fit(_Held((table, rest)), ("score",), _score)  # type: ignore[arg-type]
-    return cutoff.keep(_score(table), table, state)
+    return cutoff.mask(_score(table), table, state)
 
 
 @dataclass(frozen=True)
@@ -194,16 +161,3 @@ class _Held:
 
 def _score(table: pa.Table) -> np.ndarray:
     return table["score"].to_numpy()
-
-
-def check_scope(name: str, of: str) -> None:
-    """Raises UsageError when `of` is neither `pool` nor `survivors`."""
-    if of not in SCOPES:
-        raise unknown(f"`of` for {name}", of, SCOPES)
-
-
-def assign_fields(node: Filter, values: Mapping[str, Any]) -> None:
-    """Set a frozen dataclass's fields from its constructor's arguments, which go by `parameter_name`."""
-    for item in fields(node):
-        value = values[parameter_name(item)]
-        object.__setattr__(node, item.name, tuple(value) if isinstance(value, list) else value)

@@ -1,4 +1,4 @@
-"""Selection from a stream: the value at a place of the falling order, exactly, in memory that does not grow with it."""
+"""Exact selection from a stream, in memory that does not grow with it."""
 
 from __future__ import annotations
 
@@ -6,77 +6,101 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-# Values held at once; streams up to this length are sorted out in one pass.
+# Values held at once; a stream up to this length takes one pass.
 BLOCK = 1 << 21
 _FIRST, _NEXT = 20, 22  # bits counted in the first pass and in each later one
 _REST = 64 - _FIRST
 
 
+class _FirstPass:
+    """Counts of the leading bits of a stream, and its values in the bins that are likely to hold the result.
+
+    Args:
+        rank: from the stream's length to the rank that is looked for.
+        block: how many values to hold.
+    """
+
+    def __init__(self, rank: Callable[[int], int], block: int) -> None:
+        self.rank, self.block = rank, block
+        self.n = 0
+        self.counts: np.ndarray | None = None
+        self.guess = range(0)
+        self.near: list[np.ndarray] = []
+        self.held: list[np.ndarray] = []
+        self.size = 0
+
+    def add(self, values: np.ndarray) -> None:
+        self.n += len(values)
+        self.held.append(values)
+        self.size += len(values)
+        if self.size >= self.block:
+            self.count()
+            if sum(map(len, self.near)) > self.block:
+                self.near, self.guess = [], range(0)
+
+    def count(self) -> None:
+        """Count what is held."""
+        found, numbers = _bit_counts(self.held)
+        if self.counts is None:
+            # In a mixed stream the result of the first block is near that of the whole stream.
+            self.guess = _around(found, self.rank(self.n))
+        self.counts = found if self.counts is None else self.counts + found
+        self.near.append(_between(numbers, self.guess.start << _REST, self.guess.stop << _REST))
+        self.held, self.size = [], 0
+
+
 def nth_largest(
     stream: Callable[[], Iterable[np.ndarray]], rank: Callable[[int], int], block: int = BLOCK
 ) -> tuple[float, int]:
-    """The value at a place of a stream's falling order.
+    """The value at a rank of a stream sorted in descending order.
 
-    Radix selection: the leading bits of order-preserving integers are counted, then, within the bin that holds the
-    place, either its values are looked at or the next bits are counted. One pass where the first block foretells the
-    bin, as with a fraction of a mixed stream; else two, and four when nearly all values are equal.
+    Radix selection: the leading bits of order-preserving integers are counted. Within the bin that holds the rank,
+    either the values are compared or the next bits are counted. This takes one pass where the first block predicts the
+    bin, as with a fraction of a mixed stream; otherwise two, and four when nearly all values are equal.
 
     Args:
-        stream: gives the values anew each time, as float arrays of any lengths.
-        place: from the stream's length (NaN counted in) to the place, counted from 0.
+        stream: returns the values each time it is called, as float arrays of any lengths.
+        rank: from the stream's length (NaN included) to the rank, counted from 0.
         block: how many values to hold.
 
     Returns:
-        the value as float64, and the stream's length. NaN stands below all numbers; -inf when the place falls on one
-        or past the end.
+        the value as float64, and the stream's length. NaN is below all numbers; the value is -inf when the rank falls
+        on a NaN or past the end.
     """
-    n, counts, held, size = 0, None, [], 0
-    near: list[np.ndarray] = []
-    guess = range(0)
+    first = _FirstPass(rank, block)
     for values in stream():
-        n += len(values)
-        held.append(values)
-        size += len(values)
-        if size >= block:
-            found, numbers = _bit_counts(held)
-            if counts is None:
-                # A fraction of the first block lies near that of all, if the stream is mixed.
-                guess = _around(found, rank(n))
-            counts = found if counts is None else counts + found
-            near.append(_between(numbers, guess.start << _REST, guess.stop << _REST))
-            if sum(map(len, near)) > block:
-                near, guess = [], range(0)
-            held, size = [], 0
-    wanted = rank(n)
-    if counts is None:
-        return _at([_numbers(held)], wanted), n
-    found, numbers = _bit_counts(held)
-    near.append(_between(numbers, guess.start << _REST, guess.stop << _REST))
-    counts = counts + found
-    held.clear()
-    if wanted >= counts.sum():
+        first.add(values)
+    wanted, n = rank(first.n), first.n
+    if first.counts is None:
+        return _at([_numbers(first.held)], wanted), n
+    first.count()
+    if wanted >= first.counts.sum():
         return -np.inf, n
-    shift, low = _REST, 0
-    while True:
-        number, wanted = _bin(counts, wanted)
-        low += number << shift
-        if shift == 0:
-            return _value(low), n
+    number, wanted = _bin(first.counts, wanted)
+    if number in first.guess:
+        return _at([_between(values, number << _REST, (number + 1) << _REST) for values in first.near], wanted), n
+    return _search(stream, number << _REST, wanted, int(first.counts[number]), block), n
+
+
+def _search(stream: Callable[[], Iterable[np.ndarray]], low: int, rank: int, size: int, block: int) -> float:
+    """The value at a rank of the bin that starts at `low` and holds `size` values, by further passes."""
+    shift = _REST
+    while shift > 0:
         high = low + (1 << shift)
-        if shift == _REST and number in guess:
-            return _at([_between(values, low, high) for values in near], wanted), n
-        if counts[number] <= block:
-            return _at([_between(values, low, high) for values in stream()], wanted), n
+        if size <= block:
+            return _at([_between(values, low, high) for values in stream()], rank)
         finer = max(shift - _NEXT, 0)
         counts = np.zeros(1 << (shift - finer), np.int64)
         for values in stream():
             keys = _keys(_between(values, low, high))
             np.add.at(counts, ((keys - np.uint64(low)) >> np.uint64(finer)).astype(np.int64), 1)
-        shift = finer
+        number, rank = _bin(counts, rank)
+        low, shift, size = low + (number << finer), finer, int(counts[number])
+    return _value(low)
 
 
 def _bin(counts: np.ndarray, rank: int) -> tuple[int, int]:
-    """The bin that holds a place counted from the top, and the place within it."""
+    """The bin that holds a rank counted from the top, and the rank within it."""
     above = np.cumsum(counts[::-1])
     from_top = int(np.searchsorted(above, rank, side="right"))
     number = len(counts) - 1 - from_top
@@ -84,13 +108,13 @@ def _bin(counts: np.ndarray, rank: int) -> tuple[int, int]:
 
 
 def _around(counts: np.ndarray, rank: int) -> range:
-    """The bin that holds a place, and one on either side."""
+    """The bin that holds a rank, and one on either side."""
     number = _bin(counts, min(rank, int(counts.sum()) - 1))[0] if counts.any() else 0
     return range(max(number - 1, 0), min(number + 2, len(counts)))
 
 
 def _numbers(parts: list[np.ndarray]) -> np.ndarray:
-    """Together as float64 without NaN; -0 as 0, which it equals."""
+    """Concatenated as float64, without NaN; -0 becomes 0, which it equals."""
     values = np.concatenate(parts).astype(np.float64, copy=False) if parts else np.empty(0)
     missing = np.isnan(values)
     return (values[~missing] if missing.any() else values) + 0.0
@@ -111,20 +135,20 @@ def _keys(values: np.ndarray) -> np.ndarray:
 
 
 def _value(key: int) -> float:
-    """The inverse of `_keys`; infinities for the keys beyond theirs, which stand for NaN."""
+    """The inverse of `_keys`; infinities for the keys beyond them, which are those of NaN."""
     bits = key ^ (1 << 63 if key >> 63 else (1 << 64) - 1)
     value = float(np.array([bits], np.uint64).view(np.float64)[0])
     return value if not np.isnan(value) else np.inf if key >> 63 else -np.inf
 
 
 def _bit_counts(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """How many values each bin has, and the values together."""
+    """How many values each bin has, and the values concatenated."""
     values = _numbers(parts)
     return np.bincount((_keys(values) >> np.uint64(_REST)).astype(np.int64), minlength=1 << _FIRST), values
 
 
 def _between(values: np.ndarray, low: int, high: int) -> np.ndarray:
-    """Those whose keys lie in [low, high), as float64."""
+    """The values whose keys are in [low, high), as float64."""
     if low >= high:
         return np.empty(0)
     # NumPy's floats, so that float32 values are compared exactly.

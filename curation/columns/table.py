@@ -1,4 +1,4 @@
-"""A pool's own columns and its measures' as one table: what filters look at."""
+"""Pool columns and measured columns as one table, which filters read."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ import pyarrow as pa
 from winnow.curation.measures import MEASURES
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
-from winnow.infra.io.arrow import float_values, null_mask
+from winnow.infra.io.arrow import as_matrix, float_values, null_mask
 from winnow.infra.io.parquet import open_parquet, unreadable
-from winnow.infra.io.prefetch import ahead
+from winnow.infra.io.prefetch import prefetch
 from winnow.infra.io.storage import digest_json
 from winnow.infra.pool.metadata import FEATURES
 from winnow.infra.pool.pool import Pool, Shard
+from winnow.infra.registry import unknown
 from winnow.infra.stages.stage import need_manifest
 
-# Which measure would give a column that DataComp's metadata has.
+# What a filter's `fit` learns about a pool: arrays by name, so that they can be kept in a file.
+State = dict[str, np.ndarray]
+
+# The measure that provides a column of DataComp's metadata.
 _STAND_INS = {
     "clip_b32_similarity_score": "clip (with scorer ViT-B-32:openai), as `clip_score: {model: scorer}`",
     "clip_l14_similarity_score": "clip (with scorer ViT-L-14:openai), as `clip_score: {model: scorer}`",
@@ -31,9 +35,26 @@ _STAND_INS = {
 
 
 def measure_of(column: str) -> str | None:
-    """`clip.score` -> "clip"; None for a column of the pool itself."""
+    """The instance of the measure that a column belongs to: `clip.score` -> "clip". None for a pool column."""
     name, dot, _ = column.partition(".")
     return name if dot else None
+
+
+_DATACOMP = {
+    "b32": ("b32_img", "b32_txt", "clip_b32_similarity_score"),
+    "l14": ("l14_img", "l14_txt", "clip_l14_similarity_score"),
+}
+
+
+def model_columns(model: str) -> tuple[str, str, str]:
+    """The columns of a model's image embeddings, text embeddings and scores.
+
+    Args:
+        model: `scorer`, the recipe's; `b32` or `l14`, those in DataComp's metadata; or an instance of the measure
+            `clip`.
+    """
+    name = "clip" if model == "scorer" else model
+    return _DATACOMP.get(model) or (f"{name}.image", f"{name}.text", f"{name}.score")
 
 
 @dataclass(frozen=True)
@@ -43,7 +64,7 @@ class View:
     Attributes:
         pool: the pool.
         columns_url: directory of a finished measure stage; None when there is none.
-        targets: views of the target sets that filters name, by that name.
+        targets: views of the target sets, by the names that filters give them.
     """
 
     pool: Pool
@@ -61,36 +82,33 @@ class View:
             raise UsageError("holds no columns", where=self.columns_url)
         if manifest.parents["pool"] != self.pool.digest:
             raise UsageError(
-                f"the columns were measured on another pool than {self.pool.url}, or on what it was then",
+                f"the columns were measured on another pool than {self.pool.url}, or on an earlier version of it",
                 where=self.columns_url,
                 do="Measure this one.",
             )
         return dict(manifest.values["columns"])
 
     def check(self, columns: Sequence[str]) -> None:
-        """Raises WinnowError when a column is not there, naming the measure that would provide it."""
+        """Raises WinnowError when a column is missing, with the measure that provides it."""
         ids = self._ids()
         local = set(self.pool.shards[0].columns()) if self.pool.shards else set()
         for column in columns:
             measure = measure_of(column)
             if measure is None and column not in local:
                 stand_in = _STAND_INS.get(column)
-                hint = (
-                    f"The measure that would give it: {stand_in}."
-                    if stand_in
-                    else f"It has: {', '.join(sorted(local))}."
-                )
+                hint = f"A measure provides it: {stand_in}." if stand_in else f"It has: {', '.join(sorted(local))}."
                 if column in FEATURES and not self.pool.images:
-                    hint = "It is an array of the NAME.npz that DataComp has beside each NAME.parquet; fetch them."
+                    hint = "It is an array of the NAME.npz that DataComp has for each NAME.parquet; download them."
                 raise WinnowError(f'the pool has no column "{column}"', where=self.pool.url, do=hint)
             if column in FEATURES:
                 for shard in self.pool.shards:
                     if shard.features is None and not shard.tars:
                         raise WinnowError(
-                            f'no "{column}": {shard.name}.npz is missing', where=shard.view, do="Fetch it."
+                            f'no "{column}": {shard.name}.npz is missing', where=shard.view, do="Download it."
                         )
             if measure is not None and measure not in ids:
-                MEASURES.path(measure)
+                if measure not in MEASURES.table:
+                    raise unknown("measure", measure, [*ids, *MEASURES.table])
                 raise WinnowError(
                     f'column "{column}" has not been measured',
                     where=self.pool.url,
@@ -98,11 +116,11 @@ class View:
                 )
 
     def knows(self, column: str) -> bool:
-        """Whether a column is the pool's own, or measured; before the measures have run, those are not."""
+        """Whether a column can be read: a pool column, or a measured one after the measures have run."""
         return measure_of(column) is None or self.columns_url is not None
 
     def digest(self, columns: Sequence[str]) -> str:
-        """Of the pool and the named columns; other columns may come and go without changing it."""
+        """Digest of the pool and the named columns. It does not depend on other columns."""
         parts = {"pool": self.pool.digest}
         if self.columns_url is not None:
             manifest = need_manifest(self.columns_url, "columns")
@@ -112,30 +130,20 @@ class View:
 
     @property
     def whole(self) -> View:
-        """The view of the whole pool, where this one is of some of its samples."""
+        """The view of the whole pool, where this one has only some of its samples."""
         return self
 
-    def type_of(self, column: str) -> pa.DataType:
-        """The type of a column, out of the first shard's headers."""
-        shard = self.pool.shards[0]
-        name, _, field_name = column.partition(".")
-        if not field_name:
-            return shard.schema().field(name).type
-        assert self.columns_url is not None
-        with open_parquet(storage.join(self.columns_url, self._ids()[name], f"{shard.name}.parquet")) as parquet:
-            return parquet.schema_arrow.field(field_name).type
-
     def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """One table a shard, in pool order, with the named columns; read ahead by a thread a core."""
+        """One table per shard, in pool order, with the named columns. One thread per core reads ahead."""
         ids = self._ids()
-        return ahead(lambda shard: self.table(shard, columns, ids), self.pool.shards)
+        return prefetch(lambda shard: self.table(shard, columns, ids), self.pool.shards)
 
     def shards(self, columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
         """As `batches`, each table with the name of its shard."""
         return zip((shard.name for shard in self.pool.shards), self.batches(columns), strict=True)
 
     def table(self, shard: Shard, columns: Sequence[str], ids: Mapping[str, str] | None = None) -> pa.Table:
-        """The named columns of a shard, each once, rows in its order."""
+        """The named columns of a shard, each once, with the rows in the order of the shard."""
         columns = list(dict.fromkeys(columns))
         ids = self._ids() if ids is None else ids
         local = [column for column in columns if measure_of(column) is None]
@@ -168,19 +176,33 @@ class View:
         return pa.table({column: arrays[column] for column in columns})
 
     def target(self, name: str) -> View:
-        """Raises WinnowError for a target set that was not made ready."""
+        """The view of a target set. Raises WinnowError when it was not measured."""
         if name not in self.targets:
             raise WinnowError(f'target set "{name}" has not been measured')
         return self.targets[name]
 
 
 def missing(table: pa.Table, columns: Sequence[str]) -> np.ndarray:
-    """Rows in which one of the numeric or embedding columns is null or NaN; bool [n]."""
+    """Rows in which one of the columns is null, NaN or infinite, or an embedding with such an element; bool [n]."""
     result = np.zeros(table.num_rows, dtype=bool)
     for column in columns:
         values = table[column]
         if pa.types.is_floating(values.type):
-            result |= np.isnan(float_values(values))
+            result |= ~np.isfinite(float_values(values))
+        elif pa.types.is_fixed_size_list(values.type):
+            result |= ~finite_matrix(values)[1]
         elif values.null_count:
             result |= null_mask(values)
     return result
+
+
+def finite_matrix(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings of a column, shape [n, dim], and which of them are there and finite, bool [n]; the others are 0."""
+    matrix, present = as_matrix(column)
+    usable = present & np.isfinite(matrix).all(axis=1)
+    return (matrix if usable.all() else np.where(usable[:, None], matrix, matrix.dtype.type(0))), usable
+
+
+def numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """A numeric column as float64 with null as NaN, shape [n]."""
+    return column.to_numpy().astype(np.float64)

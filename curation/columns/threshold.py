@@ -1,79 +1,65 @@
-"""Where a filter by score cuts: at a threshold, at a fraction of the pool, or at a number of samples."""
+"""The threshold of a filter by score: given, or set by a fraction of the pool or a number of samples."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from winnow.curation.columns.quantile import nth_largest
-from winnow.curation.filters.base import State
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.curation.columns.table import State, View
+from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrow import float_values, mask_array
+from winnow.infra.params import ParameterError
 from winnow.infra.pool.uids import decode_uids, sort_uids
-from winnow.infra.registry import unknown
 
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
-
-SCOPES = ("pool", "survivors")
 ScoreFunction = Callable[[pa.Table], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """One of three ways to cut; the two others are None.
+    """One of three ways to set a threshold; the two others are None.
 
-    A fraction cuts as DataComp does (Gadre et al. 2023, `baselines/apply_filter.py`): of n scores in falling order the
-    one at place `int(n * fraction)`, counted from 0, is the threshold, and scores equal to it are kept; so one more
-    than n * fraction is, and more on ties. A fraction of 1 keeps every score (there it fails). Missing and NaN scores
-    count in n, stand last and never pass; when the place falls on one, every score passes (there none does).
+    A fraction is DataComp's rule (Gadre et al. 2023, `baselines/apply_filter.py`): of n scores in descending order, the
+    one at index `int(n * fraction)` is the threshold, and scores equal to it are kept. So one sample more than
+    n * fraction is kept, and more with ties. A fraction of 1 keeps every score, where DataComp's code fails. Scores
+    that are missing, NaN or infinite are counted in n, come last and never pass; when the index is that of such a
+    score, every score passes, where with DataComp's code none does.
 
-    A budget keeps that many and no more: the largest scores, and among those equal to the smallest of them the samples
-    with the smallest uids.
+    A budget keeps exactly that many samples: those with the largest scores and, among scores equal to the smallest of
+    these, those with the smallest uids.
 
     Args:
         fraction: of the scope, in (0, 1].
-        threshold: smallest score kept, compared in the column's own precision.
-        budget: how many to keep.
-        of: what fraction and budget are of: `pool`, or `survivors`, what the filters before it in the enclosing
-            `all`s have kept.
+        threshold: the smallest score that is kept, compared in the precision of the column.
+        keep: how many samples.
+        of: what fraction and keep refer to: `pool`, or `survivors`, what the filters before it in the enclosing
+            `all`s kept.
     """
 
     fraction: float | None
     threshold: float | None
-    budget: int | None
+    keep: int | None
     of: str = "pool"
 
     def check(self, name: str) -> None:
-        """Raises UsageError, as the filter of that name, unless exactly one way is given, within its bounds."""
-        given = [word for word, value in self._ways().items() if value is not None]
+        """Raises ParameterError, as the filter of that name, unless exactly one way is given."""
+        ways = {"fraction": self.fraction, "threshold": self.threshold, "keep": self.keep}
+        given = [word for word, value in ways.items() if value is not None]
         if len(given) != 1:
             said = f", not {' and '.join(given)}" if given else ""
-            raise UsageError(f"{name} takes either a fraction, a threshold or keep{said}", do="Give exactly one.")
-        if self.fraction is not None and not 0 < self.fraction <= 1:
-            raise UsageError(f"{name}: fraction {self.fraction} is not in (0, 1]")
-        if self.threshold is not None and not np.isfinite(self.threshold):
-            raise UsageError(f"{name}: threshold {self.threshold} is not a number")
-        if self.budget is not None and (isinstance(self.budget, bool) or self.budget != int(self.budget)):
-            raise UsageError(f"{name}: keep {self.budget} is not a whole number")
-        if self.budget is not None and self.budget < 1:
-            raise UsageError(f"{name}: keep {self.budget} keeps nothing", do="It is a number of samples.")
-        if self.of not in SCOPES:
-            raise unknown(f"`of` for {name}", self.of, SCOPES)
+            raise ParameterError(f"{name} takes either a fraction, a threshold or keep{said}", do="Give exactly one.")
         if self.of != "pool" and self.threshold is not None:
-            raise UsageError(f"{name}: `of` goes with a fraction or with keep, a threshold is the same for all")
-
-    def _ways(self) -> dict[str, float | None]:
-        return {"fraction": self.fraction, "threshold": self.threshold, "keep": self.budget}
+            raise ParameterError(
+                f"{name}: `of` goes with a fraction or with keep, a threshold is the same for all"
+            ).below("of")
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What it reads beside the score's columns."""
-        return ("uid",) if self.budget is not None else ()
+        """The columns it reads besides those of the score."""
+        return ("uid",) if self.keep is not None else ()
 
     def fit(self, view: View, columns: Sequence[str], score: ScoreFunction) -> State:
         """Find the threshold.
@@ -84,8 +70,8 @@ class Threshold:
             score: float scores of a batch, NaN where there is none, shape [n].
 
         Returns:
-            `threshold`, float64; with a budget that ties are left out of, `last`: the two halves of the greatest uid
-            that is kept among the tied.
+            `threshold`, float64; with a budget that does not keep all ties also `last`, the two halves of the largest
+            uid that is kept among them.
         """
         if self.threshold is not None:
             return {"threshold": np.array(float(self.threshold))}
@@ -96,8 +82,8 @@ class Threshold:
         if self.fraction is not None:
             fraction = self.fraction
             return {"threshold": np.array(nth_largest(stream, lambda n: int(n * fraction))[0])}
-        assert self.budget is not None
-        budget = self.budget
+        assert self.keep is not None
+        budget = self.keep
         threshold, _ = nth_largest(stream, lambda n: budget - 1)
         state = {"threshold": np.array(threshold)}
         if threshold == -np.inf:
@@ -113,10 +99,10 @@ class Threshold:
             state["last"] = np.array([last["f0"], last["f1"]], np.uint64)
         return state
 
-    def keep(self, scores: np.ndarray, batch: pa.Table, state: State) -> np.ndarray:
+    def mask(self, scores: np.ndarray, batch: pa.Table, state: State) -> np.ndarray:
         """Which of a batch's scores pass; bool, shape [n]."""
         with np.errstate(invalid="ignore"):
-            # A Python float takes the array's precision; a NumPy one (fitted, exact) would widen the array.
+            # A Python float is compared in the array's precision, a NumPy float64 (fitted, exact) in float64.
             mask = scores >= (self.threshold if self.threshold is not None else state["threshold"])
             if "last" in state and (tied := scores == state["threshold"]).any():
                 uids, (high, low) = _uids(batch, tied), state["last"]
@@ -129,10 +115,15 @@ def _uids(batch: pa.Table, mask: np.ndarray) -> np.ndarray:
 
 
 def scores_of(batch: pa.Table, column: str) -> np.ndarray:
-    """A numeric column in its own precision (integers as float64), null as NaN, shape [n]. Raises WinnowError."""
+    """A numeric column in its precision (integers as float64), with NaN for null and infinite values, shape [n].
+
+    Raises WinnowError when the column holds no numbers.
+    """
     values = batch[column]
     if pa.types.is_null(values.type):
         return np.full(len(values), np.nan)
     if not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
-        raise WinnowError(f'column "{column}" holds {values.type}, a score is a number')
-    return float_values(values)
+        raise WinnowError(f'column "{column}" has the type {values.type}, and a score must be a number')
+    scores = float_values(values)
+    infinite = np.isinf(scores)
+    return np.where(infinite, np.array(np.nan, scores.dtype), scores) if infinite.any() else scores

@@ -1,4 +1,4 @@
-"""Filters: decisions over columns, one file each, composed by `all`, `any`, `not`."""
+"""Filters: decisions over columns, one file each, combined by `all`, `any`, `not`."""
 
 from winnow.infra.registry import Registry
 

@@ -2,44 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
 from winnow.curation.filters.base import Filter, State, numbers
-from winnow.infra.errors import UsageError
+from winnow.infra.params import params
 
 
-@dataclass(frozen=True)
+@params
 class Basic(Filter):
-    """English, more than 2 words, more than 5 characters, short side at least 200 px, long/short at most 3.
+    """English, more than 2 words and 5 characters, short side at least 200 px, long/short at most 3.
 
-    Gadre et al. 2023 (DataComp), appendix E "Basic filtering": language by fastText, words split at whitespace, the
-    size that of the original image.
+    Gadre et al. 2023 (DataComp), appendix E "Basic filtering": language by fastText, words split at whitespace,
+    size of the original image.
 
     Args:
         language: ISO 639 code; None for any.
         min_words, min_characters: at least this many (DataComp: more than 2, more than 5).
         min_side: of the short side, in pixels.
-        max_aspect: long side over short side.
+        max_aspect: of the long side over the short side, at least 1.
     """
 
     language: str | None = "en"
-    min_words: int = 3
-    min_characters: int = 6
-    min_side: int = 200
-    max_aspect: float = 3.0
+    min_words: Annotated[int, Field(ge=0)] = 3
+    min_characters: Annotated[int, Field(ge=0)] = 6
+    min_side: Annotated[int, Field(ge=0)] = 200
+    max_aspect: Annotated[float, Field(ge=1)] = 3.0
 
     name: ClassVar[str] = "basic"
     paper: ClassVar[str] = "Gadre et al. 2023 (DataComp)"
-
-    def __post_init__(self) -> None:
-        if self.max_aspect < 1:
-            raise UsageError(
-                f"basic: max_aspect {self.max_aspect} keeps nothing", do="It is long side over short side."
-            )
 
     def columns(self) -> tuple[str, ...]:
         language = ("language.code",) if self.language is not None else ()
@@ -48,7 +42,7 @@ class Basic(Filter):
     def numeric(self) -> tuple[str, ...]:
         return ("caption.words", "original_width", "original_height")
 
-    def keep(self, batch: pa.Table, state: State) -> np.ndarray:
+    def mask(self, batch: pa.Table, state: State) -> np.ndarray:
         width, height = numbers(batch["original_width"]), numbers(batch["original_height"])
         short, long = np.minimum(width, height), np.maximum(width, height)
         mask = (numbers(batch["caption.words"]) >= self.min_words) & (short >= self.min_side)

@@ -1,77 +1,56 @@
-"""CLIP score filtering: keep pairs whose image and caption are alike."""
+"""CLIP score filtering: keep pairs whose image and caption match."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
+from winnow.curation.columns.table import View, model_columns
 from winnow.curation.columns.threshold import Threshold, scores_of
-from winnow.curation.filters.base import Filter, State
-from winnow.infra.registry import unknown
-
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
-
-MODELS = {
-    "scorer": "clip.score",
-    "b32": "clip_b32_similarity_score",
-    "l14": "clip_l14_similarity_score",
-}
+from winnow.curation.filters.base import Filter, Fraction, Model, Positive, Scope, State
+from winnow.infra.params import params
 
 
-@dataclass(frozen=True, init=False)
+@params
 class ClipScore(Filter):
-    """Keep samples whose score reaches a threshold, given or set by how many to keep.
+    """Keep samples whose score reaches a threshold, which is given or follows from how many to keep.
 
     Gadre et al. 2023 (DataComp), "CLIP score filtering" (threshold: Schuhmann et al. 2022, LAION);
-    `winnow.curation.columns.threshold` says what fractions and budgets do on ties.
-    With a scorer trained on trusted pairs this is Data Filtering Networks
-    (Fang et al. 2023).
+    `winnow.curation.columns.threshold` documents ties. With a scorer trained on trusted pairs this is Data Filtering
+    Networks (Fang et al. 2023).
 
     Args:
         fraction: of the pool, in (0, 1], by DataComp's quantile rule.
         threshold: of the score; instead of a fraction.
-        model: whose score: `scorer`, the recipe's, or DataComp's columns `b32` and `l14`.
+        model: whose score: `scorer`, the recipe's; `b32` or `l14`, DataComp's columns; or an instance of the measure
+            `clip`.
         keep: how many samples; instead of a fraction.
-        of: `pool` or `survivors`: what fraction and keep are of.
+        of: `pool` or `survivors`: what fraction and keep refer to.
     """
 
-    fraction: float | None = None
+    fraction: Fraction | None = None
     threshold: float | None = None
-    model: str = "scorer"
-    budget: int | None = field(default=None, metadata={"parameter": "keep"})
-    of: str = "pool"
+    model: Model = "scorer"
+    keep: Positive | None = None
+    of: Scope = "pool"
 
     name: ClassVar[str] = "clip_score"
     paper: ClassVar[str] = "Gadre et al. 2023 (DataComp); Fang et al. 2023 (DFN)"
     example: ClassVar[Mapping[str, Any]] = {"fraction": 0.3}
 
-    def __init__(
-        self,
-        fraction: float | None = None,
-        threshold: float | None = None,
-        model: str = "scorer",
-        keep: int | None = None,
-        of: str = "pool",
-    ) -> None:
-        values = {"fraction": fraction, "threshold": threshold, "model": model, "budget": keep, "of": of}
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+    def __post_init__(self) -> None:
         self.cutoff.check(self.name)
-        if model not in MODELS:
-            raise unknown("model for clip_score", model, MODELS)
 
     @property
     def cutoff(self) -> Threshold:
-        return Threshold(self.fraction, self.threshold, self.budget, self.of)
+        return Threshold(self.fraction, self.threshold, self.keep, self.of)
 
     @property
     def column(self) -> str:
-        return MODELS[self.model]
+        return model_columns(self.model)[2]
 
     def columns(self) -> tuple[str, ...]:
         return (self.column, *self.cutoff.columns)
@@ -82,5 +61,5 @@ class ClipScore(Filter):
     def fit(self, view: View) -> State:
         return self.cutoff.fit(view, (self.column,), lambda batch: scores_of(batch, self.column))
 
-    def keep(self, batch: pa.Table, state: State) -> np.ndarray:
-        return self.cutoff.keep(scores_of(batch, self.column), batch, state)
+    def mask(self, batch: pa.Table, state: State) -> np.ndarray:
+        return self.cutoff.mask(scores_of(batch, self.column), batch, state)

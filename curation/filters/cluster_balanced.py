@@ -1,60 +1,51 @@
-"""Cluster-balanced sampling: as much of rare kinds of images as of common ones."""
+"""Cluster-balanced sampling: rare kinds of images are drawn as often as common ones."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from pydantic import Field
 
-from winnow.curation.columns.pool_columns import SelectionFilter, as_state, collect
-from winnow.curation.columns.threshold import Threshold
-from winnow.curation.filters.base import State
-from winnow.curation.search.kmeans import assign, enough, train_centroids
-from winnow.infra.errors import UsageError
+from winnow.curation.columns.pool_columns import collect
+from winnow.curation.columns.table import View
+from winnow.curation.filters.base import Fraction, Positive, Scope, SelectionFilter, State, as_state
+from winnow.curation.search.centroids import assign
+from winnow.curation.search.kmeans import enough, train_centroids
+from winnow.infra.params import params
 from winnow.infra.pool.uids import hash_unit
 
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
 
-
-@dataclass(frozen=True)
+@params
 class ClusterBalanced(SelectionFilter):
-    """Keep a share of the pool spread over the clusters of its embeddings.
+    """Keep a fraction of the pool, spread evenly over the clusters of its embeddings.
 
     Vo et al. 2024 ("Automatic Data Curation for Self-Supervised Learning"), section 3.4, for one level of clusters:
-    from a cluster of s samples min(s, c) are drawn at random, the cap c such that they sum to the budget. With a
-    power a above 0 the cap is c s^a, which keeps part of the imbalance (for a = 1 all of it), as Conneau & Lample 2019
-    smooth languages by p^a. Deviations: one level of spherical k-means, no hierarchy; where theirs takes the whole c
-    whose sum is nearest the budget, ours splits the budget `int(n * fraction)` exactly, fractions of a sample going to
-    the clusters with the largest remainder.
+    min(s, c) samples are drawn at random from a cluster of s, with the cap c such that they sum to the budget. With a
+    power a above 0 the cap is c s^a, which keeps part of the imbalance (all of it for a = 1); Conneau & Lample 2019
+    smooth languages by p^a in this way. Deviations: one level of spherical k-means instead of a hierarchy; the paper
+    takes the integer c whose sum is nearest to the budget, while this filter splits the budget `int(n * fraction)`
+    exactly and gives the remaining samples to the clusters with the largest remainders.
 
     Args:
         clusters: k of k-means.
         fraction: of the pool to keep, in (0, 1].
         power: a, in [0, 1].
         column: of the embeddings.
-        seed: of k-means and of the draw, which goes by the hash of the uid.
+        seed: of k-means and of the draw, which is by the hash of the uid.
         of: `pool` or `survivors`: what is clustered and drawn from.
     """
 
-    clusters: int
-    fraction: float
-    power: float = 0.0
+    clusters: Positive
+    fraction: Fraction
+    power: Annotated[float, Field(ge=0, le=1)] = 0.0
     column: str = "clip.image"
     seed: int = 0
-    of: str = "pool"
+    of: Scope = "pool"
 
     name: ClassVar[str] = "cluster_balanced"
     paper: ClassVar[str] = "Vo et al. 2024 (automatic data curation)"
     example: ClassVar[dict[str, Any]] = {"clusters": 100, "fraction": 0.3}
-
-    def __post_init__(self) -> None:
-        if self.clusters < 1:
-            raise UsageError("cluster_balanced: clusters start at 1")
-        Threshold(self.fraction, None, None, self.of).check(self.name)
-        if not 0 <= self.power <= 1:
-            raise UsageError(f"cluster_balanced: power {self.power} is not in [0, 1]")
 
     def columns(self) -> tuple[str, ...]:
         return ("uid", self.column)
@@ -86,7 +77,7 @@ def quotas(sizes: np.ndarray, budget: int, power: float) -> np.ndarray:
         power: in [0, 1].
     """
     weight = np.where(sizes > 0, np.maximum(sizes, 1.0) ** power, 0.0)
-    # Clusters fill up in the order of s / weight; c lies where what is not yet full takes up the rest.
+    # Clusters fill up in the order of s / weight. The cap c is where the clusters that are not full take the rest.
     order = np.argsort(np.where(sizes > 0, sizes / np.maximum(weight, 1e-300), -1), kind="stable")
     full = np.r_[0, np.cumsum(sizes[order])]
     open_weight = np.r_[np.cumsum(weight[order][::-1])[::-1], 0]

@@ -1,93 +1,74 @@
-"""D2 pruning: choose hard samples that are unlike each other by messages over the k-nearest-neighbour graph."""
+"""D2 pruning: select hard and diverse samples by messages over the k-nearest-neighbour graph."""
 
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
-from winnow.curation.columns.pool_columns import MODELS, SelectionFilter, as_state, assign_fields, collect
+from winnow.curation.columns.pool_columns import collect
+from winnow.curation.columns.table import View, model_columns
 from winnow.curation.columns.threshold import Threshold
-from winnow.curation.filters.base import State
+from winnow.curation.filters.base import Fraction, Model, Positive, Scope, SelectionFilter, State, as_state
 from winnow.curation.search.neighbours import nearest_neighbours
-from winnow.infra.errors import UsageError, WinnowError
-from winnow.infra.registry import unknown
+from winnow.infra.errors import WinnowError
+from winnow.infra.params import params
 
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
-
+Gamma = Annotated[float, Field(ge=0)]
 _FEATURES = {"image": slice(0, 1), "text": slice(1, 2), "both": slice(0, 2)}
 
 
-@dataclass(frozen=True, init=False)
+@params
 class D2Pruning(SelectionFilter):
-    """Choose samples one by one by their score and their neighbours', lowering the chosen one's neighbours.
+    """Select samples one by one by their and their neighbours' scores, lowering those of the neighbours each time.
 
     Maharana et al. 2023 (D2 Pruning), section 3. With N(i) the k nearest neighbours of i by Euclidean distance d:
 
     - forward (equation 3): x_i = s_i + sum over j in N(i) of exp(-gamma_f d(i,j)^2) s_j;
-    - select the sample k of the largest x that is not yet chosen;
+    - select the sample k with the largest x among those not yet selected;
     - reverse (equation 5): x_j = x_j - exp(-gamma_r d(k,j)^2) x_k for all j in N(k); repeat until the budget,
       `int(n * fraction)` or `keep`, is reached.
 
-    N(i) is directed, as in the authors' code for DataComp, whose defaults (one neighbour, gamma 1, both embeddings
-    side by side) are ours. Deviations: the maximum is exact where that code approximates it in sorted order; scores
-    are taken as they are, where that code adds 0.115 and cuts at 1e-7; equal x go in pool order; above 200,000 samples
-    the neighbours come from an inverted file, whose recall the funnel states, instead of product quantisation.
+    N(i) is directed, as in the authors' code for DataComp. The defaults are those of that code: one neighbour, gamma 1,
+    both embeddings concatenated. Deviations: the maximum is exact, where that code approximates it in sorted order;
+    scores are not changed, where that code adds 0.115 and clips at 1e-7; equal x are taken in pool order; above 200,000
+    samples the neighbours come from an inverted file, whose recall the funnel reports, instead of product quantisation.
 
     Args:
         fraction: to keep, in (0, 1].
         neighbors: k.
         gamma_f, gamma_r: of the forward and the reverse messages; at least 0.
-        features: "image", "text", or "both" (the embeddings side by side).
+        features: "image", "text", or "both" (the embeddings concatenated).
         score: column of the difficulty s; None for the model's CLIP score.
-        model: whose embeddings and score: `scorer`, the recipe's, or DataComp's `b32` and `l14`.
+        model: whose embeddings and score, as for `clip_score`.
         keep: how many to keep; instead of a fraction.
-        of: `pool` or `survivors`: what is chosen from.
+        of: `pool` or `survivors`: what is selected from.
     """
 
-    fraction: float | None = None
-    neighbors: int = 1
-    gamma_f: float = 1.0
-    gamma_r: float = 1.0
-    features: str = "both"
+    fraction: Fraction | None = None
+    neighbors: Positive = 1
+    gamma_f: Gamma = 1.0
+    gamma_r: Gamma = 1.0
+    features: Literal["image", "text", "both"] = "both"
     score: str | None = None
-    model: str = "scorer"
-    budget: int | None = field(default=None, metadata={"parameter": "keep"})
-    of: str = "pool"
+    model: Model = "scorer"
+    keep: Positive | None = None
+    of: Scope = "pool"
 
     name: ClassVar[str] = "d2_pruning"
     paper: ClassVar[str] = "Maharana et al. 2023 (D2 Pruning)"
     example: ClassVar[dict[str, Any]] = {"fraction": 0.3}
 
-    def __init__(
-        self,
-        fraction: float | None = None,
-        neighbors: int = 1,
-        gamma_f: float = 1.0,
-        gamma_r: float = 1.0,
-        features: str = "both",
-        score: str | None = None,
-        model: str = "scorer",
-        keep: int | None = None,
-        of: str = "pool",
-    ) -> None:
-        assign_fields(self, locals())
-        Threshold(fraction, None, keep, of).check(self.name)
-        if neighbors < 1 or gamma_f < 0 or gamma_r < 0:
-            raise UsageError("d2_pruning: neighbors start at 1 and the gammas at 0")
-        if self.features not in _FEATURES:
-            raise unknown("features for d2_pruning", self.features, _FEATURES)
-        if self.model not in MODELS:
-            raise unknown("model for d2_pruning", self.model, MODELS)
+    def __post_init__(self) -> None:
+        Threshold(self.fraction, None, self.keep, self.of).check(self.name)
 
     def columns(self) -> tuple[str, ...]:
         return ("uid", *self.numeric())
 
     def numeric(self) -> tuple[str, ...]:
-        return (*MODELS[self.model][_FEATURES[self.features]], self.score or MODELS[self.model][2])
+        return (*model_columns(self.model)[_FEATURES[self.features]], self.score or model_columns(self.model)[2])
 
     def fit(self, view: View) -> State:
         *vectors, score = self.numeric()
@@ -97,7 +78,7 @@ class D2Pruning(SelectionFilter):
         parts = list(pool.vectors.values())
         points = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
         neighbours, squared, recall = nearest_neighbours(points, self.neighbors)
-        budget = int(pool.total * self.fraction) if self.fraction is not None else int(self.budget or 0)
+        budget = int(pool.total * self.fraction) if self.fraction is not None else int(self.keep or 0)
         x = forward(pool.numbers[score], neighbours, squared, self.gamma_f)
         order = select(x, neighbours, np.exp(-self.gamma_r * squared), min(budget, len(pool)))
         mask = np.zeros(len(pool), dtype=bool)
@@ -127,7 +108,7 @@ def select(x: np.ndarray, neighbours: np.ndarray, weights: np.ndarray, budget: i
     while len(order) < budget:
         key, i = heapq.heappop(heap)
         value = now[i]
-        # Every open node has an entry at least as good as its value: one that is worse has a better brother.
+        # Every open node has an entry at least as good as its value. A worse entry is outdated.
         if done[i] or -key < value:
             continue
         if -key > value:

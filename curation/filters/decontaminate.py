@@ -1,59 +1,57 @@
-"""Decontamination: drop images that evaluation sets hold too."""
+"""Decontamination: drop images that are also in evaluation sets."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
 from winnow.curation.columns.pool_columns import collect
-from winnow.curation.filters.base import Filter, State
-from winnow.curation.filters.near_duplicates import HASH, VECTOR, check_near
-from winnow.curation.measures.clip import as_matrix
+from winnow.curation.columns.table import View
+from winnow.curation.filters.base import Filter, Fraction, Names, State
+from winnow.curation.filters.near_duplicates import HASH, VECTOR, Radius
 from winnow.curation.search.hamming import hamming_pairs
 from winnow.curation.search.neighbours import cosine_pairs
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.errors import WinnowError
+from winnow.infra.io.arrow import as_matrix
+from winnow.infra.params import ParameterError, params
 from winnow.infra.pool.uids import decode_uids, is_member, sort_uids
 
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
 
-
-@dataclass(frozen=True)
+@params
 class Decontaminate(Filter):
-    """Drop a sample whose image is too near to an image of a target set, and count per task.
+    """Drop samples whose image is near an image of a target set, and count them per task.
 
-    Near is, as in `near_duplicates`, a perceptual hash within `radius` bits or an embedding of a cosine of at least
-    `cosine`; with both given, either. (Gadre et al. 2023, appendix F, drop by a copy-detection embedding's similarity
-    of 0.604169; here a CLIP embedding and pHash stand in for that network.) A sample that lacks one of the values is
-    dropped, as it cannot be cleared.
+    As in `near_duplicates`, two images are near when their perceptual hashes differ in at most `radius` bits, or when
+    the cosine of their embeddings is at least `cosine`; with both given, either is enough. Gadre et al. 2023, appendix
+    F, use the similarity of copy-detection embeddings (0.604169); this filter uses CLIP embeddings and pHash instead.
+    A sample without one of the values is dropped, because it cannot be compared.
 
-    The funnel says per task how many pool samples are near one of its images, and how many of its images have a
-    near one in the pool. A task is a set's folder in DataComp's layout; of a plain folder of shards, the folder.
+    The funnel reports per task how many pool samples are near one of its images, and how many of its images are near
+    a pool sample. A task is the folder of a set in DataComp's layout, or a plain folder of shards.
 
     Args:
-        target: folder of evaluation sets in DataComp's layout (their `test` shards count), folder of shards, or a
+        target: folder of evaluation sets in DataComp's layout (only `test` shards are used), folder of shards, or a
             list of such.
-        radius: most bits that differ, 0 to 16.
-        cosine: least cosine, in (0, 1].
+        radius: largest number of different bits, 0 to 16.
+        cosine: smallest cosine, in (0, 1].
+        column: of the embeddings.
     """
 
-    target: str | tuple[str, ...]
-    radius: int | None = 4
-    cosine: float | None = None
+    target: Names
+    radius: Radius | None = 4
+    cosine: Fraction | None = None
+    column: str = VECTOR
 
+    added: ClassVar[tuple[str, ...]] = ("column",)
     name: ClassVar[str] = "decontaminate"
     paper: ClassVar[str] = "Gadre et al. 2023 (DataComp), appendix F"
     example: ClassVar[dict[str, Any]] = {"target": "evalsets"}
 
     def __post_init__(self) -> None:
-        if not self.target:
-            raise UsageError("decontaminate: the target is empty")
         if self.radius is None and self.cosine is None:
-            raise UsageError("decontaminate takes a radius, a cosine, or both")
-        check_near(self.name, self.radius, self.cosine)
+            raise ParameterError("decontaminate takes a radius, a cosine, or both")
 
     def columns(self) -> tuple[str, ...]:
         return ("uid", *self.numeric())
@@ -66,20 +64,20 @@ class Decontaminate(Filter):
 
     def target_columns(self) -> tuple[str, ...]:
         hashed = (HASH,) if self.radius is not None else ()
-        return (*hashed, VECTOR) if self.cosine is not None else hashed
+        return (*hashed, self.column) if self.cosine is not None else hashed
 
     def fit(self, view: View) -> State:
         hashes, vectors, task, names = self._images(view)
         if not len(task):
             raise WinnowError("the target sets have no usable image", where=", ".join(self.targets()))
-        pool = collect(view, [VECTOR] if vectors is not None else [], [HASH] if hashes is not None else [])
+        pool = collect(view, [self.column] if vectors is not None else [], [HASH] if hashes is not None else [])
         pairs = [np.empty((2, 0), np.int64)]
         if hashes is not None:
             assert self.radius is not None
             pairs.append(np.stack(hamming_pairs(pool.numbers[HASH], hashes, self.radius)))
         if vectors is not None:
             assert self.cosine is not None
-            pairs.append(np.stack(cosine_pairs(pool.vectors[VECTOR], vectors, self.cosine)))
+            pairs.append(np.stack(cosine_pairs(pool.vectors[self.column], vectors, self.cosine)))
         sample, image = np.concatenate(pairs, axis=1)
         kinds = len(names)
         near = np.unique(sample * kinds + task[image]) % kinds
@@ -92,7 +90,7 @@ class Decontaminate(Filter):
         }
 
     def _images(self, view: View) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray, list[str]]:
-        """Hashes and embeddings of the targets' images, the number of each image's task, and the tasks' names."""
+        """Hashes and embeddings of the target images, the index of each image's task, and the names of the tasks."""
         hashes, vectors, numbers, names = [], [], [], []
         for target in self.targets():
             name = target.rstrip("/").rsplit("/", 1)[-1]
@@ -106,7 +104,7 @@ class Decontaminate(Filter):
                 if self.radius is not None:
                     hashes.append(batch[HASH].to_numpy().astype(np.uint64))
                 if self.cosine is not None:
-                    vectors.append(as_matrix(batch[VECTOR])[0])
+                    vectors.append(as_matrix(batch[self.column])[0])
         return (
             np.concatenate(hashes) if hashes else None,
             np.concatenate(vectors) if vectors else None,
@@ -114,7 +112,7 @@ class Decontaminate(Filter):
             names,
         )
 
-    def keep(self, batch: pa.Table, state: State) -> np.ndarray:
+    def mask(self, batch: pa.Table, state: State) -> np.ndarray:
         return ~is_member(decode_uids(batch["uid"]), state["near"])
 
     def report(self, state: State) -> dict[str, Any]:

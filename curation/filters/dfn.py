@@ -1,22 +1,21 @@
-"""Data filtering networks: keep pairs that a network trained on trusted pairs scores high."""
+"""Data filtering networks: keep pairs that a network trained on trusted pairs scores highly."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from winnow.curation.filters.clip_score import ClipScore
+from winnow.infra.params import params
 
 
-@dataclass(frozen=True, init=False)
+@params
 class Dfn(ClipScore):
-    """Keep the pairs of highest image-text cosine under a CLIP trained on high-quality pairs.
+    """Keep the pairs with the highest image-text cosine under a CLIP trained on high-quality pairs.
 
-    Fang et al. 2023 (Data Filtering Networks), section 3: the filter is the CLIP score and its quantile; what is new
-    is the network. So this is `clip_score` with the recipe's scorer, and the recipe says how that is trained:
-    `scorer: {trusted: {pool: TRUSTED}, train: {...}}`, or names a published network. It is a name of its own so that a
-    report says which of the two was meant.
+    Fang et al. 2023 (Data Filtering Networks), section 3. The decision is that of `clip_score`; the network differs.
+    The recipe describes its training (`scorer: {trusted: {pool: TRUSTED}, train: {...}}`) or names a published
+    network. The separate name makes reports say which of the two was meant.
 
     Args:
         fraction: of the pool, in (0, 1] (the paper: 0.15 to 0.2).

@@ -1,49 +1,40 @@
-"""Exact duplicates: of samples equal in given columns, one stays."""
+"""Exact duplicates: keep one of several samples that are equal in given columns."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 
-from winnow.curation.columns.pool_columns import SelectionFilter, as_state, check_scope
-from winnow.curation.filters.base import State, numbers
-from winnow.infra.errors import UsageError
+from winnow.curation.columns.table import View
+from winnow.curation.filters.base import Names, Scope, SelectionFilter, State, as_state, numbers
+from winnow.infra.params import params
 from winnow.infra.pool.uids import UID_DTYPE, decode_uids
 
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
 
-
-@dataclass(frozen=True)
+@params
 class ExactDuplicates(SelectionFilter):
-    """Keep of samples that agree in all columns named one, the best by a score or the first.
+    """Keep one of several samples with equal values in all given columns: the best by a score, or the first.
 
-    The columns default to the sha256 of the image's file as it lies in the shard, which the measure `content` takes;
-    a pool with DataComp's column `sha256` has that of the original image, before it was scaled: `by: sha256`.
-    Values are compared by a 128-bit BLAKE2b of them. A sample without a value is dropped.
+    The default column is the sha256 of the image's file in the shard (measure `content`). DataComp's column `sha256`
+    has that of the original image, before it was resized: `by: sha256`. Values are compared by their 128-bit BLAKE2b
+    digests. A sample without a value is dropped.
 
     Args:
         by: column or columns; with `text` among them, captions must agree too.
-        score: column of numbers; of equal samples the one with the most stays, without a score last, of equal scores
-            the first. None for the first in the pool.
+        score: column of numbers. Of equal samples the one with the highest score is kept, of equal scores the first;
+            samples without a score come last. None keeps the first in the pool.
         of: `pool` or `survivors`: what is compared.
     """
 
-    by: str | tuple[str, ...] = "content.sha256"
+    by: Names = "content.sha256"
     score: str | None = None
-    of: str = "pool"
+    of: Scope = "pool"
 
     name: ClassVar[str] = "exact_duplicates"
     paper: ClassVar[str] = "sha256 of the file"
-
-    def __post_init__(self) -> None:
-        if not self.by:
-            raise UsageError("exact_duplicates: by names no column")
-        check_scope(self.name, self.of)
 
     def _by(self) -> tuple[str, ...]:
         return (self.by,) if isinstance(self.by, str) else self.by

@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
 
 from winnow.curation.columns.pool_columns import dimensions
-from winnow.curation.filters.base import Filter, State
-from winnow.curation.measures.clip import as_matrix
-from winnow.curation.search.kmeans import (
-    NearestCentroid,
-    check_clusters,
-    enough,
-    fitted_state,
-    nearest_centroid_of,
-    sample_vectors,
-    train_centroids,
-)
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.curation.columns.table import View, finite_matrix
+from winnow.curation.filters.base import Filter, Names, Positive, Search, State
+from winnow.curation.search.centroids import NearestCentroid, fitted_state, nearest_centroid_of
+from winnow.curation.search.kmeans import check_clusters, enough, sample_vectors, train_centroids
+from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrays import is_array, load_matrix, matrix_shape
-
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
+from winnow.infra.params import ParameterError, params
 
 _MEASURED, _DATACOMP = "clip.image", "l14_img"
-# What fastText splits at; a newline is a token of its own besides (Dictionary::readWord).
+# Tokens are separated as in fastText's Dictionary::readWord. A newline is also a token.
 _TOKEN = r"[^ \n\r\t\v\f\x00]+"
 
 
-@dataclass(frozen=True)
+@params
 class ImageBased(Filter):
-    """English captions of some length, and an image embedding whose nearest centroid is also a target image's.
+    """English captions of some length, and an image embedding whose nearest centroid is that of a target image.
 
     Gadre et al. 2023 (DataComp), "Image-based filtering": captions in English by fastText, of more than 1 fastText
     token and more than 5 characters; of k centroids the one with the largest inner product with the embedding must be
@@ -43,35 +34,35 @@ class ImageBased(Filter):
     embeddings of ImageNet-1k's training images as targets, both by OpenAI's ViT-L/14. With `clip_score` under `all`
     this is its "image-based ∩ CLIP score". `image_cluster` is the same without the captions.
 
-    Deviations: a target image whose embedding is not finite counts as none; so does a sample's, which never passes.
+    Deviation: target images whose embedding is not finite are ignored, and samples with such an embedding never pass.
 
     Args:
         target: embeddings as a .npy file (float16 or float32, shape [m, d]), a folder of shards with the target
-            images, or a list of the one or of the other.
+            images, or a list of either.
         centroids: .npy file, shape [k, d]; None to find them by k-means on the pool's embeddings.
         clusters: k, when there is no file.
-        features: the pool's column of image embeddings; None for `clip.image` where a target is a folder, which the
+        features: the pool's column of image embeddings; None for `clip.image` where targets are folders, which the
             recipe's scorer embeds, and for DataComp's `l14_img` where targets are arrays.
-        target_features: the same of target folders; None for `clip.image`.
+        target_features: the same for target folders; None for `clip.image`.
         language: ISO 639 code; None for any.
         min_tokens, min_characters: at least this many (DataComp: more than 1, more than 5).
         seed: of k-means.
         sample: pool embeddings to train k-means on; None for 256 a cluster, fewer if those took more than 8 GiB.
-        search: "exact", DataComp's; "coarse", whose recall the funnel states; "auto", exact up to 20,000 centroids and
-            on a GPU.
+        search: "exact", as DataComp; "coarse", whose recall the funnel reports; "auto", exact up to 20,000 centroids
+            and on a GPU.
     """
 
-    target: str | tuple[str, ...]
+    target: Names
     centroids: str | None = None
-    clusters: int = 100_000
+    clusters: Positive = 100_000
     features: str | None = None
     target_features: str | None = None
     language: str | None = "en"
-    min_tokens: int = 2
-    min_characters: int = 6
+    min_tokens: Annotated[int, Field(ge=0)] = 2
+    min_characters: Annotated[int, Field(ge=0)] = 6
     seed: int = 0
-    sample: int | None = None
-    search: str = "exact"
+    sample: Positive | None = None
+    search: Search = "exact"
 
     name: ClassVar[str] = "image_based"
     paper: ClassVar[str] = "Gadre et al. 2023 (DataComp)"
@@ -79,21 +70,17 @@ class ImageBased(Filter):
     files: ClassVar[tuple[str, ...]] = ("centroids", "target")
 
     def __post_init__(self) -> None:
-        if isinstance(self.target, list):
-            object.__setattr__(self, "target", tuple(self.target))
-        if not self.target:
-            raise UsageError("image_based: the target is empty", do="Name a .npy file of embeddings or a folder.")
         if self.targets() and self.arrays():
-            raise UsageError(
+            raise ParameterError(
                 f"image_based: {self.arrays()[0]} is an array and {self.targets()[0]} a folder",
-                do="A target is one or several of one kind.",
-            )
-        check_clusters(self.name, self.clusters, self.sample, self.search)
+                do="The targets are either all arrays or all folders.",
+            ).below("target")
+        check_clusters(self.name, self.clusters, self.sample)
         if self.centroids is not None and not is_array(self.centroids):
-            raise UsageError(
-                f'image_based: centroids "{self.centroids}" is no .npy file',
+            raise ParameterError(
+                f'image_based: centroids "{self.centroids}" is not a .npy file',
                 do="Save them with `numpy.save`, or leave them out to cluster the pool.",
-            )
+            ).below("centroids")
 
     def _named(self) -> tuple[str, ...]:
         return (self.target,) if isinstance(self.target, str) else self.target
@@ -120,7 +107,7 @@ class ImageBased(Filter):
         return (self.column,)
 
     def check(self, view: View) -> None:
-        """Refuse, before any work, what cannot come out.
+        """Refuse a pool or files that do not fit together.
 
         Raises:
             WinnowError: an empty target set, fewer samples than clusters, or embeddings of the pool, the centroids and
@@ -177,17 +164,15 @@ class ImageBased(Filter):
         (column,) = self.target_columns()
         for name in self.targets():
             for batch in view.target(name).batches((column,)):
-                yield _embeddings(batch[column])
+                vectors, usable = finite_matrix(batch[column])
+                yield vectors[usable]
 
-    def keep(self, batch: pa.Table, state: State) -> np.ndarray:
+    def mask(self, batch: pa.Table, state: State) -> np.ndarray:
         mask = self._caption(batch)
-        vectors, present = as_matrix(batch[self.column])
-        rows = np.flatnonzero(mask & present)
-        wanted = vectors[rows].astype(np.float32)
-        finite = np.isfinite(wanted).all(axis=1)
-        rows, wanted = rows[finite], wanted[finite]
+        vectors, usable = finite_matrix(batch[self.column])
+        rows = np.flatnonzero(mask & usable)
         mask[:] = False
-        mask[rows] = state["hit"][nearest_centroid_of(state)(wanted)]
+        mask[rows] = state["hit"][nearest_centroid_of(state)(vectors[rows])]
         return mask
 
     def report(self, state: State) -> dict[str, Any]:
@@ -208,12 +193,6 @@ class ImageBased(Filter):
 
 
 def tokens(text: pa.ChunkedArray) -> pa.ChunkedArray:
-    """How many tokens `fasttext.tokenize` makes of each text: the runs between its separators, and every newline."""
+    """The number of tokens that `fasttext.tokenize` finds in each text: runs between separators, and newlines."""
     runs = pc.count_substring_regex(text, pattern=_TOKEN)
     return pc.add(runs, pc.count_substring(text, pattern="\n"))
-
-
-def _embeddings(column: pa.ChunkedArray) -> np.ndarray:
-    vectors, present = as_matrix(column)
-    vectors = vectors[present]
-    return vectors[np.isfinite(vectors).all(axis=1)]

@@ -1,33 +1,23 @@
-"""Image-based filtering: keep the clusters of the pool that a target set's images fall into."""
+"""Image-based filtering: keep the clusters of the pool that contain images of a target set."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
-from winnow.curation.filters.base import Filter, State
-from winnow.curation.measures.clip import as_matrix
-from winnow.curation.search.kmeans import (
-    NearestCentroid,
-    check_clusters,
-    enough,
-    fitted_state,
-    nearest_centroid_of,
-    sample_vectors,
-    train_centroids,
-)
-from winnow.infra.errors import UsageError, WinnowError
-
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
+from winnow.curation.columns.table import View, finite_matrix
+from winnow.curation.filters.base import Filter, Names, Positive, Search, State
+from winnow.curation.search.centroids import NearestCentroid, fitted_state, nearest_centroid_of
+from winnow.curation.search.kmeans import check_clusters, enough, sample_vectors, train_centroids
+from winnow.infra.errors import WinnowError
+from winnow.infra.params import params
 
 
-@dataclass(frozen=True)
+@params
 class ImageCluster(Filter):
-    """Cluster the pool's image embeddings; keep clusters that are the nearest of at least one target image.
+    """Cluster the pool's image embeddings, and keep clusters that are nearest to at least one target image.
 
     Gadre et al. 2023 (DataComp), "image-based filtering", without its caption pre-filter. DataComp uses 100,000
     clusters and the ImageNet training images as targets; nearest is by inner product.
@@ -40,30 +30,24 @@ class ImageCluster(Filter):
         sample: pool embeddings to train k-means on; None for 256 a cluster, fewer if those took more than 8 GiB.
         iterations: of k-means.
         column: of the embeddings, the pool's and the targets' (`l14_img` in DataComp's metadata).
-        search: "exact"; "coarse", whose recall the funnel states; "auto", exact up to 20,000 clusters and on a GPU.
+        search: "exact"; "coarse", whose recall the funnel reports; "auto", exact up to 20,000 clusters and on a GPU.
     """
 
-    target: str | tuple[str, ...]
-    clusters: int = 100_000
-    min_hits: int = 1
+    target: Names
+    clusters: Positive = 100_000
+    min_hits: Positive = 1
     seed: int = 0
-    sample: int | None = None
-    iterations: int = 20
+    sample: Positive | None = None
+    iterations: Positive = 20
     column: str = "clip.image"
-    search: str = "auto"
+    search: Search = "auto"
 
     name: ClassVar[str] = "image_cluster"
     paper: ClassVar[str] = "Gadre et al. 2023 (DataComp)"
     example: ClassVar[dict[str, Any]] = {"target": "targets"}
 
     def __post_init__(self) -> None:
-        if isinstance(self.target, list):
-            object.__setattr__(self, "target", tuple(self.target))
-        if not self.target:
-            raise UsageError("image_cluster: the target is empty")
-        check_clusters(self.name, self.clusters, self.sample, self.search)
-        if self.min_hits < 1 or self.iterations < 1:
-            raise UsageError("image_cluster: min_hits and iterations start at 1")
+        check_clusters(self.name, self.clusters, self.sample)
 
     def columns(self) -> tuple[str, ...]:
         return (self.column,)
@@ -94,14 +78,15 @@ class ImageCluster(Filter):
         hits = np.zeros(self.clusters, np.int64)
         for name in self.targets():
             for batch in view.target(name).batches((self.column,)):
-                hits += np.bincount(nearest_centroid(_embeddings(batch[self.column])), minlength=self.clusters)
+                vectors, usable = finite_matrix(batch[self.column])
+                hits += np.bincount(nearest_centroid(vectors[usable]), minlength=self.clusters)
         if not hits.any():
             raise WinnowError("the target set has no usable image", where=", ".join(self.targets()))
         return fitted_state(nearest_centroid, hits)
 
-    def keep(self, batch: pa.Table, state: State) -> np.ndarray:
-        vectors, present = as_matrix(batch[self.column])
-        return (state["hit"] >= self.min_hits)[nearest_centroid_of(state)(vectors)] & present
+    def mask(self, batch: pa.Table, state: State) -> np.ndarray:
+        vectors, usable = finite_matrix(batch[self.column])
+        return (state["hit"] >= self.min_hits)[nearest_centroid_of(state)(vectors)] & usable
 
     def report(self, state: State) -> dict[str, Any]:
         return {
@@ -109,8 +94,3 @@ class ImageCluster(Filter):
             "clusters with a target": int((state["hit"] >= self.min_hits).sum()),
             "recall of the search": float(state["recall"]),
         }
-
-
-def _embeddings(column: pa.ChunkedArray) -> np.ndarray:
-    vectors, present = as_matrix(column)
-    return vectors[present]

@@ -4,56 +4,48 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
-from winnow.curation.columns.pool_columns import check_scope
-from winnow.curation.filters.base import Filter, State
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.curation.columns.table import View
+from winnow.curation.filters.base import Filter, Positive, Scope, State
+from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
+from winnow.infra.params import params
 from winnow.infra.pool.uids import decode_uids, hash_unit
 
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
-
-# The authors' `spacing`: marks stand alone, white space is a space.
+# The authors' `spacing`: punctuation marks are separate words, and white space is a space.
 _SPACING = str.maketrans({mark: f" {mark} " for mark in ",.;:?!`"} | dict.fromkeys("\t\n\r", " "))
 
 
-@dataclass(frozen=True)
+@params
 class MetaClip(Filter):
-    """Keep a caption when one of the metadata entries in it is drawn, each with probability t / max(count, t).
+    """Keep a caption when one of its metadata entries is drawn, each with probability t / max(count, t).
 
     Xu et al. 2023 (MetaCLIP), section 3 and algorithm 1. A caption matches an entry when the entry, with a space on
     either side, is a substring of the caption, with a space on either side, around each of `, . ; : ? ! `` ` `` and for
     each tab and line break; case counts. `count` is the number of captions that match an entry. Entries of a caption
-    are drawn independently; a caption that matches none is dropped. The draw is the hash of uid, entry and seed, where
-    the paper draws random numbers, so it depends on nothing else.
+    are drawn independently; a caption without an entry is dropped. The draw is the hash of uid, entry and seed instead
+    of a random number, so it depends on nothing else.
 
     Args:
-        metadata: UTF-8 file with one entry a line; empty lines and repeated ones do not count.
+        metadata: UTF-8 file with one entry per line; empty and repeated lines are ignored.
         t: the limit of an entry (the paper: 20,000 for 400 M pairs, 170,000 for 2.5 B).
         seed: of the draw.
         of: `pool` or `survivors`: which captions are counted.
     """
 
     metadata: str
-    t: int = 20_000
+    t: Positive = 20_000
     seed: int = 0
-    of: str = "pool"
+    of: Scope = "pool"
 
     name: ClassVar[str] = "metaclip"
     paper: ClassVar[str] = "Xu et al. 2023 (MetaCLIP)"
     example: ClassVar[dict[str, Any]] = {"metadata": "entries.txt"}
     files: ClassVar[tuple[str, ...]] = ("metadata",)
-
-    def __post_init__(self) -> None:
-        if self.t < 1:
-            raise UsageError("metaclip: t starts at 1")
-        check_scope(self.name, self.of)
 
     def columns(self) -> tuple[str, ...]:
         return ("uid", "text")
@@ -69,7 +61,7 @@ class MetaClip(Filter):
             total += batch.num_rows
         return {"counts": counts, "matched": np.array(matched), "total": np.array(total)}
 
-    def keep(self, batch: pa.Table, state: State) -> np.ndarray:
+    def mask(self, batch: pa.Table, state: State) -> np.ndarray:
         matcher = Matcher.read(self.metadata)
         rows, entries = matcher.match(batch["text"])
         uids = decode_uids(batch["uid"])[rows]
@@ -91,8 +83,8 @@ class MetaClip(Filter):
 class Matcher:
     """Finds the entries in captions.
 
-    Between spaces an entry is a run of words, so a caption is cut at its spaces and each run that starts with an
-    entry's first word is looked up: the same matches as by substring search, each once.
+    Between spaces an entry is a run of words. So a caption is split at its spaces, and each run that starts with the
+    first word of an entry is looked up. The matches are those of a substring search, each once.
 
     Args:
         entries: distinct, none empty.
@@ -121,11 +113,11 @@ class Matcher:
             raise WinnowError("is not UTF-8", where=path) from None
         entries = list(dict.fromkeys(line.removesuffix("\r") for line in lines if line.strip()))
         if not entries:
-            raise WinnowError("holds no metadata entry", where=path, do="Write one entry a line.")
+            raise WinnowError("holds no metadata entry", where=path, do="Write one entry per line.")
         return Matcher(entries)
 
     def find(self, text: str) -> set[int]:
-        """Numbers of the entries in a caption."""
+        """Indices of the entries in a caption."""
         words = f" {text} ".translate(_SPACING).split(" ")
         lengths, number, end = self.lengths, self.number, len(words) - 1
         found = set()

@@ -1,32 +1,22 @@
-"""negCLIPLoss: the CLIP score less what the contrastive loss's normalisation takes off it."""
+"""negCLIPLoss: the CLIP score minus the normalisation term of the contrastive loss."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from pydantic import Field
 
-from winnow.curation.columns.pool_columns import (
-    MODELS,
-    SelectionFilter,
-    as_state,
-    assign_fields,
-    collect,
-    passing,
-)
+from winnow.curation.columns.pool_columns import collect, passing
+from winnow.curation.columns.table import View, model_columns
 from winnow.curation.columns.threshold import Threshold
-from winnow.curation.filters.base import State
-from winnow.infra.errors import UsageError
-from winnow.infra.registry import unknown
-
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
+from winnow.curation.filters.base import Fraction, Model, Positive, Scope, SelectionFilter, State, as_state
+from winnow.infra.params import params
 
 _ROWS = 2048
 
 
-@dataclass(frozen=True, init=False)
+@params
 class NegClipLoss(SelectionFilter):
     """Keep samples whose negative CLIP loss, averaged over random batches, is largest.
 
@@ -35,60 +25,44 @@ class NegClipLoss(SelectionFilter):
 
         negCLIPLoss(i) = f_i.g_i - tau/2 [log sum_{j in B} exp(f_i.g_j / tau) + log sum_{j in B} exp(f_j.g_i / tau)],
 
-    the bracket averaged over K random divisions of the pool into batches of |B|; the last batch of a division is what
-    is left over. Deviation from the authors' code, which divides each shard: the whole pool is divided.
+    with the bracket averaged over K random divisions of the pool into batches of |B|; the last batch of a division
+    may be smaller. Deviation: the authors' code divides each shard, this filter the whole pool.
 
     Args:
-        fraction, threshold, keep, of: where to cut, as for `clip_score`.
+        fraction, threshold, keep, of: as for `clip_score`.
         tau: the scorer's temperature (0.01 for OpenAI's CLIP).
         batch_size: |B|.
-        batches: K, divisions averaged over.
+        batches: K, the number of divisions.
         seed: of the divisions.
-        model: whose embeddings: `scorer`, the recipe's, or DataComp's features `b32` and `l14`.
+        model: whose embeddings, as for `clip_score`.
     """
 
-    fraction: float | None = None
+    fraction: Fraction | None = None
     threshold: float | None = None
-    tau: float = 0.01
-    batch_size: int = 32_768
-    batches: int = 10
+    tau: Annotated[float, Field(gt=0)] = 0.01
+    batch_size: Positive = 32_768
+    batches: Positive = 10
     seed: int = 0
-    model: str = "scorer"
-    budget: int | None = field(default=None, metadata={"parameter": "keep"})
-    of: str = "pool"
+    model: Model = "scorer"
+    keep: Positive | None = None
+    of: Scope = "pool"
 
     name: ClassVar[str] = "neg_clip_loss"
     paper: ClassVar[str] = "Wang et al. 2024 (negCLIPLoss, NormSim)"
     example: ClassVar[dict[str, Any]] = {"fraction": 0.3}
 
-    def __init__(
-        self,
-        fraction: float | None = None,
-        threshold: float | None = None,
-        tau: float = 0.01,
-        batch_size: int = 32_768,
-        batches: int = 10,
-        seed: int = 0,
-        model: str = "scorer",
-        keep: int | None = None,
-        of: str = "pool",
-    ) -> None:
-        assign_fields(self, locals())
+    def __post_init__(self) -> None:
         self.cutoff.check(self.name)
-        if tau <= 0 or batch_size < 1 or batches < 1:
-            raise UsageError("neg_clip_loss: tau is above 0, batch_size and batches start at 1")
-        if self.model not in MODELS:
-            raise unknown("model for neg_clip_loss", self.model, MODELS)
 
     @property
     def cutoff(self) -> Threshold:
-        return Threshold(self.fraction, self.threshold, self.budget, self.of)
+        return Threshold(self.fraction, self.threshold, self.keep, self.of)
 
     def columns(self) -> tuple[str, ...]:
         return ("uid", *self.numeric())
 
     def numeric(self) -> tuple[str, ...]:
-        return MODELS[self.model][:2]
+        return model_columns(self.model)[:2]
 
     def fit(self, view: View) -> State:
         pool = collect(view, self.numeric())
@@ -108,7 +82,7 @@ def neg_clip_loss(
         image, text: L2-normalised embeddings, shape [n, d].
         divisions: permutations of 0 to n - 1; each is cut into batches of `batch_size`.
         tau: temperature.
-        batch_size: the memory in use grows with it, 2,048 rows of logits at a time.
+        batch_size: of each division; 2,048 rows of logits are in memory at a time.
     """
     import torch
 

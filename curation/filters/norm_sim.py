@@ -1,35 +1,24 @@
-"""NormSim: keep samples whose image is like the images of a target set."""
+"""NormSim: keep samples whose image is similar to the images of a target set."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from winnow.curation.columns.pool_columns import (
-    SelectionFilter,
-    as_state,
-    assign_fields,
-    dimensions,
-    passing,
-    split_targets,
-    target_vectors,
-)
+from winnow.curation.columns.pool_columns import dimensions, passing, split_targets, target_vectors
+from winnow.curation.columns.table import View, finite_matrix, measure_of
 from winnow.curation.columns.threshold import Threshold
-from winnow.curation.filters.base import State
-from winnow.curation.measures.clip import as_matrix
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.curation.filters.base import Fraction, Names, Positive, Scope, SelectionFilter, State, as_state
+from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrays import matrix_shape
+from winnow.infra.params import params
 from winnow.infra.pool.uids import UID_DTYPE, decode_uids
-
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
 
 _ROWS = 1024
 
 
-@dataclass(frozen=True, init=False)
+@params
 class NormSim(SelectionFilter):
     """Keep samples whose p-norm of the cosines with all target images is largest.
 
@@ -37,49 +26,35 @@ class NormSim(SelectionFilter):
 
         NormSim_p(X, i) = || f(X) f_i ||_p,
 
-    for p = 2 the root of the sum of squared cosines, for p = inf the largest absolute cosine. The paper takes it of
-    what negCLIPLoss or the CLIP score has kept, which a tree says.
+    which is the root of the sum of squared cosines for p = 2, and the largest absolute cosine for p = inf. The paper
+    applies it to what negCLIPLoss or the CLIP score has kept; a tree of filters expresses that.
 
     Args:
         target: folder of shards with the target images, .npy file of their embeddings, or a list of such.
         p: 2 or "inf".
-        fraction, threshold, keep, of: where to cut, as for `clip_score` (the paper: threshold 0.7 for p = inf).
+        fraction, threshold, keep, of: as for `clip_score` (the paper: threshold 0.7 for p = inf).
         column: the pool's embeddings, by the model that embedded the targets (`l14_img` in DataComp's metadata).
     """
 
-    target: str | tuple[str, ...]
-    p: int | str = "inf"
-    fraction: float | None = None
+    target: Names
+    p: Literal[2, "inf"] = "inf"
+    fraction: Fraction | None = None
     threshold: float | None = None
     column: str = "clip.image"
-    budget: int | None = field(default=None, metadata={"parameter": "keep"})
-    of: str = "pool"
+    keep: Positive | None = None
+    of: Scope = "pool"
 
     name: ClassVar[str] = "norm_sim"
     paper: ClassVar[str] = "Wang et al. 2024 (negCLIPLoss, NormSim)"
     example: ClassVar[dict[str, Any]] = {"target": "targets", "threshold": 0.7}
     files: ClassVar[tuple[str, ...]] = ("target",)
 
-    def __init__(
-        self,
-        target: str | tuple[str, ...],
-        p: int | str = "inf",
-        fraction: float | None = None,
-        threshold: float | None = None,
-        column: str = "clip.image",
-        keep: int | None = None,
-        of: str = "pool",
-    ) -> None:
-        assign_fields(self, locals())
+    def __post_init__(self) -> None:
         self.cutoff.check(self.name)
-        if not target:
-            raise UsageError("norm_sim: the target is empty")
-        if p not in (2, "inf"):
-            raise UsageError(f'norm_sim: p is 2 or "inf", not {p!r}')
 
     @property
     def cutoff(self) -> Threshold:
-        return Threshold(self.fraction, self.threshold, self.budget, self.of)
+        return Threshold(self.fraction, self.threshold, self.keep, self.of)
 
     def columns(self) -> tuple[str, ...]:
         return ("uid", self.column)
@@ -91,7 +66,7 @@ class NormSim(SelectionFilter):
         return split_targets(self.target)[0]
 
     def target_columns(self) -> tuple[str, ...]:
-        return ("clip.image",)
+        return (self.column if measure_of(self.column) else "clip.image",)
 
     def check(self, view: View) -> None:
         width = dimensions(view, self.column)
@@ -107,16 +82,16 @@ class NormSim(SelectionFilter):
                 )
 
     def fit(self, view: View) -> State:
-        target = target_vectors(view, self.target, "clip.image")
+        target = target_vectors(view, self.target, self.target_columns()[0])
         scores, uids = [np.empty(0)], [np.empty(0, UID_DTYPE)]
         for batch in view.batches(self.columns()):
-            vectors, present = as_matrix(batch[self.column])
+            vectors, usable = finite_matrix(batch[self.column])
             if vectors.shape[1] != target.shape[1]:
                 raise WinnowError(
                     f'the pool\'s "{self.column}" has {vectors.shape[1]} dimensions, the targets {target.shape[1]}',
                     do="Both must come from one model.",
                 )
-            scores.append(np.where(present, norm_sim(vectors, target, self.p), np.nan))
+            scores.append(np.where(usable, norm_sim(vectors, target, self.p), np.nan))
             uids.append(decode_uids(batch["uid"]))
         values = np.concatenate(scores)
         found = np.concatenate(uids)
@@ -127,7 +102,7 @@ def norm_sim(vectors: np.ndarray, target: np.ndarray, p: int | str) -> np.ndarra
     """NormSim_p of each vector; `vectors` [n, d], `target` [m, d]; float64, shape [n]."""
     aim = target.astype(np.float32)
     result = np.empty(len(vectors))
-    # ||T x||^2 = x' (T' T) x, so for p = 2 the target is but a d x d matrix.
+    # ||T x||^2 = x' (T' T) x, so for p = 2 the target reduces to a d x d matrix.
     square = aim.astype(np.float64).T @ aim.astype(np.float64)
     for start in range(0, len(vectors), _ROWS):
         block = vectors[start : start + _ROWS].astype(np.float32)

@@ -1,104 +1,91 @@
-"""Several scores as one: a weighted sum of their ranks."""
+"""Several scores combined: a weighted sum of their ranks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+from pydantic import AfterValidator, model_validator
+from pydantic_core import ArgsKwargs
 
+from winnow.curation.columns.table import View, model_columns
 from winnow.curation.columns.threshold import Threshold, scores_of
-from winnow.curation.filters.base import Filter, State
-from winnow.curation.filters.clip_score import MODELS
-from winnow.curation.measures import MEASURES
-from winnow.infra.errors import UsageError
+from winnow.curation.filters.base import Filter, Fraction, Positive, Scope, State
 from winnow.infra.io.arrow import mask_array
+from winnow.infra.params import ParameterError, params
 from winnow.infra.pool.uids import decode_uids, hash_unit
-from winnow.infra.registry import unknown
 
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
-
-# Ranks are among all samples of pools up to this size, and among as many drawn by uid of larger ones.
+# In larger pools, ranks are among this many samples, drawn by uid.
 RANKED = 1 << 22
-_OWN = ("fraction", "threshold", "keep", "of")
+_OTHERS = ("fraction", "threshold", "keep", "of")
+Weights = Annotated[dict[str, float], AfterValidator(lambda weights: dict(sorted(weights.items())))]
 
 
-@dataclass(frozen=True, init=False)
+@params
 class Score(Filter):
     """Keep the samples with the largest weighted sum of ranked scores.
 
-    A score's rank is its percentile in the pool: the share of the pool's scores below it and half of those equal to
-    it, in (0, 1). So scores of any scale add up (rank aggregation by weighted Borda counts; Borda 1781, Dwork et al.
-    2001). A sample that lacks one of the scores has no sum and never passes. Of pools beyond `RANKED` samples the rank
-    is among that many, drawn by a hash of the uid: its standard error is below 0.00025.
+    The rank of a score is its percentile in the pool: the fraction of the pool's scores below it plus half of those
+    equal to it, in (0, 1). So scores of any scale can be added (rank aggregation by weighted Borda counts; Borda 1781,
+    Dwork et al. 2001). A sample without one of the scores never passes. In pools of more than `RANKED` samples the rank
+    is among that many samples, drawn by a hash of the uid; its standard error is below 0.00025.
 
-    In YAML the weights stand beside the other parameters: `score: {clip: 0.5, aesthetic: 0.5, fraction: 0.3}`.
+    In YAML the weights are given next to the other parameters: `score: {clip: 0.5, aesthetic: 0.5, fraction: 0.3}`.
 
     Args:
-        weights: by score: the name of a measure whose column is `NAME.score`, DataComp's `b32` or `l14`, or a column
+        weights: by score: an instance of a measure that has a column `score`, DataComp's `b32` or `l14`, or a column
             (`caption.words`). Negative ones prefer small scores.
-        fraction, threshold, keep, of: where to cut, as for `clip_score`; the threshold is of the sum.
+        fraction, threshold, keep, of: as for `clip_score`; the threshold is of the sum.
     """
 
-    weights: tuple[tuple[str, float], ...]
-    fraction: float | None = None
+    weights: Weights
+    fraction: Fraction | None = None
     threshold: float | None = None
-    budget: int | None = field(default=None, metadata={"parameter": "keep"})
-    of: str = "pool"
+    keep: Positive | None = None
+    of: Scope = "pool"
 
     name: ClassVar[str] = "score"
     paper: ClassVar[str] = "Dwork et al. 2001 (rank aggregation)"
     example: ClassVar[Mapping[str, Any]] = {"weights": {"b32": 0.5, "l14": 0.5}, "fraction": 0.3}
 
-    def __init__(
-        self,
-        weights: Mapping[str, float] | tuple[tuple[str, float], ...],
-        fraction: float | None = None,
-        threshold: float | None = None,
-        keep: int | None = None,
-        of: str = "pool",
-    ) -> None:
-        pairs = tuple(sorted((str(name), weight) for name, weight in dict(weights).items()))
-        values = {"weights": pairs, "fraction": fraction, "threshold": threshold, "budget": keep, "of": of}
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-        self.cutoff.check(self.name)
-        if not pairs:
-            raise UsageError("score has no weights", do="Write them as `score: {clip: 0.5, aesthetic: 0.5, …}`.")
-        for name, weight in pairs:
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-                raise UsageError(f"score: the weight of {name} is {weight!r}, not a number")
-            if "." not in name and name not in MODELS and name not in MEASURES.table:
-                raise unknown("score", name, [*MEASURES.table, "b32", "l14", *_OWN])
-        if not any(weight for _, weight in pairs):
-            raise UsageError("score: all weights are 0")
-
+    @model_validator(mode="before")
     @classmethod
-    def read(cls, params: Mapping[str, Any]) -> dict[str, Any]:
-        local = {key: value for key, value in params.items() if key in (*_OWN, "weights")}
-        weights = {key: value for key, value in params.items() if key not in local}
-        return local if "weights" in local and not weights else local | {"weights": weights}
+    def _gather(cls, given: ArgsKwargs) -> ArgsKwargs:
+        """Weights from YAML, where they are given next to the other parameters."""
+        kwargs = given.kwargs or {}
+        if given.args or "weights" in kwargs:
+            return given
+        weights = {key: value for key, value in kwargs.items() if key not in _OTHERS}
+        return ArgsKwargs((), {"weights": weights} | {key: kwargs[key] for key in kwargs if key in _OTHERS})
 
-    def arguments(self) -> dict[str, Any]:
-        return super().arguments() | {"weights": dict(self.weights)}
+    def __post_init__(self) -> None:
+        if not any(self.weights.values()):
+            what = "all weights are 0" if self.weights else "there are no weights"
+            raise ParameterError(f"score: {what}", do="Write them as `score: {clip: 0.5, aesthetic: 0.5, …}`.")
+        self.cutoff.check(self.name)
 
-    def given(self) -> dict[str, Any]:
-        local = super().given()
-        return {**local.pop("weights"), **local}
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def yaml(self) -> dict[str, Any]:
+        others = super().yaml()
+        return {**others.pop("weights"), **others}
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"weights": list(self.weights.items())}
 
     @property
     def cutoff(self) -> Threshold:
-        return Threshold(self.fraction, self.threshold, self.budget, self.of)
+        return Threshold(self.fraction, self.threshold, self.keep, self.of)
 
     def scores(self) -> dict[str, float]:
         """The weight of each column."""
         weights: dict[str, float] = {}
-        for name, weight in self.weights:
-            column = name if "." in name else MODELS.get(name, f"{name}.score")
+        for name, weight in self.weights.items():
+            column = name if "." in name else model_columns(name)[2]
             weights[column] = weights.get(column, 0.0) + weight
         return weights
 
@@ -129,8 +116,8 @@ class Score(Filter):
             total += weight * percentile(scores_of(batch, column), state[f"sorted {column}"])
         return total
 
-    def keep(self, batch: pa.Table, state: State) -> np.ndarray:
-        return self.cutoff.keep(self.total(batch, state), batch, state)
+    def mask(self, batch: pa.Table, state: State) -> np.ndarray:
+        return self.cutoff.mask(self.total(batch, state), batch, state)
 
     def explain(self, batch: pa.Table, state: State) -> dict[str, Any]:
         total = float(self.total(batch, state)[0])
@@ -138,7 +125,7 @@ class Score(Filter):
 
 
 def percentile(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
-    """The share of ordered values below each value plus half of those equal to it; NaN for NaN. float64, shape [n]."""
+    """The fraction of the ordered values below each value plus half of those equal to it; NaN for NaN. float64, [n]."""
     values = values.astype(np.float64)
     ranks = np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")
     return np.where(np.isnan(values), np.nan, ranks / (2 * max(len(ordered), 1)))

@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
-from winnow.curation.columns.pool_columns import SelectionFilter, as_state, collect, passing
+from winnow.curation.columns.pool_columns import collect, passing
+from winnow.curation.columns.table import View
 from winnow.curation.columns.threshold import Threshold
-from winnow.curation.filters.base import State
-from winnow.curation.search.kmeans import assign, enough, train_centroids
+from winnow.curation.filters.base import Fraction, Positive, Scope, SelectionFilter, State, as_state
+from winnow.curation.search.centroids import assign
+from winnow.curation.search.kmeans import enough, train_centroids
 from winnow.curation.search.neighbours import runs
-from winnow.infra.errors import UsageError
+from winnow.infra.params import ParameterError, params
 from winnow.infra.pool.uids import hash_unit
-from winnow.infra.registry import unknown
 
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
-
-_KEEP = ("hard", "easy", "random")
 _BLOCK = 4096
 
 
-@dataclass(frozen=True)
+@params
 class SemDeDup(SelectionFilter):
-    """Drop a sample whose cosine with one before it in its cluster exceeds 1 - epsilon.
+    """Drop a sample whose cosine with an earlier one of its cluster exceeds 1 - epsilon.
 
     Abbas et al. 2023 (SemDeDup), section 3 and algorithm A7. The embeddings are clustered by spherical k-means;
-    each cluster is sorted by falling distance to its centroid, so that of duplicates the one least like the centroid
-    stays; with M the column maxima of the strictly upper triangle of the cluster's cosine matrix, zero below it, a
-    sample is dropped when M > 1 - epsilon. Samples at equal distance stand in pool order.
+    each cluster is sorted by descending distance to its centroid, so that of several duplicates the one farthest from
+    the centroid is kept. With M the column maxima of the strictly upper triangle of the cluster's cosine matrix, at
+    least 0, a sample is dropped when M > 1 - epsilon. Samples at equal distance are in pool order.
 
-    With `fraction`, epsilon is what keeps that share: DataComp's quantile rule on -M, samples at the quantile kept.
+    With `fraction`, epsilon is chosen to keep that fraction: DataComp's quantile rule on -M, where samples at the
+    quantile are kept.
 
     Args:
         clusters: k of k-means (the paper: 50,000 for 440 M samples).
-        epsilon: in [0, 1]; instead of a fraction.
+        epsilon: 1 minus a cosine, in [0, 1]; instead of a fraction.
         fraction: of the pool to keep, in (0, 1].
         which_to_keep: "hard" (far from the centroid, the paper's default), "easy" (near it), or "random".
         column: of the embeddings.
@@ -44,13 +42,13 @@ class SemDeDup(SelectionFilter):
         of: `pool` or `survivors`: what is clustered and compared.
     """
 
-    clusters: int
-    epsilon: float | None = None
-    fraction: float | None = None
-    which_to_keep: str = "hard"
+    clusters: Positive
+    epsilon: Annotated[float, Field(ge=0, le=1)] | None = None
+    fraction: Fraction | None = None
+    which_to_keep: Literal["hard", "easy", "random"] = "hard"
     column: str = "clip.image"
     seed: int = 0
-    of: str = "pool"
+    of: Scope = "pool"
 
     name: ClassVar[str] = "semdedup"
     paper: ClassVar[str] = "Abbas et al. 2023 (SemDeDup)"
@@ -58,18 +56,11 @@ class SemDeDup(SelectionFilter):
 
     def __post_init__(self) -> None:
         if (self.epsilon is None) == (self.fraction is None):
-            raise UsageError("semdedup takes either an epsilon or a fraction", do="Give exactly one.")
-        if self.epsilon is not None and not 0 <= self.epsilon <= 1:
-            raise UsageError(f"semdedup: epsilon {self.epsilon} is not in [0, 1]", do="It is 1 minus a cosine.")
-        self.cutoff.check(self.name)
-        if self.clusters < 1:
-            raise UsageError("semdedup: clusters start at 1")
-        if self.which_to_keep not in _KEEP:
-            raise unknown("which_to_keep for semdedup", self.which_to_keep, _KEEP)
+            raise ParameterError("semdedup takes either an epsilon or a fraction", do="Give exactly one.")
 
     @property
     def cutoff(self) -> Threshold:
-        """Of minus the likeness."""
+        """The threshold of the negated similarity."""
         threshold = None if self.epsilon is None else self.epsilon - 1
         return Threshold(self.fraction, threshold, None, self.of if self.fraction is not None else "pool")
 
@@ -91,9 +82,9 @@ class SemDeDup(SelectionFilter):
             sort_key = hash_unit(pool.uids, self.seed, "semdedup")
         else:
             sort_key = _similarity(vectors, centroids, label) * (1 if self.which_to_keep == "hard" else -1)
-        likeness = likeness_before(vectors, label, sort_key)
-        mask = passing(self.cutoff, pool.uids, -likeness, pool.total)
-        return as_state(pool.uids, mask, epsilon=np.array(1 - likeness[mask].max(initial=0)))
+        similarity = similarity_before(vectors, label, sort_key)
+        mask = passing(self.cutoff, pool.uids, -similarity, pool.total)
+        return as_state(pool.uids, mask, epsilon=np.array(1 - similarity[mask].max(initial=0)))
 
 
 def _similarity(vectors: np.ndarray, centroids: np.ndarray, label: np.ndarray) -> np.ndarray:
@@ -105,13 +96,13 @@ def _similarity(vectors: np.ndarray, centroids: np.ndarray, label: np.ndarray) -
     return result
 
 
-def likeness_before(vectors: np.ndarray, label: np.ndarray, sort_key: np.ndarray) -> np.ndarray:
-    """Each sample's largest cosine with those of its cluster that stand before it, at least 0. float32, shape [n].
+def similarity_before(vectors: np.ndarray, label: np.ndarray, sort_key: np.ndarray) -> np.ndarray:
+    """The largest cosine of each sample with the samples before it in its cluster, at least 0. float32, shape [n].
 
     Args:
         vectors: L2-normalised, shape [n, d].
         label: cluster of each, shape [n].
-        place: what a cluster is sorted by, rising; equal ones by their number. Shape [n].
+        sort_key: by which a cluster is sorted, ascending; equal keys by index. Shape [n].
     """
     order = np.lexsort((np.arange(len(label)), sort_key, label))
     result = np.zeros(len(label), np.float32)

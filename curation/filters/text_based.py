@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -10,14 +9,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from winnow.curation.filters.base import Filter, State
+from winnow.infra.params import params
 
 
-@dataclass(frozen=True)
+@params
 class TextBased(Filter):
-    """English captions that name something ImageNet-21k shows.
+    """English captions that name an ImageNet-21k class.
 
-    Gadre et al. 2023 (DataComp), "Text-based filtering": language by fastText; some whitespace-separated word whose
-    first WordNet synset is among ImageNet-21k's. The measure `entity` says how exactly.
+    Gadre et al. 2023 (DataComp), "Text-based filtering": language by fastText; at least one whitespace-separated
+    word whose first WordNet synset is in ImageNet-21k. The measure `entity` documents the details.
 
     Args:
         language: ISO 639 code; None for any.
@@ -34,7 +34,7 @@ class TextBased(Filter):
     def numeric(self) -> tuple[str, ...]:
         return ("entity.in21k",)
 
-    def keep(self, batch: pa.Table, state: State) -> np.ndarray:
+    def mask(self, batch: pa.Table, state: State) -> np.ndarray:
         mask = pc.fill_null(batch["entity.in21k"], False)
         if self.language is not None:
             mask = pc.and_(mask, pc.fill_null(pc.equal(batch["language.code"], self.language), False))

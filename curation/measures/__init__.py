@@ -1,4 +1,4 @@
-"""Measures: columns computed once per sample and kept, so that thresholds change without computing anything again."""
+"""Measures: columns that are computed once per sample, so that changing a threshold recomputes nothing."""
 
 from winnow.infra.registry import Registry
 

@@ -1,127 +1,268 @@
-"""The Measure contract."""
+"""The Measure contract, and measures as a recipe names them."""
 
 from __future__ import annotations
 
 import abc
+import copy
+import functools
+import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import pyarrow as pa
+from PIL.Image import Image
+from pydantic import Field
 
+from winnow.curation.measures import MEASURES
 from winnow.infra.errors import UsageError
 from winnow.infra.io.storage import digest_json
+from winnow.infra.params import ParameterError, build, names_of
+from winnow.infra.registry import unknown
 from winnow.infra.stages.resources import Resources
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+Instance = Annotated[str, Field(pattern=r"^[\w-]+$")]
+_RESERVED = ("scorer", "b32", "l14")  # what filters call the recipe's scorer and DataComp's columns
+M = TypeVar("M", bound="Measure")
 
 
 @dataclass(frozen=True)
 class Samples:
-    """A batch of samples as a measure sees it.
+    """A batch of n samples as a measure sees it.
 
     Attributes:
-        table: the wanted columns, of the pool and of other measures (`clip.image`), shape [n].
-        images: decoded RGB images, None where undecodable; empty when no measure wants pixels. Length n.
-        encoded: the images' files as bytes; empty when no measure wants them. Length n.
+        table: the columns that were asked for, of the pool and of other measures (`clip.image`), shape [n].
+        images: decoded RGB images, None where undecodable; empty when no measure asks for pixels. Length n.
+        encoded: the files of the images as bytes; empty when no measure asks for them. Length n.
+        read: reads a member of every sample; see `members`.
     """
 
     table: pa.Table
-    images: list[Image | None]
+    images: list[Image | None] = field(default_factory=list)
     encoded: list[bytes] = field(default_factory=list)
+    read: Callable[[pa.Table, str], list[bytes]] | None = None
 
     def __len__(self) -> int:
         return self.table.num_rows
 
+    def members(self, ext: str) -> list[bytes]:
+        """The member with an extension ("wav", "json") of every sample, read now; b"" where there is none. Length n.
 
-@dataclass(frozen=True)
+        Raises ValueError when the measure does not declare `members`.
+        """
+        if self.read is None:
+            raise ValueError("set `members = True` in the measure's class to read members")
+        return self.read(self.table, ext)
+
+
 class Measure(abc.ABC):
-    """A column family. Subclasses are frozen dataclasses whose fields are the parameters.
+    """A family of columns. Subclasses are decorated with `winnow.infra.params.params`; their fields are parameters.
 
     Class attributes:
-        name: what columns are called by: `clip.score` is column `score` of measure `clip`.
+        name: as registered. Columns are named after the instance, which is called as its class unless the recipe gives
+            it a name: `clip.score` is column `score` of the instance `clip`.
         version: raise it when the values change.
-        pixels: whether it wants decoded images.
-        encoded: whether it wants the images' files as they are.
-        reads: pool columns it wants.
-        derived: columns of other measures it wants (`clip.image`); those measures run before it. A measure that has
-            any gets no images.
+        pixels: whether it reads decoded images.
+        encoded: whether it reads the files of the images.
+        members: whether it reads other members through `Samples.members`.
+        reads: pool columns that it reads.
+        filled: parameters that Winnow fills in and a recipe cannot give.
         summary: one line for `winnow ls measures`.
+        example: parameters that make a valid measure, for `winnow ls measures` and tests.
     """
 
     name: ClassVar[str]
     version: ClassVar[int]
     pixels: ClassVar[bool] = False
     encoded: ClassVar[bool] = False
+    members: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ()
-    derived: ClassVar[tuple[str, ...]] = ()
+    filled: ClassVar[tuple[str, ...]] = ()
     summary: ClassVar[str] = ""
+    example: ClassVar[Mapping[str, Any]] = {}
+
+    def named(self: M, name: str) -> M:
+        """The same measure as an instance called `name`."""
+        other = copy.copy(self)
+        object.__setattr__(other, "name", name)
+        return other
 
     def params(self) -> dict[str, Any]:
-        """What decides the values; no paths, but the digests of what lies there."""
-        return asdict(self)
+        """What decides the values; JSON values. Files are represented by their digests, not their paths."""
+        return asdict(self)  # type: ignore[call-overload]
 
     @property
     def id(self) -> str:
-        """The name and eight digits of what decides the values: the directory of its columns, if none is `derived`."""
-        return f"{self.name}-{digest_json([self.name, self.version, self.params()])[:8]}"
+        """The instance's name and eight digits of what decides the values: the directory of its columns, unless it
+        reads other measures."""
+        return f"{self.name}-{digest_json([type(self).name, self.version, self.params()])[:8]}"
 
-    @classmethod
-    def upstream(cls) -> tuple[str, ...]:
-        """Names of the measures whose columns it wants, each once."""
-        return tuple(dict.fromkeys(column.partition(".")[0] for column in cls.derived))
+    def derived(self) -> tuple[str, ...]:
+        """Columns of other measures that it reads (`clip.image`). Those measures run first. A measure with any gets no
+        images."""
+        return ()
+
+    def upstream(self) -> tuple[str, ...]:
+        """Names of the measures whose columns it reads, each once."""
+        return tuple(dict.fromkeys(column.partition(".")[0] for column in self.derived()))
+
+    @property
+    def needs_encoder(self) -> bool:
+        """Whether its parameters `encoder` and `digest` are used."""
+        return "encoder" in names_of(type(self))
 
     @property
     def resources(self) -> Resources:
-        """What it takes beside decoding."""
+        """What it takes besides decoding."""
         return Resources(0)
+
+    def setup(self) -> None:
+        """Load what `compute` uses (a model), once in each worker process."""
+        return
 
     @abc.abstractmethod
     def schema(self) -> pa.Schema:
-        """Names (without the measure's) and types of its columns."""
+        """Names (without the instance's) and types of its columns."""
 
     @abc.abstractmethod
     def compute(self, samples: Samples) -> pa.Table:
-        """The columns of a batch, in its order. A sample that cannot be measured gets nulls. Shape [n]."""
+        """The columns of a batch, in its order, shape [n]. A sample that cannot be measured gets nulls."""
 
 
-def with_upstream(names: Iterable[str], load: Callable[[str], type[Measure]]) -> dict[str, type[Measure]]:
-    """Measures by name, and those whose columns they read, and so on.
+@dataclass(frozen=True)
+class MeasureSpec:
+    """A measure as a recipe names it.
+
+    Attributes:
+        name: of the instance; its columns are `NAME.column`.
+        kind: the class.
+        params: those of its parameters that are given.
+    """
+
+    name: str
+    kind: type[Measure]
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def draft(self) -> Measure:
+        """The measure, possibly without its encoder."""
+        return build(self.kind, self.params, self.name).named(self.name)
+
+    @property
+    def needs_scorer(self) -> bool:
+        """Whether the recipe's scorer is its encoder."""
+        return self.draft.needs_encoder and not self.params.get("encoder")
+
+
+def parse_measures(given: Mapping[str, Any]) -> dict[str, MeasureSpec]:
+    """The measures of a recipe by the names of their instances.
+
+    A key that is a registered measure or `module:Class` has the parameters as its value. Any other key names an
+    instance, and its value is a mapping from the measure to the parameters: `clip-b32: {clip: {encoder: ...}}`.
+
+    Raises:
+        ParameterError: an unknown measure or parameter, or a value that is refused; with the path to it.
+    """
+    specs: dict[str, MeasureSpec] = {}
+    for key, body in given.items():
+        try:
+            spec = _parse_entry(str(key), body)
+            if spec.name in specs:
+                raise ParameterError(f'two measures are called "{spec.name}"', do="Name one: `NAME: {MEASURE: {}}`.")
+        except ParameterError as error:
+            raise error.below(key) from None
+        except UsageError as error:
+            raise ParameterError(error.what, do=error.do).below(key) from None
+        specs[spec.name] = spec
+    return specs
+
+
+def _parse_entry(key: str, body: Any) -> MeasureSpec:
+    if key in MEASURES.table or ":" in key:
+        return _parse_params(key, body, None)
+    if not (isinstance(body, Mapping) and len(body) == 1):
+        raise unknown("measure", key, MEASURES.table)
+    kind, params = next(iter(body.items()))
+    if not (params is None or isinstance(params, Mapping)):
+        raise unknown("measure", key, MEASURES.table)
+    if not re.fullmatch(r"[\w-]+", key) or key in _RESERVED:
+        raise ParameterError(
+            f'"{key}" cannot name a measure', do=f"Use letters, digits, _ and -, but not {', '.join(_RESERVED)}."
+        )
+    try:
+        return _parse_params(str(kind), params, key)
+    except ParameterError as error:
+        raise error.below(kind) from None
+    except UsageError as error:
+        raise ParameterError(error.what, do=error.do).below(kind) from None
+
+
+def _parse_params(path: str, params: Any, name: str | None) -> MeasureSpec:
+    kind = MEASURES.load(path)
+    if not (isinstance(kind, type) and issubclass(kind, Measure) and hasattr(kind, "__pydantic_fields__")):
+        raise UsageError(
+            f"{kind} is not a Measure",
+            do="A measure derives from winnow.curation.measures.base.Measure and is decorated with "
+            "winnow.infra.params.params.",
+        )
+    params = {} if params is None else params
+    if not isinstance(params, Mapping):
+        raise UsageError(f"{kind.name}: parameters are written `name: value`, this is {params!r}")
+    if hidden := [key for key in params if key in kind.filled]:
+        known = [item for item in names_of(kind) if item not in kind.filled]
+        error = unknown(f"parameter of {kind.name}", hidden[0], known or ["(none)"])
+        raise ParameterError(error.what, do=error.do).below(hidden[0])
+    spec = MeasureSpec(name or kind.name, kind, params)
+    _ = spec.draft  # refuses wrong parameters
+    return spec
+
+
+def with_upstream(names: Iterable[str], specs: Mapping[str, MeasureSpec] | None = None) -> dict[str, MeasureSpec]:
+    """Measures by name, with those whose columns they read, and so on.
 
     Args:
-        names: as `load` takes them.
-        load: from a name to the class.
+        names: of instances; a registered measure is the name of its default instance.
+        specs: the instances of the recipe.
+
+    Raises:
+        UsageError: there is no such measure, or it needs a parameter.
     """
-    kinds: dict[str, type[Measure]] = {}
+    given = specs or {}
+    found: dict[str, MeasureSpec] = {}
     left = list(names)
     while left:
         name = left.pop(0)
-        if name not in kinds:
-            kinds[name] = load(name)
-            left += kinds[name].upstream()
-    return dict(sorted(kinds.items()))
+        if name in found:
+            continue
+        if name not in given and name not in MEASURES.table:
+            raise unknown("measure", name, [*given, *MEASURES.table])
+        found[name] = given[name] if name in given else MeasureSpec(name, MEASURES.load(name))
+        left += found[name].draft.upstream()
+    return {name: _with_encoder(found[name], found) for name in sorted(found)}
 
 
-def make(kind: type[Measure], params: Mapping[str, Any], scorer: Callable[[], tuple[str, str]]) -> Measure:
-    """A measure by its parameters; one with an encoder gets the scorer's.
+def _with_encoder(spec: MeasureSpec, specs: Mapping[str, MeasureSpec]) -> MeasureSpec:
+    """A measure of embeddings with the encoder that made them, where that is not the recipe's scorer."""
+    encoders = [encoder for name in spec.draft.upstream() if (encoder := specs[name].params.get("encoder"))]
+    if encoders and "encoder" in spec.kind.filled:
+        return replace(spec, params={**spec.params, "encoder": encoders[0]})
+    return spec
+
+
+def make(spec: MeasureSpec, scorer: Callable[[], tuple[str, str]]) -> Measure:
+    """The measure of a spec.
 
     Args:
-        kind: the class.
-        params: those of its fields that are given.
-        scorer: the spec of the scorer and the digest of its content; asked only if it is wanted.
-
-    Raises:
-        UsageError: a parameter is lacking.
+        spec: as `parse_measures` or `with_upstream` returns it.
+        scorer: the recipe's scorer, as an encoder spec and the digest of its content. Called only for a measure that
+            needs an encoder and names none.
     """
-    known = {item.name: item for item in fields(kind)}
-    given = dict(params)
-    if "encoder" in known:
-        given["encoder"], given["digest"] = scorer()
-    for name, item in known.items():
-        if name not in given and item.default is MISSING and item.default_factory is MISSING:
-            raise UsageError(
-                f'the measure "{kind.name}" needs "{name}"',
-                do=f"Give it in a recipe: `measures: {{{kind.name}: {{{name}: ...}}}}`.",
-            )
-    return kind(**given)
+    params = dict(spec.params)
+    if spec.needs_scorer:
+        params["encoder"], params["digest"] = scorer()
+    elif params.get("encoder"):
+        from winnow.pretrain.encoder import encoder_digest
+
+        params["digest"] = encoder_digest(params["encoder"])
+    return build(spec.kind, params, spec.name).named(spec.name)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from winnow.curation.measures.base import Measure, Samples
+from winnow.infra.params import params
 
 
-@dataclass(frozen=True)
+@params
 class Caption(Measure):
     """`caption.words`: whitespace-separated words; `caption.characters`: Unicode code points. int32.
 

@@ -1,33 +1,33 @@
-"""What a caption is made of."""
+"""Statistics of the characters of a caption."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from winnow.curation.measures.base import Measure, Samples
+from winnow.infra.params import params
 
 _FILE = r"(?i)^\S+\.(jpe?g|png|gif|webp|bmp|tiff?|svg|heic)$"
 _CAMERA = r"(?i)^(img|dsc|dscn|dscf|dcim|pict|p|image|photo|screenshot|wp)[ _-]?\d{2,}[\d _-]*$"
 
 
-@dataclass(frozen=True)
+@params
 class CaptionStats(Measure):
-    """Shares of a caption's characters, and whether it is a file name.
+    """Fractions of a caption's characters, and whether it is a file name.
 
-    Columns: `digits`, `punctuation`, `upper`: decimal digits, punctuation and upper-case letters (Unicode categories
-    Nd, P, Lu) over all characters, float32, 0 for an empty caption; `word_length`: characters that are not white space
-    per whitespace-separated word, float32, 0 without words; `file_name`: the trimmed caption is one word ending in a
-    image's extension, or a camera's numbered name, bool.
+    `digits`, `punctuation` and `upper` are the fractions of decimal digits, punctuation and upper-case letters (Unicode
+    categories Nd, P, Lu) among all characters, float32, 0 for an empty caption. `word_length` is the number of
+    characters that are not white space per whitespace-separated word, float32, 0 without words. `file_name` is whether
+    the trimmed caption is a single word with the extension of an image, or a numbered name as cameras give it, bool.
     """
 
     name: ClassVar[str] = "caption_stats"
     version: ClassVar[int] = 1
     reads: ClassVar[tuple[str, ...]] = ("text",)
-    summary: ClassVar[str] = "shares of digits, punctuation, upper case; word length; whether it is a file name"
+    summary: ClassVar[str] = "fractions of digits, punctuation, upper case; word length; whether it is a file name"
 
     def schema(self) -> pa.Schema:
         fractions = [(name, pa.float32()) for name in ("digits", "punctuation", "upper", "word_length")]

@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
-from winnow.curation.measures.base import Measure, Samples
+from winnow.curation.measures.base import Device, Measure, Samples
+from winnow.infra.params import params
 from winnow.infra.stages.resources import Resources
 
 if TYPE_CHECKING:
     from winnow.pretrain.encoder import Encoder
 
 
-@dataclass(frozen=True)
+@params
 class Clip(Measure):
     """`clip.image`, `clip.text`: L2-normalised embeddings, float16 lists of fixed size; `clip.score`: their cosine.
 
     The score is the float32 inner product of the float32 embeddings, before they are rounded to float16. An image
-    without a caption (a target set's) has an image embedding alone.
+    without a caption (as in target sets) has an image embedding only.
 
     Args:
-        encoder: what `winnow.pretrain.encoder.load_encoder` takes.
-        digest: of the encoder's content; it stands for the encoder in the key, so that the path does not.
+        encoder: what `winnow.pretrain.encoder.load_encoder` takes; empty for the recipe's scorer.
+        digest: of the encoder's content, which enters the content key instead of its path. Winnow fills it in.
         device: "auto", "cpu" or "cuda".
     """
 
-    encoder: str
-    digest: str
-    device: str = "auto"
+    encoder: str = ""
+    digest: str = ""
+    device: Device = "auto"
 
     name: ClassVar[str] = "clip"
     version: ClassVar[int] = 2
     pixels: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = ("text",)
-    summary: ClassVar[str] = "image and text embeddings and their cosine, by the recipe's scorer"
+    filled: ClassVar[tuple[str, ...]] = ("digest",)
+    summary: ClassVar[str] = "image and text embeddings and their cosine, by the recipe's scorer or by `encoder`"
 
     def params(self) -> dict[str, Any]:
         return {"encoder": self.digest}
@@ -48,7 +49,10 @@ class Clip(Measure):
     def _encoder(self) -> Encoder:
         from winnow.pretrain.encoder import load_encoder
 
-        return load_encoder(self.encoder, device=self.device)
+        return load_encoder(self.encoder, device=self.device, precision="auto")
+
+    def setup(self) -> None:
+        self._encoder()
 
     def schema(self) -> pa.Schema:
         vector = pa.list_(pa.float16(), self._encoder().dim)
@@ -83,13 +87,3 @@ def _vectors(values: np.ndarray, present: np.ndarray, dim: int) -> pa.Array:
     flat = pa.array(values.astype(np.float16).ravel(), pa.float16())
     mask = None if present.all() else pa.array(~present)
     return pa.FixedSizeListArray.from_arrays(flat, dim, mask=mask)
-
-
-def as_matrix(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings of a column as float16 [n, dim], and which of them are there, bool [n]; rows of absent ones are 0."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    present = ~np.asarray(array.is_null())
-    dim = array.type.list_size
-    values = array.values.slice(array.offset * dim, len(array) * dim)
-    matrix = values.to_numpy(zero_copy_only=False).reshape(len(array), dim)
-    return np.where(present[:, None], matrix, np.float16(0)) if not present.all() else matrix, present

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from typing import ClassVar
 
 import pyarrow as pa
 
 from winnow.curation.measures.base import Measure, Samples
+from winnow.infra.params import params
 
 
-@dataclass(frozen=True)
+@params
 class Content(Measure):
-    """`content.sha256`: of the image's file as it lies in the shard, 64 hexadecimal digits."""
+    """`content.sha256`: of the image's file in the shard, 64 hexadecimal digits."""
 
     name: ClassVar[str] = "content"
     version: ClassVar[int] = 1

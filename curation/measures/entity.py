@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,24 +15,26 @@ from winnow.curation.measures.base import Measure, Samples
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.content import content_digest
+from winnow.infra.params import params
 
-MAX_WORDS = 500_000  # remembered, some 50 MB; then they are looked up anew
+MAX_WORDS = 500_000  # in the cache, about 50 MB
 MAX_BYTES = 64 << 20
 
 
-@dataclass(frozen=True)
+@params
 class Entity(Measure):
     """`entity.in21k`: bool, whether a word of the caption is an ImageNet-21k class; null without a caption.
 
-    As DataComp decides it (Gadre et al. 2023, section 3.2 and appendix on text-based filtering): the words are
-    `text.split()`, punctuation included; of each only the first synset in WordNet 3.0 counts (`WordNet.first`, of any
-    part of speech); its byte offset must be among ImageNet-21k's, which are nouns. So an offset that a verb, adjective
-    or adverb shares with a listed noun matches too, as it does in DataComp.
+    The rule is DataComp's (Gadre et al. 2023, section 3.2 and the appendix on text-based filtering). The words are
+    `text.split()`, with punctuation. Only the first synset of each word in WordNet 3.0 is used (`WordNet.first`, of any
+    part of speech). Its byte offset must be one of ImageNet-21k's, which are nouns. So an offset that a verb, adjective
+    or adverb shares with a listed noun matches too, as in DataComp.
 
     Args:
         dictionary: folder of WordNet 3.0's dictionary files; None to search for it
             (`winnow.curation.measures.wordnet.candidate_folders`).
-        synsets: text file with one synset a line, as n01440764; None for ImageNet-21k's 21,843, which timm brings.
+        synsets: text file with one synset per line, such as n01440764; None for ImageNet-21k's 21,843, which come with
+            timm.
     """
 
     dictionary: str | None = None
@@ -87,10 +88,10 @@ class Lexicon:
 
 
 def read_synsets(url: str) -> frozenset[int]:
-    """The offsets in a list of synsets (n01440764, one a line; empty lines are passed over).
+    """The offsets in a list of synsets (such as n01440764, one per line; empty lines are ignored).
 
     Raises:
-        WinnowError: a line is no synset, or there is none.
+        WinnowError: a line is not a synset, or there are no synsets.
     """
     if storage.size_of(url) > MAX_BYTES:
         raise WinnowError("is too large for a list of synsets", where=url)
@@ -100,7 +101,7 @@ def read_synsets(url: str) -> frozenset[int]:
         if not word:
             continue
         if not (word[0].isalpha() and word[1:].isdecimal() and word.isascii()):
-            raise WinnowError(f'"{word[:40]}" is no synset such as n01440764', where=f"{url}, line {number}")
+            raise WinnowError(f'"{word[:40]}" is not a synset such as n01440764', where=f"{url}, line {number}")
         offsets.add(int(word[1:]))
     if not offsets:
         raise WinnowError("lists no synset", where=url)
@@ -116,7 +117,7 @@ def _list_url(path: str | None) -> str:
     shipped = Path(spec.origin if spec and spec.origin else "").parent / "data/_info/imagenet21k_goog_synsets.txt"
     if not shipped.is_file():
         raise WinnowError(
-            "ImageNet-21k's list of synsets comes with timm, which is not here",
+            "ImageNet-21k's list of synsets comes with timm, which is not installed",
             do="Install timm, or give the measure `entity` a list as `synsets`.",
         )
     return str(shipped)

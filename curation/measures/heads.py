@@ -1,4 +1,4 @@
-"""Small networks on CLIP embeddings, and prompts as such: aesthetic, NSFW, watermark and their like."""
+"""Scores from CLIP embeddings: small trained heads, and pairs of prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 
-# A head is a few hundred kilobytes; what is larger is another file.
+# A head has a few hundred kilobytes. A larger file is something else.
 _LARGEST = 1 << 28
 Layer = tuple[np.ndarray, np.ndarray]
 
@@ -21,11 +21,11 @@ Layer = tuple[np.ndarray, np.ndarray]
 def read_head(path: str) -> tuple[Layer, ...]:
     """The linear layers of a head, in order: weights [out, in] and biases [out], float32.
 
-    A file is .safetensors or .npz with arrays `weight` and `bias` (or one pair a layer, `layers.0.weight`,
-    `layers.2.weight`, …, in the order of their numbers), or .npy with the weights of one output. A bias may be missing.
+    The file is a .safetensors or .npz with arrays `weight` and `bias` (or one pair per layer, `layers.0.weight`,
+    `layers.2.weight`, …, in numerical order), or a .npy with the weights of one output. A bias may be missing.
 
     Raises:
-        WinnowError: no such file, another format, or layers that do not fit together.
+        WinnowError: the file does not exist, has another format, or its layers do not fit together.
     """
     if storage.exists(path) and storage.size_of(path) > _LARGEST:
         raise WinnowError("is too large for a head on an embedding", where=path)
@@ -39,10 +39,10 @@ def read_head(path: str) -> tuple[Layer, ...]:
             loaded = np.load(io.BytesIO(data), allow_pickle=False)
             arrays = {"weight": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
         else:
-            raise WinnowError("is no .safetensors, .npz or .npy file", where=path, do="Convert the head to one.")
+            raise WinnowError("is not a .safetensors, .npz or .npy file", where=path, do="Convert the head to one.")
     except WinnowError:
         raise
-    except Exception as error:  # safetensors and NumPy raise a dozen kinds on broken data
+    except Exception as error:  # safetensors and NumPy raise many kinds of errors on broken data
         raise WinnowError(f"cannot be read as a head ({error})", where=path) from error
     layers = []
     names = [name for name in arrays if re.fullmatch(r"(.*\.)?weight", name)]
@@ -71,8 +71,8 @@ def apply_head(path: str, vectors: np.ndarray, relu: bool = False, sigmoid: bool
     Args:
         path: for `read_head`.
         vectors: L2-normalised, shape [n, d].
-        relu: between layers; else they follow each other bare.
-        sigmoid: of the output.
+        relu: whether a ReLU follows each layer except the last.
+        sigmoid: whether a sigmoid is applied to the output.
 
     Returns:
         float32, shape [n].
@@ -84,9 +84,9 @@ def apply_head(path: str, vectors: np.ndarray, relu: bool = False, sigmoid: bool
     x = vectors.astype(np.float32)
     if x.shape[1] != layers[0][0].shape[1]:
         raise WinnowError(
-            f"takes embeddings of {layers[0][0].shape[1]} dimensions, the scorer's have {x.shape[1]}",
+            f"takes embeddings of {layers[0][0].shape[1]} dimensions, these have {x.shape[1]}",
             where=path,
-            do="A head goes with the model it was trained on; choose that as the scorer.",
+            do="A head needs the embeddings of the model it was trained on.",
         )
     for number, (weight, bias) in enumerate(layers):
         x = x @ weight.T + bias
@@ -97,7 +97,7 @@ def apply_head(path: str, vectors: np.ndarray, relu: bool = False, sigmoid: bool
 
 
 def prompt_probability(vectors: np.ndarray, yes: np.ndarray, no: np.ndarray, logit_scale: float) -> np.ndarray:
-    """How much an image goes with a prompt rather than its opposite, averaged over pairs of prompts.
+    """Probability that an image matches a prompt rather than its opposite, averaged over pairs of prompts.
 
     Wang, Chan & Loy 2023 (CLIP-IQA), equations 1 and 2: with s the scaled cosines, exp(s_yes) / (exp(s_yes) +
     exp(s_no)); several pairs are averaged.

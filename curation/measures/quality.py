@@ -1,8 +1,7 @@
-"""How sharp an image is, and how much is in it."""
+"""Sharpness and entropy of an image."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -10,15 +9,16 @@ import pyarrow as pa
 from PIL import Image
 
 from winnow.curation.measures.base import Measure, Samples
+from winnow.infra.params import params
 
 
-@dataclass(frozen=True)
+@params
 class Quality(Measure):
     """`quality.sharpness`: variance of the luma's Laplacian; `quality.entropy`: of its histogram, in bits. float32.
 
-    Luma is ITU-R 601, 0 to 255, at the image's own size, on which sharpness depends. The Laplacian is the kernel
-    [[0, 1, 0], [1, -4, 1], [0, 1, 0]] over all pixels with four neighbours (Pech-Pacheco et al. 2000; OpenCV's also
-    takes the border, mirrored); an image narrower than 3 pixels has none and is null. The entropy is
+    Luma is ITU-R 601, 0 to 255, at the size of the image, on which sharpness depends. The Laplacian is the kernel
+    [[0, 1, 0], [1, -4, 1], [0, 1, 0]] over all pixels with four neighbours (Pech-Pacheco et al. 2000; OpenCV also
+    includes the border, mirrored). The sharpness of an image narrower than 3 pixels is null. The entropy is
     -sum p log2 p over 256 bins of one grey level each, 0 to 8.
     """
 

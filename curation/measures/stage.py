@@ -1,4 +1,4 @@
-"""The measure stage: columns for every shard, each image decoded once for all measures that want it."""
+"""The measure stage: columns for every shard, with each image decoded once for all measures."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +18,7 @@ from winnow.infra.errors import UsageError
 from winnow.infra.io import storage
 from winnow.infra.io.images import ImageError, decode_image
 from winnow.infra.io.storage import digest_json
-from winnow.infra.pool.pool import Pool, Shard
+from winnow.infra.pool.pool import LOCATION, Pool, Shard, read_members
 from winnow.infra.stages.resources import Resources
 from winnow.infra.stages.stage import (
     Output,
@@ -36,16 +37,16 @@ _LOCATION = ("tar", "image_offset", "image_size")
 class MeasureStage(Stage):
     """Compute measures over an indexed pool.
 
-    Each (measure, shard) is a unit with a file of its own, `MEASURE-ID/SHARD.parquet`, rows as in the shard's view;
-    the units of a shard form a group, so what is missing of it is computed from one reading of its images. Measures
-    of other measures' columns come after those and read their files; what they read is part of their id.
+    Each (measure, shard) is a unit with one file, `MEASURE-ID/SHARD.parquet`, whose rows are those of the shard's view.
+    The units of a shard form a group, so its images are read once for everything that is missing. Measures that read
+    columns of other measures run after those and read their files; what they read is part of their id.
 
     Args:
         pool: URL of the pool directory.
-        measures: which; with a measure of another's columns, that one too, in any order.
+        measures: to compute, in any order, with the measures whose columns they read.
         out: directory of the columns.
         threads: decoding threads in each worker.
-        others: by name the id and digest of columns that were measured there before; see `beside_others`.
+        others: id and digest of columns that were measured there before, by name; see `with_existing`.
     """
 
     pool: str
@@ -63,6 +64,10 @@ class MeasureStage(Stage):
         wanted = max((measure.resources for measure in self.measures), key=lambda item: item.gpus, default=Resources())
         return replace(wanted, cpus=self.threads)
 
+    def setup(self) -> None:
+        for measure in self.measures:
+            measure.setup()
+
     def params(self) -> dict[str, Any]:
         return {}
 
@@ -74,7 +79,7 @@ class MeasureStage(Stage):
         return {"pool": storage.absolute(self.pool)}
 
     def with_existing(self) -> MeasureStage:
-        """The same, keeping in its manifest the columns that were measured there on this pool before."""
+        """The same stage, whose manifest also lists the columns that were measured there on this pool before."""
         before = read_manifest(self.out)
         if before is None or before.stage != self.name or before.parents.get("pool") != Pool.open(self.pool).digest:
             return self
@@ -84,7 +89,7 @@ class MeasureStage(Stage):
         return replace(self, others=others)
 
     def ordered(self) -> list[Measure]:
-        """The measures, each after those it reads. Raises UsageError when one of those is not among them."""
+        """The measures, each after those it reads. Raises UsageError when one of those is missing."""
         left: list[Measure] = list(self.measures)
         done: list[Measure] = []
         while left:
@@ -93,18 +98,18 @@ class MeasureStage(Stage):
             if not ready:
                 known = {measure.name for measure in self.measures}
                 lacking = [name for measure in left for name in measure.upstream() if name not in known]
-                what = f'"{lacking[0]}", which is not measured' if lacking else "what reads it in turn"
+                what = f'"{lacking[0]}", which is not measured' if lacking else "a measure that reads it"
                 raise UsageError(f'measure "{left[0].name}" reads {what}', do="Measure both.")
             done += ready
-            left = [measure for measure in left if measure not in ready]
+            left = [measure for measure in left if measure.name not in {item.name for item in done}]
         return done
 
     def ids(self) -> dict[str, str]:
-        """By name, the directory of each measure's columns: its id, and what it reads of others."""
+        """The directory of each measure's columns, by name. It depends on the measure and on what it reads."""
         ids: dict[str, str] = {}
         for measure in self.ordered():
             ids[measure.name] = measure.id
-            if measure.derived:
+            if measure.derived():
                 read = [measure.id, *(ids[name] for name in measure.upstream())]
                 ids[measure.name] = f"{measure.name}-{digest_json(read)[:8]}"
         return ids
@@ -115,8 +120,8 @@ class MeasureStage(Stage):
             Unit(
                 f"{ids[measure.name]}/{shard.name}",
                 {"shard": shard.digest},
-                {"measure": measure.name, "version": measure.version, "params": measure.params()}
-                | ({"reads": [ids[name] for name in measure.upstream()]} if measure.derived else {}),
+                {"measure": type(measure).name, "version": measure.version, "params": measure.params()}
+                | ({"reads": [ids[name] for name in measure.upstream()]} if measure.derived() else {}),
                 {"shard": shard.name, "measure": measure.name},
                 group=shard.name,
                 items=shard.rows,
@@ -130,8 +135,8 @@ class MeasureStage(Stage):
         wanted = {unit.runtime["measure"]: unit for unit in units}
         measures = [measure for measure in self.ordered() if measure.name in wanted]
         shard = Pool.open(self.pool).shard(units[0].runtime["shard"])
-        direct = [measure for measure in measures if not measure.derived]
-        for together in filter(None, [direct, *([measure] for measure in measures if measure.derived)]):
+        direct = [measure for measure in measures if not measure.derived()]
+        for together in filter(None, [direct, *([measure] for measure in measures if measure.derived())]):
             skipped: list[Skipped] = []
             with contextlib.ExitStack() as files:
                 writers = {}
@@ -156,14 +161,14 @@ class MeasureStage(Stage):
     def _samples(
         self, shard: Shard, measures: list[Measure], ids: dict[str, str], skipped: list[Skipped]
     ) -> Iterator[Samples]:
-        if not any(measure.derived for measure in measures):
+        if not any(measure.derived() for measure in measures):
             yield from read_samples(shard, measures, self.threads, skipped)
             return
         (measure,) = measures
         view = View(Pool.open(self.pool), self.out)
-        table = view.table(shard, ("uid", *measure.reads, *measure.derived), ids)
+        table = view.table(shard, ("uid", *measure.reads, *measure.derived()), ids)
         for start in range(0, table.num_rows, BATCH):
-            yield Samples(table.slice(start, BATCH), [])
+            yield Samples(table.slice(start, BATCH))
 
     def finish(self, records: list[Record]) -> Output:
         digests: dict[str, dict[str, str]] = {}
@@ -177,15 +182,18 @@ class MeasureStage(Stage):
 
 
 def read_samples(shard: Shard, measures: list[Measure], threads: int, skipped: list[Skipped]) -> Iterator[Samples]:
-    """A shard's samples in order, in batches; images are read and decoded ahead of the one who computes."""
+    """The samples of a shard in order, in batches; images are read and decoded ahead by threads."""
     pixels = any(measure.pixels for measure in measures)
     encoded = any(measure.encoded for measure in measures)
-    columns = ["uid", *dict.fromkeys(name for measure in measures for name in measure.reads)]
-    table = shard.table([*columns, *_LOCATION] if pixels or encoded else columns)
+    members = any(measure.members for measure in measures)
+    columns = ["uid", *(name for measure in measures for name in measure.reads)]
+    columns += LOCATION.names if members else _LOCATION if pixels or encoded else []
+    read = partial(read_members, shard.tars) if members else None
+    table = shard.table(list(dict.fromkeys(columns)))
     slices = [table.slice(start, BATCH) for start in range(0, table.num_rows, BATCH)]
     if not (pixels or encoded):
         for part in slices:
-            yield Samples(part, [])
+            yield Samples(part, read=read)
         return
 
     def load(part: pa.Table) -> tuple[list[Any], list[bytes], list[Skipped]]:
@@ -208,4 +216,4 @@ def read_samples(shard: Shard, measures: list[Measure], threads: int, skipped: l
             if number + threads + 1 < len(slices):
                 ahead.append(workers.submit(load, slices[number + threads + 1]))
             skipped.extend(bad)
-            yield Samples(part, images, files)
+            yield Samples(part, images, files, read)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from winnow.curation.measures.prompted import Prompted
+from winnow.infra.params import params
 
 
-@dataclass(frozen=True)
+@params
 class Watermark(Prompted):
     """`watermark.score`: probability of a watermark, float32, by a head on the CLIP embedding or zero-shot by prompts.
 
-    Schuhmann et al. 2022 (LAION-5B) give such a probability by a network of their own; a head trained on its labels
-    may be named. The prompts are a coarse stand-in whose level must be looked at before a threshold is set.
+    Schuhmann et al. 2022 (LAION-5B) train a network for this probability. A head trained on its labels can be given.
+    The prompts are a coarse substitute: look at their scores before you set a threshold.
     """
 
     name: ClassVar[str] = "watermark"

@@ -1,7 +1,10 @@
-"""A word's first synset in WordNet 3.0 (Fellbaum 1998), read from the dictionary files.
+"""The first synset of a word in WordNet 3.0 (Fellbaum 1998), read from the dictionary files.
 
 The dictionary's `index.POS` files list for each lemma its synsets, most frequent sense first, by byte offset (wndb(5));
 `POS.exc` lists irregular forms; other inflected forms lose their ending by the rules of morphy(7).
+
+NLTK is not used, because from 3.9 on it no longer applies these rules repeatedly and so finds other first synsets than
+DataComp's filter did with NLTK 3.8 (the test in tests/curation/test_wordnet.py compares them).
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 
 ORDER = ("noun", "verb", "adj", "adv")
-# Endings and what takes their place, in the order they are tried (morphy(7), "Rules of Detachment").
+# Endings and their replacements, in the order in which they are tried (morphy(7), "Rules of Detachment").
 DETACHMENT: dict[str, tuple[tuple[str, str], ...]] = {
     "noun": (
         ("s", ""),
@@ -50,11 +53,11 @@ MAX_BYTES = 64 << 20  # index.noun, the largest, has 4.8 MB
 
 
 class WordNet:
-    """First synsets, as NLTK 3.8 (the release DataComp used) gives them: `wordnet.synsets(word)[0].offset()`.
+    """First synsets as NLTK 3.8, the release that DataComp used, returns them: `wordnet.synsets(word)[0].offset()`.
 
-    A word is put into lower case. Nouns, verbs, adjectives (satellites among them) and adverbs are tried in this order.
-    In each, the candidates are the word itself and then its forms: those of the exception list if it stands there,
-    else what the rules of detachment make of it; if none is a lemma, the rules are applied to the results again.
+    A word is lower-cased. Nouns, verbs, adjectives (including satellites) and adverbs are tried in this order. In each,
+    the candidates are the word itself and then its forms: those in the exception list if it has the word, otherwise the
+    results of the rules of detachment; if none is a lemma, the rules are applied to the results again.
 
     Args:
         folder: with the eight FILES, or NLTK's `wordnet.zip`.
@@ -146,11 +149,11 @@ def _read(folder: str, name: str) -> bytes:
 
 def _bound(size: int, where: str) -> None:
     if size > MAX_BYTES:
-        raise WinnowError(f"has {size:,} bytes, too many for a file of WordNet's", where=where)
+        raise WinnowError(f"has {size:,} bytes, too many for a WordNet file", where=where)
 
 
 def candidate_folders() -> Iterator[str]:
-    """Where a dictionary may lie: WNSEARCHDIR, WNHOME and WORDNET, Debian's folder, NLTK's data folders."""
+    """Where a dictionary may be: WNSEARCHDIR, WNHOME and WORDNET, Debian's folder, NLTK's data folders."""
     for variable in ("WNSEARCHDIR", "WNHOME", "WORDNET"):
         if os.environ.get(variable):
             yield from (os.environ[variable], storage.join(os.environ[variable], "dict"))
@@ -165,10 +168,10 @@ def candidate_folders() -> Iterator[str]:
 
 
 def find(path: str | None = None) -> str:
-    """The folder (or zip) of the dictionary: the given one, else the first of `places()` that holds one.
+    """The folder (or zip) of the dictionary: the given one, else the first of `candidate_folders` that has one.
 
     Raises:
-        WinnowError: none is there.
+        WinnowError: there is none.
     """
     if path is not None:
         if path.endswith(".zip") or storage.exists(storage.join(path, "index.noun")):
@@ -189,5 +192,5 @@ def find(path: str | None = None) -> str:
 
 @functools.lru_cache(maxsize=2)
 def load(folder: str) -> WordNet:
-    """The dictionary in a folder, read once a process."""
+    """The dictionary in a folder, read once per process."""
     return WordNet(folder)

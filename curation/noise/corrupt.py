@@ -1,4 +1,4 @@
-"""What noise looks like: captions that are none, and images spoilt in known ways. Pure functions of uniform draws."""
+"""Noise in captions and images. Everything is a pure function of uniform draws."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 DRAWS = 4
 Draws = tuple[float, ...]
 
-# Per language: templates of a sentence, and what may stand in them.
+# Per language: templates of a sentence, and nouns for them.
 _LANGUAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "de": (
         (
@@ -160,19 +160,19 @@ def foreign_sentences() -> tuple[str, ...]:
 
 
 def foreign_sentence(at: float) -> str:
-    """The sentence at a place in [0, 1)."""
+    """The sentence at a position in [0, 1)."""
     sentences = foreign_sentences()
     return sentences[int(at * len(sentences))]
 
 
 def file_name(at: float) -> str:
-    """A file name as cameras, phones and shops give them, for a place in [0, 1)."""
+    """A file name in the style of cameras, phones and shops, for a position in [0, 1)."""
     position = at * len(_FILE_NAMES)
     return _FILE_NAMES[int(position)].format(int(position % 1 * 10_000))
 
 
 def near_duplicates(image: Image.Image, draws: Draws) -> Image.Image:
-    """Up to 5 % cut off each edge, brightness changed by at most 12 %. Size as before."""
+    """Up to 5 % cropped off each edge, brightness changed by at most 12 %. Size as before."""
     width, height = image.size
     left, top = (round(draw * 0.05 * side) for draw, side in zip(draws, image.size, strict=False))
     right, bottom = width - round(draws[2] * 0.05 * width), height - round(draws[3] * 0.05 * height)
@@ -201,7 +201,7 @@ def extreme_aspect(image: Image.Image, draws: Draws) -> Image.Image:
 
 
 def watermark(image: Image.Image, draws: Draws) -> Image.Image:
-    """A word laid over the image in three rows, half transparent, white or black."""
+    """A word drawn over the image in three rows, semi-transparent, white or black."""
     word = _MARKS[int(draws[0] * len(_MARKS))]
     tone = 255 if draws[1] < 0.7 else 0
     layer = Image.new("RGBA", image.size, (tone, tone, tone, 0))

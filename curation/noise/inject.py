@@ -1,8 +1,8 @@
-"""The inject stage: known noise on any pool, drawn from (seed, uid), recorded per sample, never in the source.
+"""The inject stage: add known noise to a pool, drawn from (seed, uid) and recorded for each sample.
 
-The result is a pool of its own: views with the columns `noise` (kind, null when clean) and `noise_of` (the uid a copy
-was made of), images where the source has them, and one overlay tar a shard with the altered ones. Filters can then
-be judged by how much of each noise they remove.
+The result is another pool; the source is not changed. Its views have the columns `noise` (kind, null when clean) and
+`noise_of` (for a copy, the uid of the original). Unaltered images stay in the source's tars, altered ones are in one
+more tar a shard. Filters can then be evaluated by how much of each kind of noise they remove.
 """
 
 from __future__ import annotations
@@ -14,30 +14,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from winnow.curation.noise import corrupt
 from winnow.infra.io import storage
-from winnow.infra.io.images import ImageError, decode_image
+from winnow.infra.io.images import ImageError, image_extension
 from winnow.infra.io.storage import digest_bytes
-from winnow.infra.io.tar import TarWriter
-from winnow.infra.pool.pool import (
-    HERE,
-    LOCATION,
-    Pool,
-    Shard,
-    shard_entry,
-    write_view,
-)
+from winnow.infra.params import Section
+from winnow.infra.pool.pool import Pool, Shard
 from winnow.infra.pool.uids import decode_uids, derived_uid, hash_unit
-from winnow.infra.stages.stage import (
-    Output,
-    Record,
-    Stage,
-    Unit,
-    need_manifest,
-    read_locations,
-)
+from winnow.infra.pool.views import HERE, ROLES
+from winnow.infra.pool.writer import PoolWriter, SampleWriter, shard_entries
+from winnow.infra.stages.stage import Output, Record, Stage, Unit, need_manifest, read_locations
 
 KINDS = (
     "mismatched",
@@ -51,17 +39,17 @@ KINDS = (
 )
 _COPIES = ("duplicates", "near_duplicates")
 _ALTERED = ("near_duplicates", "tiny", "extreme_aspect", "watermark")
-# Columns that tell of an image and its caption together, or of places in the image; they do not hold for noise.
+# Columns about an image and its caption, or positions in the image: they are wrong after noise was added.
 _UNTRUE = ("clip_b32_similarity_score", "clip_l14_similarity_score", "face_bboxes")
 
 
-class InjectConfig(BaseModel):
-    """How much of which noise: each a fraction of the source pool's samples; a sample is drawn for one kind at most.
+class InjectConfig(Section):
+    """Fractions of the source pool's samples that get each kind of noise. A sample gets at most one kind.
 
     Attributes:
-        mismatched: the caption of another sample of the shard that was drawn for this too.
-        duplicates: an exact copy under a uid of its own, appended to the shard.
-        near_duplicates: such a copy, slightly cropped, lighter or darker, and encoded again.
+        mismatched: the caption of another sample of the shard that was drawn for this kind.
+        duplicates: an exact copy with a new uid, appended to the shard.
+        near_duplicates: such a copy, slightly cropped, lighter or darker, and re-encoded.
         foreign_language: a sentence in another language for a caption.
         file_name: a file name for a caption.
         tiny: an image of 8 to 14 pixels on the short side.
@@ -69,8 +57,6 @@ class InjectConfig(BaseModel):
         watermark: text laid over the image.
         seed: of the draw.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     mismatched: float = Field(0.0, ge=0, le=1)
     duplicates: float = Field(0.0, ge=0, le=1)
@@ -85,9 +71,7 @@ class InjectConfig(BaseModel):
     @model_validator(mode="after")
     def _disjoint(self) -> InjectConfig:
         if (total := sum(self.fractions())) > 1 + 1e-9:
-            raise ValueError(
-                f"the fractions sum to {total:g}; a sample gets one kind of noise at most, so to 1 at most"
-            )
+            raise ValueError(f"the fractions sum to {total:g}, more than 1; a sample gets at most one kind of noise")
         return self
 
     def fractions(self) -> list[float]:
@@ -102,7 +86,7 @@ def draw_kinds(uids: np.ndarray, config: InjectConfig) -> np.ndarray:
         uids: dtype u8,u8, shape [n].
 
     Returns:
-        int64, shape [n]; sample by sample, whatever the other samples are.
+        int64, shape [n]. The kind of a sample does not depend on other samples.
     """
     edges = np.cumsum(config.fractions())
     return np.searchsorted(edges, hash_unit(uids, config.seed, "noise"), side="right")
@@ -123,7 +107,7 @@ class InjectStage(Stage):
     out: str
 
     name = "inject"
-    version = 1
+    version = 2
 
     def params(self) -> dict[str, Any]:
         return self.config.model_dump()
@@ -155,34 +139,22 @@ class InjectStage(Stage):
         args = unit.runtime
         digest = unit.inputs["shard"]
         shard = Shard(unit.name, args["view"], tuple(args["tars"]), args["rows"], digest, tuple(args["dropped"]))
-        table = shard.table()
-        noise = _Noise(shard, table, self.config)
-        overlay = f"{unit.name}.noise.tar"
-        files = [f"{unit.name}.parquet"]
-        # The source's digest stands for its tars: it covers their content.
-        tars = [[reference, digest] for reference in unit.params["tars"]]
+        noise = _Noise(shard, shard.table(), self.config)
+        # The source's digest covers the content of its tars.
+        writer = PoolWriter(self.out, unit.name, ((reference, digest) for reference in unit.params["tars"]))
         if noise.alters:
-            with storage.writing(self.url(overlay)) as path:
-                with TarWriter(path) as tar:
-                    noise.alter(tar)
-                tars.append([f"{HERE}/{overlay}", storage.digest_file(str(path))])
-            files.append(overlay)
+            with writer.tar(".noise") as tar:
+                noise.alter(tar)
         view = noise.view()
-        with storage.writing(self.url(files[0])) as path:
-            write_view(str(path), view)
         counts = Counter(kind for kind in view["noise"].to_pylist() if kind is not None)
-        values = {"tars": tars, "rows": view.num_rows, "noise": dict(sorted(counts.items()))}
-        return Output(files, view.num_rows, values=values)
+        return writer.view(view, noise=dict(sorted(counts.items())))
 
     def finish(self, records: list[Record]) -> Output:
-        entries, counts = [], dict.fromkeys(KINDS, 0)
+        counts = dict.fromkeys(KINDS, 0)
         for record in records:
-            view = f"{record.unit}.parquet"
-            values, digest = record.values, record.files[view]["sha256"]
-            entries.append(shard_entry(record.unit, view, digest, values["tars"], values["rows"], []))
-            for kind, count in values["noise"].items():
+            for kind, count in record.values["noise"].items():
                 counts[kind] = counts.get(kind, 0) + count
-        return Output(values={"shards": entries, "noise": counts})
+        return Output(values={"shards": shard_entries(records), "noise": counts})
 
 
 class _Noise:
@@ -216,7 +188,7 @@ class _Noise:
         return hash_unit(self.uids, self.config.seed, salt)
 
     def _mismatch(self) -> None:
-        """A cycle through the drawn samples in an order that hangs on their uids: nobody keeps the own caption."""
+        """Rotate the captions of the drawn samples, in an order that depends on their uids."""
         rows = self._drawn("mismatched")
         rows = rows[np.argsort(self._unit("mismatched")[rows], kind="stable")]
         texts = [self.rows[row]["text"] for row in rows]
@@ -231,9 +203,9 @@ class _Noise:
                 self._caption(row, write(float(at[row])), kind)
 
     def _caption(self, row: int, text: str, kind: str) -> None:
-        # The caption in the tar is the old one: the view's holds, and no place is named.
-        gone = dict.fromkeys(("text_offset", "text_size", "json_offset", "json_size"))
-        self._mark(self.rows[row], kind, {"text": text} | gone)
+        # The tar still has the old caption, so only the view's is valid.
+        removed = dict.fromkeys(("text_offset", "text_size", "json_offset", "json_size"))
+        self._mark(self.rows[row], kind, {"text": text} | removed)
 
     def _copies(self) -> None:
         for kind in _COPIES:
@@ -241,7 +213,7 @@ class _Noise:
                 source = self.rows[row]
                 uid = derived_uid(source["uid"], kind, str(self.config.seed))
                 new = {"uid": uid, "key": f"{source['key']}-{uid[:8]}", "noise_of": source["uid"]}
-                # The json in the tar bears the source's uid.
+                # The json in the tar has the source's uid.
                 copy = dict(source) | new | {"json_offset": None, "json_size": None}
                 if kind == "near_duplicates":
                     self.alters.append((row, len(self.rows), kind))
@@ -252,26 +224,25 @@ class _Noise:
     def _mark(self, row: dict[str, Any], kind: str, changes: dict[str, Any]) -> None:
         row.update({name: None for name in _UNTRUE if name in row} | changes | {"noise": kind})
 
-    def alter(self, tar: TarWriter) -> None:
+    def alter(self, tar: SampleWriter) -> None:
         """Write the altered images and point their rows to them. An image that cannot be decoded stays as it is."""
-        rows = [source for source, _, _ in self.alters]
-        locations = pa.Table.from_pylist([self.rows[row] for row in rows], schema=self.schema).select(LOCATION.names)
+        rows = pa.Table.from_pylist([self.rows[source] for source, _, _ in self.alters], schema=self.schema)
         random = [self._unit(f"image {i}") for i in range(corrupt.DRAWS)]
         failed = []
-        for (source, at, kind), data in zip(self.alters, self.shard.image_bytes(locations), strict=True):
+        for (source, at, kind), sample in zip(self.alters, self.shard.samples(rows), strict=True):
             row = self.rows[at]
             try:
-                image = decode_image(data)
+                image = sample.image()
             except ImageError:
                 failed.append(at)
                 continue
             draws = tuple(float(column[source]) for column in random)
             altered = getattr(corrupt, kind)(image, draws)
             encoded = corrupt.encode(altered, draws)
-            changes = dict.fromkeys(LOCATION.names) | {"tar": len(self.shard.tars), "other": []}
-            changes |= {"image_ext": "jpg", "image_size": len(encoded)}
-            changes["image_offset"] = tar.add(f"{row['key']}.jpg", encoded)
-            self._mark(row, kind, changes | self._facts(row, kind, image, altered, encoded))
+            replaced = (image_extension(sample.members), *ROLES)
+            others = {ext: data for ext, data in sample.members.items() if ext not in replaced}
+            location = tar.add(row["key"], {"jpg": encoded} | others)
+            self._mark(row, kind, location | self._facts(row, kind, image, altered, encoded))
         # A copy without an altered image would be an unmarked exact copy.
         unmade = {at for at in failed if at >= self.n_rows}
         self.rows = [row for at, row in enumerate(self.rows) if at not in unmade]
@@ -279,7 +250,7 @@ class _Noise:
     def _facts(
         self, row: dict[str, Any], kind: str, before: Image.Image, after: Image.Image, encoded: bytes
     ) -> dict[str, Any]:
-        """The columns that tell of the image, made true again."""
+        """The columns that describe the image, recomputed for the altered one."""
         facts: dict[str, Any] = {"width": after.width, "height": after.height, "sha256": digest_bytes(encoded)}
         facts = {name: value for name, value in facts.items() if row.get(name) is not None}
         if kind == "tiny":
@@ -301,7 +272,7 @@ def _absolute(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _source_location(locations: dict[str, str]) -> str:
-    """A name for the source pool's own directory that none of its places has."""
+    """A name for the directory of the source pool that is not among its locations."""
     name = "source"
     while name in locations:
         name += "-source"

@@ -8,17 +8,17 @@ from itertools import combinations, pairwise
 import numpy as np
 
 BITS = 64
-# Bytes of a table's candidates at once; more are cut into parts.
+# Candidate pairs in memory; more are processed in parts.
 _PART = 4_000_000
 
 
 def hamming_pairs(a: np.ndarray, b: np.ndarray | None, radius: int) -> tuple[np.ndarray, np.ndarray]:
     """All pairs (i, j) with at most `radius` bits of a[i] and b[j] different; exact.
 
-    The hash is cut into blocks. Two hashes that differ in at most `radius` bits agree in all blocks but `radius` at
-    most, so they meet in a table keyed by some choice of the other blocks (Manku, Jain & Das Sarma 2007, "Detecting
-    near-duplicates for web crawling", section 3). The number of blocks is the one for which sorting the tables and
-    comparing what meets in them is expected to be least.
+    The hash is split into blocks. Two hashes that differ in at most `radius` bits agree in all but at most `radius`
+    blocks, so they are equal in a table keyed by some choice of the other blocks (Manku, Jain & Das Sarma 2007,
+    "Detecting near-duplicates for web crawling", section 3). The number of blocks minimises the expected cost of
+    sorting the tables and comparing their candidates.
 
     Args:
         a: uint64, shape [n].
@@ -33,7 +33,7 @@ def hamming_pairs(a: np.ndarray, b: np.ndarray | None, radius: int) -> tuple[np.
     other = a if b is None else np.ascontiguousarray(b, dtype=np.uint64)
     found: list[np.ndarray] = []
     for mask in _masks(max(len(a), 1), max(len(other), 1), radius):
-        for i, j in _meet(a & mask, other & mask):
+        for i, j in _equal_pairs(a & mask, other & mask):
             if same:
                 ahead = i < j
                 i, j = i[ahead], j[ahead]
@@ -44,14 +44,14 @@ def hamming_pairs(a: np.ndarray, b: np.ndarray | None, radius: int) -> tuple[np.
 
 
 def _masks(n: int, m: int, radius: int) -> list[np.uint64]:
-    """The bits that key each table; one empty mask (compare all with all) when that is cheapest."""
+    """The bits that key each table; a single empty mask (compare all pairs) when that is cheapest."""
     best, least = 0, float(n) * m
     for blocks in range(radius + 1, min(2 * radius + 4, BITS) + 1):
         tables = math.comb(blocks, radius)
         if tables > 5000:
             break
         bits = BITS * (blocks - radius) / blocks
-        # Sorting costs some ten comparisons a row. Real hashes are less even than random ones, hence the 4.
+        # Sorting costs about ten comparisons per row. The factor 4 is for real hashes, which are less uniform.
         cost = tables * (10.0 * (n + m) + 4 * float(n) * m / 2.0 ** min(bits, 60))
         if cost < least:
             best, least = blocks, cost
@@ -62,7 +62,7 @@ def _masks(n: int, m: int, radius: int) -> list[np.uint64]:
     return [np.uint64(sum(choice)) for choice in combinations(parts, best - radius)]
 
 
-def _meet(left: np.ndarray, right: np.ndarray):  # type: ignore[no-untyped-def]
+def _equal_pairs(left: np.ndarray, right: np.ndarray):  # type: ignore[no-untyped-def]
     """Pairs (i, j) with left[i] == right[j], in parts of bounded size."""
     order_left, order_right = np.argsort(left, kind="stable"), np.argsort(right, kind="stable")
     keys = left[order_left]

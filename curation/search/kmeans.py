@@ -1,51 +1,28 @@
-"""k-means over embeddings, and the nearest of many centroids, with FAISS."""
+"""k-means over embeddings, with FAISS."""
 
 from __future__ import annotations
 
-import math
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from winnow.curation.filters.base import State
-from winnow.curation.measures.clip import as_matrix
-from winnow.infra.errors import UsageError, WinnowError
-from winnow.infra.io.prefetch import cores
-from winnow.infra.registry import unknown
+from winnow.curation.columns.table import View, finite_matrix
+from winnow.curation.search.centroids import has_gpu, is_exact
+from winnow.infra.errors import WinnowError
+from winnow.infra.params import ParameterError
 
-if TYPE_CHECKING:
-    from winnow.curation.columns.table import View
-
-# Embeddings to train on for each centroid, unless told: FAISS's own upper bound. Beyond LARGEST bytes as float32 fewer.
+# Embeddings to train on per centroid by default (FAISS's upper bound); fewer if they exceed LARGEST bytes as float32.
 PER_CENTROID = 256
 LARGEST = 8 << 30
-# Up to this many centroids (and with a GPU always) each vector is compared with all; beyond, with those of the nearest
-# lists of an inverted file, as many lists as find the right centroid for RECALL of TESTED vectors.
-EXACT = 20_000
-RECALL = 0.99
-TESTED = 1000
-SEARCHES = ("auto", "exact", "coarse")
-_BATCH = 16_384
-_PRODUCTS = 64 << 20  # bytes of products at once
 
 
-def has_gpu() -> bool:
-    """Whether FAISS was built for GPUs (`faiss-gpu`) and sees one."""
-    import faiss
-
-    return bool(getattr(faiss, "get_num_gpus", lambda: 0)())
-
-
-def check_clusters(name: str, clusters: int, sample: int | None, search: str) -> None:
-    """Raises UsageError, as the filter of that name, for parameters that cannot be meant."""
-    if clusters < 1:
-        raise UsageError(f"{name}: clusters start at 1")
+def check_clusters(name: str, clusters: int, sample: int | None) -> None:
+    """Raises ParameterError, as the filter of that name, when the sample has fewer vectors than clusters."""
     if sample is not None and sample < clusters:
-        raise UsageError(f"{name}: a sample of {sample} cannot make {clusters} clusters", do="Raise the sample.")
-    if search not in SEARCHES:
-        raise unknown(f"search for {name}", search, SEARCHES)
+        raise ParameterError(
+            f"{name}: a sample of {sample} cannot make {clusters} clusters", do="Raise the sample."
+        ).below("sample")
 
 
 def enough(name: str, clusters: int, n: int) -> None:
@@ -59,7 +36,7 @@ def enough(name: str, clusters: int, n: int) -> None:
 
 
 def sample_size(clusters: int, dim: int, sample: int | None) -> int:
-    """How many embeddings k-means is trained on."""
+    """The number of embeddings that k-means is trained on."""
     if sample is not None:
         return sample
     return max(clusters, min(PER_CENTROID * clusters, LARGEST // (4 * dim)))
@@ -68,8 +45,8 @@ def sample_size(clusters: int, dim: int, sample: int | None) -> int:
 def sample_vectors(view: View, column: str, clusters: int, sample: int | None, seed: int) -> np.ndarray:
     """A uniform sample, without replacement, of a pool's embeddings to train k-means on; float16, shape [m, d].
 
-    Rows are drawn by number, and of those drawn the ones that have a finite embedding are taken, in pool order; so no
-    more of the pool is in memory than the sample.
+    Row indices are drawn, and the drawn rows that have a finite embedding are taken in pool order. So no more than the
+    sample is in memory.
     """
     n = len(view)
     rows: np.ndarray | None = None
@@ -78,13 +55,12 @@ def sample_vectors(view: View, column: str, clusters: int, sample: int | None, s
         dim = batch[column].type.list_size
         if rows is None and (size := sample_size(clusters, dim, sample)) < n:
             rows = np.sort(np.random.default_rng(seed).choice(n, size, replace=False, shuffle=False))
-        matrix, present = as_matrix(batch[column])
+        values = batch[column]
         if rows is not None:
             low, high = np.searchsorted(rows, (start, start + batch.num_rows))
-            wanted = rows[low:high] - start
-            matrix, present = matrix[wanted], present[wanted]
-        matrix = matrix[present]
-        found.append(matrix[np.isfinite(matrix).all(axis=1)])
+            values = values.take(pa.array(rows[low:high] - start))
+        matrix, usable = finite_matrix(values)
+        found.append(matrix[usable])
         start += batch.num_rows
     return np.concatenate(found) if found else np.empty((0, 0), np.float16)
 
@@ -105,8 +81,8 @@ def train_centroids(
         clusters: number of centroids, k.
         seed: of the sample and of FAISS's initial centroids.
         iterations: of Lloyd's algorithm.
-        sample: train on this many, drawn uniformly without replacement; None for 256 a centroid (FAISS's own bound),
-            fewer if those took more than 8 GiB.
+        sample: train on this many, drawn uniformly without replacement; None for 256 per centroid (FAISS's bound),
+            fewer if these take more than 8 GiB.
         search: how each iteration finds the nearest centroid: "exact"; "coarse", by FAISS's HNSW graph; "auto", exact
             up to 20,000 centroids and on a GPU.
 
@@ -137,119 +113,3 @@ def train_centroids(
         index.hnsw.efSearch = 64
     kmeans.train(np.ascontiguousarray(vectors, dtype=np.float32), index)
     return faiss.vector_float_to_array(kmeans.centroids).reshape(clusters, dim)
-
-
-def is_exact(clusters: int, search: str) -> bool:
-    """Whether a search among that many centroids compares with all."""
-    return search == "exact" or (search == "auto" and (clusters <= EXACT or has_gpu()))
-
-
-@dataclass
-class NearestCentroid:
-    """Finds the nearest centroid of vectors, by inner product.
-
-    Args:
-        centroids: float32, shape [k, d].
-        search: "exact", "coarse" (FAISS's inverted file over the centroids) or "auto".
-        probes: lists of the inverted file to look into; None to find out by `tune`.
-    """
-
-    centroids: np.ndarray
-    search: str = "auto"
-    probes: int | None = None
-    recall: float = field(default=1.0, init=False)
-
-    def __post_init__(self) -> None:
-        import faiss
-
-        self.centroids = np.ascontiguousarray(self.centroids, dtype=np.float32)
-        k, dim = self.centroids.shape
-        self.exact = is_exact(k, self.search)
-        flat: Any = faiss.IndexFlatIP(dim)
-        self._index: Any = None
-        if self.exact and has_gpu():
-            flat.add(self.centroids)
-            self._index = faiss.index_cpu_to_all_gpus(flat)
-        if self.exact:
-            return
-        lists = max(1, min(k, int(4 * math.sqrt(k))))
-        self._flat = flat
-        self._index = faiss.IndexIVFFlat(flat, dim, lists, faiss.METRIC_INNER_PRODUCT)
-        self._index.cp.spherical, self._index.cp.min_points_per_centroid = True, 1
-        self._index.train(self.centroids)
-        self._index.add(self.centroids)
-        self._index.nprobe = min(self.probes or lists, lists)
-
-    def __call__(self, vectors: np.ndarray, batch: int = _BATCH) -> np.ndarray:
-        """The number of each vector's nearest centroid; of equally near ones the lower where exact. int64, shape [n].
-
-        Args:
-            vectors: float16 or float32, shape [n, d].
-            batch: how many are converted at a time.
-        """
-        result = np.empty(len(vectors), np.int64)
-        if self._index is None:
-            _exhaustive(vectors, self.centroids, min(batch, len(vectors)), result)
-            return result
-        for start in range(0, len(vectors), batch):
-            block = np.ascontiguousarray(vectors[start : start + batch], dtype=np.float32)
-            result[start : start + len(block)] = self._index.search(block, 1)[1][:, 0]
-        return result
-
-    def tune(self, vectors: np.ndarray) -> None:
-        """Double the lists looked into until 99 % of up to 1,000 of the vectors, evenly spread, find what an exhaustive
-        search finds; `recall` says which share does."""
-        if self.exact or not len(vectors):
-            return
-        tested = vectors[np.unique(np.linspace(0, len(vectors) - 1, TESTED).astype(np.int64))]
-        truth = NearestCentroid(self.centroids, "exact")(tested)
-        probes = 8
-        while True:
-            self.probes = self._index.nprobe = min(probes, self._index.nlist)
-            self.recall = float(np.mean(self(tested) == truth))
-            if self.recall >= RECALL or self.probes == self._index.nlist:
-                return
-            probes *= 2
-
-
-def _exhaustive(vectors: np.ndarray, centroids: np.ndarray, batch: int, result: np.ndarray) -> None:
-    """Matrix products in blocks and the largest of each row, which threads look for while the block is in the cache.
-
-    Quicker by a quarter than FAISS's own exhaustive search where NumPy's BLAS is, and never slower than the product
-    allows: looking for the largest takes some 5 % of the time.
-    """
-    rows = max(1, min(batch, _PRODUCTS // (4 * len(centroids))))
-    products = np.empty((rows, len(centroids)), np.float32)
-    threads = cores()
-    with ThreadPoolExecutor(threads) as workers:
-        for start in range(0, len(vectors), rows):
-            block = np.ascontiguousarray(vectors[start : start + rows], dtype=np.float32)
-            part = np.matmul(block, centroids.T, out=products[: len(block)])
-            edges = np.linspace(0, len(part), threads + 1).astype(int)
-            found = workers.map(lambda low, high, part=part: part[low:high].argmax(axis=1), edges[:-1], edges[1:])
-            result[start : start + len(block)] = np.concatenate(list(found))
-
-
-def assign(vectors: np.ndarray, centroids: np.ndarray, batch: int = _BATCH, search: str = "exact") -> np.ndarray:
-    """The nearest centroid of each vector, as `NearestCentroid` finds it; int64, shape [n]."""
-    nearest_centroid = NearestCentroid(centroids, search)
-    nearest_centroid.tune(vectors)
-    return nearest_centroid(vectors, batch)
-
-
-_last: list[tuple[np.ndarray, int, NearestCentroid]] = []
-
-
-def fitted_state(nearest_centroid: NearestCentroid, hit: np.ndarray) -> State:
-    """What a filter by clusters keeps of its fit: `centroids`, which of them were `hit`, and how they are searched."""
-    found = {"centroids": nearest_centroid.centroids, "hit": hit, "recall": np.array(nearest_centroid.recall)}
-    return found if nearest_centroid.exact else {**found, "probes": np.array(nearest_centroid.probes)}
-
-
-def nearest_centroid_of(state: State) -> NearestCentroid:
-    """The search that `fitted_state` describes; the last one is kept, as a pool comes shard by shard."""
-    probes = int(state["probes"]) if "probes" in state else 0
-    if not (_last and _last[0][0] is state["centroids"] and _last[0][1] == probes):
-        made = NearestCentroid(state["centroids"], "coarse" if probes else "exact", probes or None)
-        _last[:] = [(state["centroids"], probes, made)]
-    return _last[0][2]

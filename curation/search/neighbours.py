@@ -1,4 +1,4 @@
-"""Neighbours among embeddings: nearest ones, and all pairs above a cosine; groups of near samples."""
+"""Nearest neighbours of embeddings, pairs above a cosine, and groups of near samples."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-# Up to this many vectors the search compares all with all; beyond, it is an inverted file with measured recall.
+# Up to this many vectors the search is exhaustive. Above, it uses an inverted file, and its recall is measured.
 EXACT = 200_000
 _BATCH = 4096
 _PROBES = 64
@@ -58,7 +58,7 @@ def cosine_pairs(
         a: L2-normalised, float16 or float32, shape [n, d].
         b: the same, shape [m, d]; None for a with itself, each unordered pair once with i < j.
         threshold: of the inner product.
-        exact: most vectors of b to compare exhaustively; above, an inverted file that may miss pairs.
+        exact: largest number of vectors in b to compare exhaustively; above, an inverted file that may miss pairs.
 
     Returns:
         i and j, int64, shape [pairs], sorted by i, then j.
@@ -70,7 +70,7 @@ def cosine_pairs(
     lefts, rights = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for start in range(0, len(a), _BATCH):
         block = _float(a[start : start + _BATCH])
-        # The search is strict.
+        # FAISS's range search excludes the threshold.
         limits, _, j = index.range_search(block, float(np.nextafter(np.float32(threshold), np.float32(-2))))
         i = start + np.repeat(np.arange(len(block)), np.diff(limits.astype(np.int64)))
         keep = i < j if b is None else slice(None)
@@ -104,14 +104,14 @@ def _index(vectors: np.ndarray, metric: int, exact: int) -> Any:
 
 
 def _others(found: np.ndarray, first: int, k: int) -> np.ndarray:
-    """Without each row's own number; where that is not among the found, without the last."""
+    """The neighbours found, without the vector itself; without the last one where the vector is not among them."""
     itself = found == (first + np.arange(len(found)))[:, None]
     itself[:, -1] |= ~itself.any(axis=1)
     return found[~itself].reshape(len(found), k)
 
 
 def components(n: int, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """Connected components: for each of n nodes the lowest number in its component. int64, shape [n]."""
+    """Connected components: for each of n nodes the lowest index in its component. int64, shape [n]."""
     label = np.arange(n)
     while len(i):
         low = np.minimum(label[i], label[j])
@@ -128,17 +128,17 @@ def components(n: int, i: np.ndarray, j: np.ndarray) -> np.ndarray:
 
 
 def first_of_groups(i: np.ndarray, j: np.ndarray, rank: np.ndarray, join: str) -> np.ndarray:
-    """Which nodes stay when near ones are thinned out. bool, shape [n].
+    """Which nodes are kept when near ones are removed. bool, shape [n].
 
     Args:
         i, j: pairs of near nodes, shape [pairs].
         rank: the order in which nodes are preferred, a permutation of 0 to n - 1, shape [n].
-        join: "components": one of each connected component stays, the first in rank. "greedy": in the order of rank, a
-            node stays when none that stayed is near it; so each that goes has a near one that stays.
+        join: "components" keeps the first node, by rank, of each connected component. "greedy" keeps, in the order of
+            rank, each node that is near no kept node; so each removed node is near a kept one.
     """
     n = len(rank)
     if join == "components":
-        labels = components(n, rank[i], rank[j])  # in terms of ranks, so the label is the best rank
+        labels = components(n, rank[i], rank[j])  # nodes are renumbered by rank, so the label is the best rank
         return labels[rank] == rank
     stays = np.ones(n, dtype=bool)
     ends = np.concatenate([i, j])

@@ -1,10 +1,8 @@
-"""Images to features: each decoded once for all encoders and embedded once by each, while the next are decoded."""
+"""Images to features: each is decoded once for all encoders and embedded once by each, while the next are decoded."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from winnow.infra.io.images import ImageError, decode_image
-from winnow.infra.io.prefetch import cores
+from winnow.infra.io.prefetch import cores, prefetch
 
 if TYPE_CHECKING:
     from winnow.pretrain.encoder import Encoder
@@ -26,7 +24,7 @@ class Embedded:
 
     Attributes:
         images: for each encoder float32 [n, dim], of the images that could be decoded.
-        aside: reason for each place of an image that could not.
+        skipped: by index of an image that could not be decoded, the reason.
     """
 
     images: list[np.ndarray]
@@ -34,10 +32,10 @@ class Embedded:
 
 
 def decode_threads(device: str = "auto") -> int:
-    """Threads to decode with beside the one that embeds, 0 to 16.
+    """Number of decoding threads, 0 to 16, besides the thread that embeds.
 
-    Where a GPU embeds, this process's share of the cores. Where the CPU does, as many as torch computes with, which is
-    what the process was granted (Ray sets it); with one the thread that embeds decodes as well.
+    On a GPU: the cores divided by the number of GPUs. On the CPU: as many as torch computes with, which is what the
+    process was granted (Ray sets it); 0 where that is one, so that the thread that embeds decodes as well.
     """
     import torch
 
@@ -53,15 +51,18 @@ def embed(
     batch_size: int = 256,
     threads: int = 2,
     on_batch: Callable[[int], None] | None = None,
+    flatten: bool = False,
 ) -> Embedded:
     """Embed images with every encoder.
 
     Args:
-        images: encoded; read in order, a few batches ahead of the encoders.
-        encoders: those with equal `preprocess_key` share the prepared images.
+        encoded: the images' bytes; read in order, a few batches ahead of the encoders.
+        encoders: those with equal `preprocess_key` share the preprocessed images.
         batch_size: images an encoder sees at once.
-        threads: that decode; 0 to decode in this one.
+        threads: that decode; 0 to decode in the calling thread.
         on_batch: called with the number of images done so far.
+        flatten: whether transparent parts become white; otherwise the alpha channel is dropped, as by webdataset's
+            decoder and open_clip's transform.
     """
     import torch
 
@@ -69,8 +70,7 @@ def embed(
 
     def decode(data: bytes) -> dict[str, Any] | str:
         try:
-            # What lies under transparency is seen, as by webdataset's decoder and open_clip's transform.
-            image = decode_image(data, flatten=False)
+            image = decode_image(data, flatten)
         except ImageError as error:
             return error.what
         return {key: encoder.crop(image) for key, encoder in prepare.items()}
@@ -78,7 +78,8 @@ def embed(
     parts: list[list[np.ndarray]] = [[] for _ in encoders]
     skipped: dict[int, str] = {}
     done = 0
-    for batch in _ahead(decode, encoded, batch_size, threads):
+    decoded = prefetch(decode, encoded, threads, (BATCHES_AHEAD + 1) * batch_size)
+    while batch := list(islice(decoded, batch_size)):
         ready = [result for result in batch if not isinstance(result, str)]
         skipped |= {done + i: result for i, result in enumerate(batch) if isinstance(result, str)}
         if ready:
@@ -96,30 +97,3 @@ def embed(
         for part, encoder in zip(parts, encoders, strict=True)
     ]
     return Embedded(images, skipped)
-
-
-def _ahead(
-    function: Callable[[bytes], Any], encoded: Iterable[bytes], batch_size: int, threads: int
-) -> Iterator[list[Any]]:
-    """The function's results in order, in batches; with threads the next `BATCHES_AHEAD` are in the making."""
-    stream = iter(encoded)
-    if not threads:
-        while batch := [function(data) for data in islice(stream, batch_size)]:
-            yield batch
-        return
-    waiting: deque[list[Future]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        try:
-            while True:
-                while len(waiting) <= BATCHES_AHEAD:
-                    futures = [pool.submit(function, data) for data in islice(stream, batch_size)]
-                    if not futures:
-                        break
-                    waiting.append(futures)
-                if not waiting:
-                    return
-                yield [future.result() for future in waiting.popleft()]
-        finally:
-            for futures in waiting:
-                for future in futures:
-                    future.cancel()

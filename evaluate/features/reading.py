@@ -1,24 +1,28 @@
-"""What the embed stage kept, as the evaluate stage wants it."""
+"""Reading what the embed stage has written, through its manifest."""
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from winnow.evaluate.features.stage import EmbedStage, captions_in
-from winnow.evaluate.sets.layout import EvalSet, FoundTask, Sample, TaskError
-from winnow.evaluate.sets.shards import Part, read_images
+from winnow.evaluate.protocols.base import EvalSet, Targets
+from winnow.evaluate.sets.files import split_tars
+from winnow.evaluate.sets.shards import Wanted, check_targets, read_samples
+from winnow.evaluate.tasks.task import TaskError
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.parquet import read_parquet
-from winnow.infra.stages.stage import Record, Unit, read_record
+from winnow.infra.pool.sample import Sample
+from winnow.infra.stages.stage import MANIFEST, Manifest, read_manifest
 
 
 class NotEmbedded(WinnowError):
-    """Features that should be there are not; running again may bring them."""
+    """Features that should exist do not; running again may compute them."""
 
 
 @dataclass(frozen=True)
@@ -26,105 +30,144 @@ class LoadedSplit:
     """A split of a set with one encoder's features, without the images that cannot be decoded.
 
     Attributes:
-        samples: without their images.
+        targets: of the samples.
         images: float32 [n, dim], L2-normalised.
-        aside: (key, reason) of the images that cannot be decoded.
-        texts: for a retrieval set, the embedding of each caption.
+        skipped: (key, reason) of the images that cannot be decoded.
+        texts: the embedding of each caption, where captions were embedded.
         has_text: whether the encoder reads text.
-        parts: of the split.
-        places: int64 [n], of the samples among all of the split.
+        tars: shards of the split.
+        indices: int64 [n], of the samples among all of the split.
+        wanted: members of a sample to read.
     """
 
-    samples: list[Sample]
+    targets: Targets
     images: np.ndarray
     skipped: list[tuple[str, str]]
     texts: dict[str, np.ndarray]
     has_text: bool
-    parts: list[Part]
+    tars: list[str]
     indices: np.ndarray
+    wanted: Wanted
 
-    def labels(self) -> np.ndarray:
-        """int64 [n], -1 where there is none."""
-        return np.array([sample.label for sample in self.samples], np.int64)
-
-    def image_bytes(self, wanted: Sequence[int]) -> list[bytes]:
-        """The encoded images of some samples, read now."""
-        return read_images(self.parts, [int(self.indices[i]) for i in wanted])
+    def samples(self, wanted: Sequence[int]) -> list[Sample]:
+        """Some samples with their members, read now."""
+        return read_samples(self.tars, [int(self.indices[i]) for i in wanted], self.wanted)
 
 
-def load_split(stage: EmbedStage, found: FoundTask, test_set: EvalSet, split: str, encoder: str) -> LoadedSplit:
-    """Read a split's features.
+class FeatureFiles:
+    """The files of a directory of features, as its manifest lists them.
 
     Args:
-        stage: that embedded it.
-        found: the set.
-        test_set: the same, opened.
-        split: "test", "train" or "val".
-        encoder: its digest.
+        url: directory of a finished embed stage.
 
     Raises:
-        TaskError: the split is broken.
-        NotEmbedded: its features are not there.
+        NotEmbedded: there is no manifest.
     """
-    parts = stage.parts(found, split)
-    samples, images, skipped, indices = [], [], [], []
-    texts: dict[str, np.ndarray] = {}
-    has_text, counter = True, itertools.count()
-    for part in parts:
-        unit = stage.samples_unit(part)
-        table = _table(stage, unit, _record(stage, unit, part.tar))
-        unit = stage.images_unit(part, encoder, found)
-        record = _record(stage, unit, part.tar)
-        has_text = has_text and record.values["text"]
-        captions: list[str] = []
-        for row in table:
-            members = dict(row["members"])
-            sample = test_set.sample(part.tar, row["key"], members)
-            here = next(counter)
-            captions += captions_in(members)
-            if row["skipped"] is not None:
-                skipped.append((row["key"], row["skipped"]))
-                continue
-            samples.append(sample)
-            indices.append(here)
-        images.append(_array(stage, f"{unit.name}.npy"))
-        if f"{unit.name}-texts.npy" in record.files:
-            texts |= zip(captions, _array(stage, f"{unit.name}-texts.npy"), strict=True)
-    if not samples:
-        reason = "none of its images can be decoded" if skipped else "holds no sample"
-        raise TaskError(reason, where=storage.join(found.url, split))
-    everything = np.concatenate(images)
-    assert len(everything) == len(samples), f"{len(everything)} features of {len(samples)} samples"
-    return LoadedSplit(samples, everything, skipped, texts, has_text, parts, np.array(indices, np.int64))
+
+    def __init__(self, url: str) -> None:
+        self.url, self._manifest = url, _manifest(url)
+
+    def reason(self, unit: str) -> str | None:
+        """Why a unit failed, where that is known."""
+        reason: str | None = self._manifest.skipped["units"].get(unit)
+        return reason
+
+    def split(self, test_set: EvalSet, split: str, data: str, encoder: str) -> LoadedSplit:
+        """Read a split's features and targets.
+
+        Args:
+            test_set: the set, opened.
+            split: "test", "train" or "val".
+            data: digest of the split's data.
+            encoder: its digest.
+
+        Raises:
+            TaskError: the split is broken.
+            NotEmbedded: there are no features of it.
+        """
+        tars = {storage.name_of(tar): tar for tar in split_tars(test_set.url, split)}
+        listed = self._listed("splits", test_set).get(split)
+        if listed is None or listed["data"] != data:
+            raise NotEmbedded("has not been embedded", where=storage.join(test_set.url, split), do="Run again.")
+        targets, images, skipped, indices = [], [], [], []
+        texts: dict[str, np.ndarray] = {}
+        has_text, count = True, 0
+        for entry in listed["parts"]:
+            tar = tars[entry["shard"]]
+            table = read_parquet(storage.join(self.url, self._unit(entry["samples"], tar)["files"][0]))
+            here, faults = targets_of(table)
+            targets.append(check_targets(here, faults, test_set, tar))
+            name = entry["images"].get(encoder, "")
+            unit = self._unit(name, tar)
+            has_text = has_text and unit["text"]
+            images.append(self._array(f"{name}.npy"))
+            if f"{name}-texts.npy" in unit["files"]:
+                captions = [text for captions in here.captions for text in captions]
+                texts |= zip(captions, self._array(f"{name}-texts.npy"), strict=True)
+            for key, reason in zip(here.keys, table["skipped"].to_pylist(), strict=True):
+                if reason is None:
+                    indices.append(count)
+                else:
+                    skipped.append((key, reason))
+                count += 1
+        if not indices:
+            reason = "none of its images can be decoded" if skipped else "holds no sample"
+            raise TaskError(reason, where=storage.join(test_set.url, split))
+        features = np.concatenate(images)
+        assert len(features) == len(indices), f"{len(features)} features of {len(indices)} samples"
+        kept, wanted = Targets.concatenate(targets).take(indices), Wanted.by(test_set.kind, test_set.task)
+        return LoadedSplit(
+            kept, features, skipped, texts, has_text, [*tars.values()], np.array(indices, np.int64), wanted
+        )
+
+    def class_weights(self, test_set: EvalSet, encoder: str) -> np.ndarray | None:
+        """float32 [classes, dim]; None where no prompts were embedded. Raises NotEmbedded."""
+        names = self._listed("prompts", test_set).get(encoder, [])
+        if not names or not all(self._unit(name)["text"] for name in names):
+            return None
+        return np.concatenate([self._array(f"{name}.npy") for name in names])
+
+    def _listed(self, what: str, test_set: EvalSet) -> dict[str, Any]:
+        """The "splits" or "prompts" of a set."""
+        listed: dict[str, Any] = self._manifest.values.get(what, {}).get(test_set.task.key, {})
+        return listed
+
+    def _unit(self, name: str, tar: str | None = None) -> dict[str, Any]:
+        """The files and values of a unit."""
+        unit: dict[str, Any] | None = self._manifest.values["units"].get(name)
+        if unit is None:
+            raise NotEmbedded("the features are missing", where=name, do="Run again to embed what is missing.")
+        if "error" in unit:
+            raise TaskError(unit["error"])
+        if "broken" in unit:
+            what, do = unit["broken"]
+            raise TaskError(what, where=tar, do=do)
+        return unit
+
+    def _array(self, file: str) -> np.ndarray:
+        with storage.open_read(storage.join(self.url, file)) as handle:
+            array: np.ndarray = np.load(handle, allow_pickle=False)
+        return array
 
 
-def load_class_weights(stage: EmbedStage, found: FoundTask, encoder: str) -> np.ndarray | None:
-    """float32 [classes, dim]; None where no prompts were embedded. Raises NotEmbedded."""
-    units = [unit for unit in stage.prompt_units(found) if unit.inputs["encoder"] == encoder]
-    if not units or not all(_record(stage, unit).values["text"] for unit in units):
-        return None
-    return np.concatenate([_array(stage, f"{unit.name}.npy") for unit in units])
+def _manifest(url: str) -> Manifest:
+    path = storage.join(url, MANIFEST)
+    if not storage.exists(path):
+        raise NotEmbedded("the features are missing", where=url, do="Run again to embed what is missing.")
+    return _read_manifest(url, storage.version_token(path))
 
 
-def _record(stage: EmbedStage, unit: Unit, tar: str | None = None) -> Record:
-    record = read_record(stage, unit)
-    if record is None:
-        raise NotEmbedded("the features are not there", where=unit.name, do="Run again to embed what is missing.")
-    if "error" in record.values:
-        raise TaskError(record.values["error"])
-    if "broken" in record.values:
-        what, do = record.values["broken"]
-        raise TaskError(what, where=tar, do=do)
-    return record
+@functools.lru_cache(maxsize=4)
+def _read_manifest(url: str, token: str) -> Manifest:
+    """Read once for many units; the token tells one version from the next."""
+    manifest = read_manifest(url)
+    assert manifest is not None
+    return manifest
 
 
-def _table(stage: EmbedStage, unit: Unit, record: Record) -> list[dict]:
-    (file,) = record.files
-    rows: list[dict] = read_parquet(stage.url(file)).to_pylist()
-    return rows
-
-
-def _array(stage: EmbedStage, file: str) -> np.ndarray:
-    with storage.open_read(stage.url(file)) as handle:
-        array: np.ndarray = np.load(handle, allow_pickle=False)
-    return array
+def targets_of(table: pa.Table) -> tuple[Targets, list[str | None]]:
+    """The targets of a part, and what is wrong with each sample, from the table of its samples unit."""
+    columns = table.to_pydict()
+    labels = np.fromiter((-1 if label is None else label for label in columns["label"]), np.int64, table.num_rows)
+    captions = [tuple(texts) for texts in columns["captions"]]
+    return Targets(columns["key"], labels, captions, [tuple(row) for row in columns["metadata"]]), columns["fault"]

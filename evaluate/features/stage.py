@@ -1,9 +1,9 @@
-"""The embed stage: what every encoder makes of every set, kept by content, so that nothing is embedded again."""
+"""The embed stage: what every encoder makes of every set, kept by content, so that nothing is embedded twice."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,64 +12,47 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from winnow.evaluate.features.embed import decode_threads, embed
-from winnow.evaluate.protocols.base import NEED_TRAIN, applies
-from winnow.evaluate.sets.layout import MEMBERS, EvalSet, FoundTask, TaskError, find_tasks
+from winnow.evaluate.protocols.base import Kind, Protocol, Target, Targets, load_kind, load_protocol
+from winnow.evaluate.protocols.zeroshot import prompt_weights
+from winnow.evaluate.sets.files import data_digest, open_set
+from winnow.evaluate.sets.layout import FoundTask, find_tasks
 from winnow.evaluate.sets.shards import (
     PART_SAMPLES,
     Part,
-    Raw,
+    Wanted,
+    as_columns,
     has_split,
     read_part,
+    read_target,
     split_into_parts,
 )
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.evaluate.tasks.task import Task, TaskError
+from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
+from winnow.infra.params import build
 from winnow.infra.stages.progress import write_note
 from winnow.infra.stages.resources import Resources
 from winnow.infra.stages.runner import note_url
-from winnow.infra.stages.stage import Output, Stage, Unit
+from winnow.infra.stages.stage import Output, Record, Stage, Unit
 
 if TYPE_CHECKING:
     from winnow.pretrain.encoder import Encoder
 
 PROMPTS_AT_ONCE = 8192  # of a unit
-SAMPLES = pa.schema([("key", pa.string()), ("members", pa.map_(pa.string(), pa.binary())), ("skipped", pa.string())])
-
-# The encoders of the last group in this process: the next part mostly wants the same.
-_ENCODERS: dict[tuple[str, str, str, str], Any] = {}
-
-
-def encoders_of(
-    wanted: Sequence[tuple[str, str]], device: str, threads: int | None, precision: str
-) -> list[Encoder | str]:
-    """The encoder of each (spec, digest), or the sentence saying why it cannot be loaded.
-
-    Keeps those asked for last in memory, so a process needs memory for all that are evaluated together.
-
-    Raises:
-        UsageError: a spec names nothing.
-    """
-    keys = [(spec, digest, device, precision) for spec, digest in wanted]
-    for key in set(_ENCODERS) - set(keys):
-        del _ENCODERS[key]
-    found: list[Encoder | str] = []
-    for key in keys:
-        if key not in _ENCODERS:
-            from winnow.pretrain.encoder import load_encoder
-
-            try:
-                _ENCODERS[key] = load_encoder(key[0], device=device, threads=threads, precision=precision)
-            except UsageError:
-                raise
-            except WinnowError as error:
-                found.append(f"the checkpoint {error.what}")
-                continue
-        found.append(_ENCODERS[key])
-    return found
+TARGETS = pa.schema(
+    [
+        ("key", pa.string()),
+        ("label", pa.int64()),
+        ("captions", pa.list_(pa.string())),
+        ("metadata", pa.list_(pa.float64())),
+        ("fault", pa.string()),
+        ("skipped", pa.string()),
+    ]
+)
 
 
 def _not_finite(**features: np.ndarray) -> str | None:
-    """What the figures of such an encoder would be worth nothing for."""
+    """Why the scores of such an encoder would be meaningless; None where its features are finite."""
     for of, array in features.items():
         wrong = int((~np.isfinite(array).all(axis=1)).sum())
         if wrong:
@@ -77,27 +60,22 @@ def _not_finite(**features: np.ndarray) -> str | None:
     return None
 
 
-def captions_in(members: Mapping[str, bytes]) -> list[str]:
-    """The captions of a sample, one a line; those that are not UTF-8 are left to be told of when they are read."""
-    return [line for line in members.get("txt", b"").decode("utf-8", "replace").splitlines() if line.strip()]
-
-
 @dataclass
 class SetsStage(Stage):
-    """What the stages that take checkpoints to sets are told.
+    """The arguments of the stages that run checkpoints on sets.
 
     Args:
         checkpoints: (name, encoder spec, digest) of each.
         data: folder of test sets in DataComp's layout.
-        out: directory of what the stage makes.
-        tasks: "all" for every set in the folder, or keys or names.
-        protocols: which of `winnow.evaluate.protocols.base.PROTOCOLS`; some need no training set, some no prompts.
+        out: directory of the stage's output.
+        tasks: "all" for every set in the folder, or keys, names or task files.
+        protocols: names in `winnow.evaluate.protocols.PROTOCOLS`, or "module:OBJECT".
         device: for encoders and probes; "auto" takes a GPU where there is one.
         batch_size: images an encoder sees at once.
         precision: of the encoders' matrix products, "float32" or "bfloat16" (`winnow.pretrain.encoder.load_encoder`).
         threads: CPU threads of an encoder; None leaves it to torch.
-        part_samples: samples of a set that are embedded in one piece, about.
-        unit_resources: what a unit asks of the cluster.
+        part_samples: samples of a set that are embedded by one unit, approximately.
+        unit_resources: what a unit takes of the cluster.
     """
 
     checkpoints: tuple[tuple[str, str, str], ...]
@@ -125,35 +103,83 @@ class SetsStage(Stage):
     def parents(self) -> dict[str, str]:
         return {f"checkpoint/{name}": digest for name, _, digest in self.checkpoints}
 
+    def loaded_protocols(self) -> list[Protocol]:
+        """Raises UsageError for a name that is unknown."""
+        return [load_protocol(name) for name in self.protocols]
+
     def found(self) -> list[FoundTask]:
         """The sets. Raises UsageError as `find_tasks`."""
         return find_tasks(storage.absolute(self.data), self.tasks)
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """The units that embed a split of a set.
+
+    Attributes:
+        found: the set.
+        split: "test", "train" or "val".
+        parts: each part with the unit of its samples, and that of its images by the encoder's digest.
+    """
+
+    found: FoundTask
+    split: str
+    parts: list[tuple[Part, Unit, dict[str, Unit]]]
+
+    def listing(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return {
+            "data": data_digest(self.found.url, self.split),
+            "parts": [
+                {
+                    "shard": storage.name_of(part.tar),
+                    "part": [part.index, part.count],
+                    "samples": samples.name,
+                    "images": {digest: unit.name for digest, unit in images.items()},
+                }
+                for part, samples, images in self.parts
+            ],
+        }
 
 
 @dataclass
 class EmbedStage(SetsStage):
     """Embed sets with checkpoints.
 
-    The images of a set are split into parts (`winnow.evaluate.sets.shards`). A unit is one encoder on one part; the
-    units of one
-    part run together, so that its images are decoded once, with one more that keeps what lies beside the images.
-    Prompts are embedded in units of some thousand. Files are named and keyed by content: a new checkpoint embeds
-    alone, a changed class name embeds no image, and one folder serves any number of evaluations.
+    The images of a set are split into parts (`winnow.evaluate.sets.shards`). A unit is one encoder on one part. The
+    units of a part run together, so that its images are decoded once; one more unit stores what is known of the
+    samples. Prompts are embedded in units of some thousand. Files are named and keyed by content: a new checkpoint
+    is embedded alone, a changed class name embeds no image, and one folder serves any number of evaluations.
 
-    A part that is broken leaves a record that says so. An encoder that cannot be loaded leaves none, and is tried
-    again by the next run. Nothing is skipped here; the evaluate stage counts what it could not use.
+    A part that is broken leaves a record that says so. An encoder that cannot be loaded leaves none, and the next run
+    tries it again. Nothing is skipped here; the evaluate stage counts what it could not use.
 
     Files:
         ENCODER/SHARD/I-of-N.npy: float32 [n, dim], L2-normalised, the images of a part that can be decoded. ENCODER
-            is its digest's beginning, with the precision behind it where that is not float32.
-        ENCODER/SHARD/I-of-N-captions.npy, …-texts.npy: the same for a retrieval set, and float32 [m, dim], the captions
-            of the part's samples, one after the other.
+            is the beginning of its digest, followed by the precision where that is not float32.
+        ENCODER/SHARD/I-of-N-captions.npy, …-texts.npy: the same for a set with captions, and float32 [m, dim], the
+            captions of the part's samples, in order.
         ENCODER/prompts/DIGEST.npy: float32 [classes, dim], the class weights of some classes.
-        samples/SHARD/I-of-N.parquet: key, members, and why an image cannot be decoded, of each sample.
+        samples/SHARD/I-of-N-KIND.parquet: for each sample its key, label, captions and metadata, what is wrong with
+            them, and why its image cannot be decoded. KIND is a digest of what reads them.
+
+    Manifest values:
+        splits: by task and split, the digest of its data, and for each part the names of its units.
+        prompts: by task and encoder, the names of the units of its class weights.
+        units: by name, the files and values of each finished unit.
     """
 
     name = "embed"
     version = 2
+
+    def parents(self) -> dict[str, str]:
+        """Those of the checkpoints and of the sets, so that the listing follows both."""
+        digests = {
+            f"{found.task.key}/{split}": data_digest(found.url, split)
+            for found in self.found()
+            for split in self.splits(found)
+        }
+        return super().parents() | digests
 
     def encoders(self) -> dict[str, str]:
         """Spec by digest, each encoder once, whatever number of names it has."""
@@ -162,49 +188,72 @@ class EmbedStage(SetsStage):
     def plan(self) -> list[Unit]:
         units: dict[str, Unit] = {}
         for found in self.found():
-            if not any(applies(protocol, found.task.kind) for protocol in self.protocols):
-                continue
-            for split in self.splits(found):
-                try:
-                    parts = self.parts(found, split)
-                except (TaskError, OSError):
-                    continue  # the evaluate stage says what is wrong with it
-                for part in parts:
-                    group = f"{storage.name_of(found.url)}/{split} {storage.name_of(part.tar)} {part.index}"
-                    mine = [self.samples_unit(part)]
-                    mine += [self.images_unit(part, digest, found) for digest in self.encoders()]
-                    for unit in mine:
-                        units.setdefault(unit.name, replace(unit, group=group))
+            for planned in self.split_plans(found):
+                for part, samples, images in planned.parts:
+                    shard = f"{planned.split} {storage.name_of(part.tar)} {part.index}"
+                    for unit in (samples, *images.values()):
+                        units.setdefault(unit.name, replace(unit, group=f"{storage.name_of(found.url)}/{shard}"))
             for unit in self.prompt_units(found):
                 units.setdefault(unit.name, unit)
         return list(units.values())
 
     def splits(self, found: FoundTask) -> list[str]:
-        """The splits of a set that some protocol asked for looks at."""
-        wanted = ["test"]
-        if any(applies(protocol, found.task.kind) for protocol in NEED_TRAIN.intersection(self.protocols)):
+        """The splits of a set that the protocols need."""
+        needed = [protocol for protocol in self.loaded_protocols() if protocol.applies(found.kind)]
+        wanted = ["test"] if needed else []
+        if any("train" in protocol.needs for protocol in needed):
             wanted += [split for split in ("train", "val") if has_split(found.url, split)]
         return wanted
 
-    def parts(self, found: FoundTask, split: str) -> list[Part]:
-        """The parts of a split. Raises TaskError."""
-        return split_into_parts(found.url, split, self.part_samples)
+    def split_plans(self, found: FoundTask) -> list[SplitPlan]:
+        """One for each split that is needed and not broken; the evaluate stage says what is wrong with the others."""
+        plans = []
+        for split in self.splits(found):
+            try:
+                parts = split_into_parts(found.url, split, self.part_samples)
+            except (TaskError, OSError):
+                continue
+            units = [
+                (
+                    part,
+                    self.samples_unit(part, found),
+                    {digest: self.images_unit(part, digest, found) for digest in self.encoders()},
+                )
+                for part in parts
+            ]
+            plans.append(SplitPlan(found, split, units))
+        return plans
 
-    def samples_unit(self, part: Part) -> Unit:
+    def samples_unit(self, part: Part, found: FoundTask) -> Unit:
+        kind = load_kind(found.task.kind)
+        members = list(kind.members(found.task))
+        params = {"kind": [found.task.kind, kind.version], "images": list(kind.images), "members": members}
         return Unit(
-            f"samples/{part.name}",
+            f"samples/{part.name}-{storage.digest_json(params)[:8]}",
             inputs={"shard": part.digest},
-            params={"part": [part.index, part.count], "members": list(MEMBERS)},
-            runtime={"part": part.values()},
+            params={"part": [part.index, part.count], **params},
+            runtime={"part": part.values(), "task": found.task.model_dump(mode="json")},
         )
 
     def images_unit(self, part: Part, encoder: str, found: FoundTask) -> Unit:
-        captions = found.task.kind == "retrieval"
+        kind = load_kind(found.task.kind)
+        params: dict[str, Any] = {"captions": kind.embeds_captions}
+        suffix = "-captions" if kind.embeds_captions else ""
+        # Only what differs from the default is part of the key.
+        if kind.flatten:
+            params["flatten"], suffix = True, f"{suffix}-flat"
+        if kind.images != Kind.images:
+            params["images"] = list(kind.images)
+            suffix += f"-{storage.digest_json(params)[:8]}"
         return Unit(
-            f"{self._folder(encoder)}/{part.name}{'-captions' if captions else ''}",
+            f"{self._folder(encoder)}/{part.name}{suffix}",
             inputs={"encoder": encoder, "shard": part.digest},
-            params={"part": [part.index, part.count], "captions": captions, "precision": self.precision},
-            runtime={"part": part.values(), "spec": self.encoders()[encoder]},
+            params={"part": [part.index, part.count], "precision": self.precision, **params},
+            runtime={
+                "part": part.values(),
+                "spec": self.encoders()[encoder],
+                "task": found.task.model_dump(mode="json"),
+            },
             items=part.samples,
         )
 
@@ -213,15 +262,15 @@ class EmbedStage(SetsStage):
 
     def prompt_units(self, found: FoundTask) -> list[Unit]:
         """Units for the class weights of a set, some classes each; in the order of the classes within an encoder."""
-        if "zeroshot" not in self.protocols:
+        if not any("text" in one.needs and one.applies(found.kind) for one in self.loaded_protocols()):
             return []
         try:
-            test_set = EvalSet.open(found)
+            test_set = open_set(found.task, found.url)
         except TaskError:
             return []
         prompts = [test_set.prompts(name) for name in test_set.classnames]
         if len({len(texts) for texts in prompts}) != 1:
-            return []  # no class weights: no classes, or not one set of prompts for all
+            return []  # no class weights: no classes, or different numbers of prompts
         step = max(1, PROMPTS_AT_ONCE // len(test_set.templates))
         units = []
         for low in range(0, len(prompts), step):
@@ -240,11 +289,14 @@ class EmbedStage(SetsStage):
         return units
 
     def run_group(self, units: list[Unit]) -> Iterator[tuple[Unit, Output]]:
-        mine = [unit for unit in units if "encoder" in unit.inputs]
-        encoders = encoders_of(
-            [(unit.runtime["spec"], unit.inputs["encoder"]) for unit in mine], self.device, self.threads, self.precision
-        )
-        ready = [(u, encoder) for u, encoder in zip(mine, encoders, strict=True) if not isinstance(encoder, str)]
+        from winnow.pretrain.encoder import load_encoders
+
+        encoded = [unit for unit in units if "encoder" in unit.inputs]
+        wanted = [(unit.runtime["spec"], unit.inputs["encoder"]) for unit in encoded]
+        encoders = load_encoders(wanted, self.device, self.threads, self.precision)
+        ready = [
+            (u, encoder) for u, encoder in zip(encoded, encoders, strict=True) if not isinstance(encoder, WinnowError)
+        ]
         if "prompts" in units[0].inputs:
             for unit, encoder in ready:
                 yield unit, self._prompts(unit, encoder)
@@ -252,8 +304,6 @@ class EmbedStage(SetsStage):
         yield from self._images(ready, [unit for unit in units if "encoder" not in unit.inputs], units[0])
 
     def _prompts(self, unit: Unit, encoder: Encoder) -> Output:
-        from winnow.evaluate.protocols.zeroshot import prompt_weights
-
         if not encoder.has_text:
             return Output(values={"text": False})
         weights = prompt_weights(encoder.encode_texts, unit.runtime["prompts"])
@@ -264,29 +314,32 @@ class EmbedStage(SetsStage):
     def _images(
         self, ready: Sequence[tuple[Unit, Encoder]], samples: Sequence[Unit], first: Unit
     ) -> Iterator[tuple[Unit, Output]]:
-        part = Part(**first.runtime["part"])
-        raws: list[Raw] = []
+        task = build(Task, first.runtime["task"], "task")
+        part, kind = Part(**first.runtime["part"]), load_kind(task.kind)
+        read: list[tuple[str, Target, str | None]] = []
 
         def encoded() -> Iterator[bytes]:
-            for raw in read_part(part):
-                raws.append(Raw(raw.key, None, raw.members))
-                yield raw.image or b""
+            for sample in read_part(part, Wanted.by(kind, task)):
+                read.append(read_target(kind, sample))
+                yield kind.encoded_image(sample) or b""
 
         try:
             threads = decode_threads(self.device)
-            made = embed(encoded(), [encoder for _, encoder in ready], self.batch_size, threads, self._notes(first))
+            encoders = [encoder for _, encoder in ready]
+            made = embed(encoded(), encoders, self.batch_size, threads, self._notes(first), kind.flatten)
         except TaskError as error:
-            # By content: the shard may lie elsewhere, too, when this is read.
+            # Without the location: an equal shard may be part of another set.
             for unit in [*samples, *(unit for unit, _ in ready)]:
                 yield unit, Output(values={"broken": [error.what, error.do]})
             return
+        targets, faults = as_columns(read)
         for unit in samples:
-            yield unit, self._samples(unit, raws, made.skipped)
+            yield unit, self._samples(unit, targets, faults, made.skipped)
         for (unit, encoder), images in zip(ready, made.images, strict=True):
             texts = np.empty((0, encoder.dim), np.float32)
             if with_texts := unit.params["captions"] and encoder.has_text:
-                texts = encoder.encode_texts([text for raw in raws for text in captions_in(raw.members)])
-            if fault := _not_finite(encoded=images, captions=texts):
+                texts = encoder.encode_texts([text for captions in targets.captions for text in captions])
+            if fault := _not_finite(images=images, captions=texts):
                 yield unit, Output(values={"error": fault})
                 continue
             files = [self._save(unit, images)]
@@ -294,14 +347,19 @@ class EmbedStage(SetsStage):
                 files.append(self._save(unit, texts, "-texts"))
             yield unit, Output(files, len(images), values={"text": encoder.has_text})
 
-    def _samples(self, unit: Unit, raws: Sequence[Raw], skipped: dict[int, str]) -> Output:
-        rows = [
-            {"key": raw.key, "members": list(raw.members.items()), "skipped": skipped.get(i)}
-            for i, raw in enumerate(raws)
+    def _samples(self, unit: Unit, targets: Targets, faults: Sequence[str | None], skipped: dict[int, str]) -> Output:
+        columns = [
+            targets.keys,
+            targets.labels.tolist(),
+            targets.captions,
+            targets.metadata,
+            faults,
+            [skipped.get(i) for i in range(len(faults))],
         ]
+        arrays = [pa.array(column, kind.type) for column, kind in zip(columns, TARGETS, strict=True)]
         file = f"{unit.name}.parquet"
         with storage.writing(self.url(file)) as path:
-            pq.write_table(pa.Table.from_pylist(rows, SAMPLES), path)
+            pq.write_table(pa.Table.from_arrays(arrays, schema=TARGETS), path)
         return Output([file])
 
     def _save(self, unit: Unit, array: np.ndarray, suffix: str = "") -> str:
@@ -321,3 +379,14 @@ class EmbedStage(SetsStage):
                 write_note(note_url(self, unit), f"{unit.group}: {done:,} images {done / (now - started):,.0f}/s")
 
         return note
+
+    def finish(self, records: list[Record]) -> Output:
+        splits: dict[str, Any] = {}
+        prompts: dict[str, Any] = {}
+        for found in self.found():
+            for planned in self.split_plans(found):
+                splits.setdefault(found.task.key, {})[planned.split] = planned.listing()
+            for unit in self.prompt_units(found):
+                prompts.setdefault(found.task.key, {}).setdefault(unit.inputs["encoder"], []).append(unit.name)
+        units = {record.unit: {"files": sorted(record.files), **record.values} for record in records}
+        return Output(values={"splits": splits, "prompts": prompts, "units": units})

@@ -1,55 +1,130 @@
-"""Kinds: how a task is turned into figures. A kind is one function `(features, test set) -> rows`.
+"""What a kind of task and a protocol are, and what they see.
 
-`PROTOCOLS` is the table of them: for each protocol, which function evaluates which kind of task.
+A `Kind` says what a test set consists of: which files, which members of each sample, and what these mean. A
+`Protocol` says how an encoder is scored on it. The tables are in `winnow.evaluate.protocols`.
 """
 
 from __future__ import annotations
 
+import abc
+import functools
+import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from winnow.evaluate.sets.layout import EvalSet
-from winnow.infra.registry import Registry, unknown
+from winnow.evaluate.protocols import KINDS, PROTOCOLS
+from winnow.evaluate.tasks.task import Task, TaskError
+from winnow.infra.errors import UsageError
+from winnow.infra.io.images import EXTENSIONS
+from winnow.infra.pool.sample import Sample
 
 if TYPE_CHECKING:
     from winnow.pretrain.encoder import Encoder
 
+SEED = 0  # of every bootstrap, and of protocols that draw nothing
+# Of several images in a sample, the one that DataComp's evaluation takes.
+IMAGES = ("webp", "png", "jpg", "jpeg", *(ext for ext in EXTENSIONS if ext not in ("webp", "png", "jpg", "jpeg")))
 
-def _labelled(function: str) -> Registry:
-    """The table of a protocol that learns from labels, for the kinds of task that have a label an image."""
-    return Registry("kind", {"zeroshot_classification": function, "grouped_classification": function})
+
+@dataclass(frozen=True)
+class Target:
+    """What is known of one sample.
+
+    Attributes:
+        label: the class; None where the kind has none.
+        captions: of the image.
+        metadata: numbers, for groups or several labels.
+    """
+
+    label: int | None = None
+    captions: tuple[str, ...] = ()
+    metadata: tuple[float, ...] = ()
 
 
-PROTOCOLS: dict[str, Registry] = {
-    "zeroshot": Registry(
-        "kind",
-        {
-            "zeroshot_classification": "winnow.evaluate.protocols.zeroshot:zeroshot",
-            "grouped_classification": "winnow.evaluate.protocols.zeroshot:zeroshot",
-            "multilabel": "winnow.evaluate.protocols.multilabel:multilabel",
-            "face_attributes": "winnow.evaluate.protocols.faces:faces",
-            "winogavil": "winnow.evaluate.protocols.winogavil:winogavil",
-            "retrieval": "winnow.evaluate.protocols.retrieval:retrieval",
-        },
-    ),
-    "linear_probe": _labelled("winnow.evaluate.protocols.linear:linear_probe"),
-    "linear_sgd": _labelled("winnow.evaluate.protocols.sgd:linear_sgd"),
-    "knn": _labelled("winnow.evaluate.protocols.knn:knn"),
-    "linear_1pct": _labelled("winnow.evaluate.protocols.few_labels:linear_1pct"),
-    "linear_10pct": _labelled("winnow.evaluate.protocols.few_labels:linear_10pct"),
-    "finetune_1pct": _labelled("winnow.evaluate.protocols.fine_tune:finetune_1pct"),
-    "finetune_10pct": _labelled("winnow.evaluate.protocols.fine_tune:finetune_10pct"),
-}
-# Protocols that ask the encoder for text embeddings.
-NEED_TEXT = frozenset({"zeroshot"})
-# Protocols that learn from the set's train split.
-NEED_TRAIN = frozenset(PROTOCOLS) - NEED_TEXT
-# Protocols that draw something, once with each of these seeds.
-SEEDS = dict.fromkeys(("linear_1pct", "linear_10pct", "finetune_1pct", "finetune_10pct"), (0, 1, 2))
-SEED = 0  # of every bootstrap
+@dataclass(frozen=True)
+class Targets:
+    """What is known of n samples, as columns.
+
+    Attributes:
+        keys: of the samples.
+        labels: int64 [n]; -1 where there is none, or where the class does not count.
+        captions: of each.
+        metadata: of each; empty where the sample has none.
+    """
+
+    keys: list[str]
+    labels: np.ndarray
+    captions: list[tuple[str, ...]]
+    metadata: list[tuple[float, ...]]
+
+    @staticmethod
+    def concatenate(parts: Sequence[Targets]) -> Targets:
+        labels = np.concatenate([part.labels for part in parts]) if parts else np.empty(0, np.int64)
+        return Targets(
+            [key for part in parts for key in part.keys],
+            labels,
+            [captions for part in parts for captions in part.captions],
+            [values for part in parts for values in part.metadata],
+        )
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> Targets:
+        """Those of some samples."""
+        return Targets(
+            [self.keys[i] for i in indices],
+            self.labels[indices],
+            [self.captions[i] for i in indices],
+            [self.metadata[i] for i in indices],
+        )
+
+
+@dataclass(frozen=True)
+class SetTexts:
+    """What the text files of a set say.
+
+    Attributes:
+        classnames: in label order.
+        templates: prompts, with {c} for the class name.
+        extra: what else the kind keeps of them.
+    """
+
+    classnames: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+    extra: Any = None
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """A test set whose text files have been read and agree with its task.
+
+    Attributes:
+        task: what is evaluated.
+        url: its folder.
+        kind: of the task.
+        texts: its text files.
+        tars: URLs of the test shards, in order.
+    """
+
+    task: Task
+    url: str
+    kind: Kind
+    texts: SetTexts = SetTexts()
+    tars: tuple[str, ...] = ()
+
+    @property
+    def classnames(self) -> tuple[str, ...]:
+        return self.texts.classnames
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        return self.texts.templates
+
+    def prompts(self, classname: str) -> list[str]:
+        """The prompts of a class."""
+        return self.kind.prompts(self, classname)
 
 
 @dataclass(frozen=True)
@@ -59,12 +134,12 @@ class Split:
     Attributes:
         images: float32 [n, dim], L2-normalised.
         labels: int64 [n].
-        images: the encoded images at the given places, read when called.
+        samples: the samples at the given indices, with their members; read when called.
     """
 
     images: np.ndarray
     labels: np.ndarray
-    image_bytes: Callable[[Sequence[int]], list[bytes]]
+    samples: Callable[[Sequence[int]], list[Sample]]
 
 
 @dataclass(frozen=True)
@@ -73,16 +148,16 @@ class Features:
 
     Attributes:
         images: float32 [n, dim], L2-normalised.
-        labels: int64 [n]; empty for retrieval.
-        captions: for retrieval, those of each image.
+        labels: int64 [n]; -1 where there is none.
         encode_texts: strings to float32 [m, dim], L2-normalised.
+        captions: of each image.
         class_weights: float32 [classes, dim], where the prompts were embedded before.
-        splits: "test", and for protocols in `NEED_TRAIN` "train" and where there is one "val".
+        splits: "test"; for protocols that need a train split also "train" and, where there is one, "val".
         encoder: loads it.
         seed: of what the protocol draws.
         device: for torch; "auto" takes a GPU where there is one.
-        keys: of the samples, in the order of the images (`Sample.key`).
-        metadata: float64 [n, fields], `Sample.metadata` of each; [n, 0] where there is none.
+        keys: of the samples, in the order of the images.
+        metadata: float64 [n, fields], `Target.metadata` of each.
     """
 
     images: np.ndarray
@@ -100,7 +175,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: `value` over `n` samples, with its standard error."""
+    """One score: `value` over `n` samples, with its standard error."""
 
     metric: str
     value: float
@@ -108,20 +183,173 @@ class Row:
     stderr: float
 
 
-Kind = Callable[[Features, EvalSet], list[Row]]
+class Kind(abc.ABC):
+    """A kind of task: which files its sets consist of, how their samples are read, and how they are scored zero-shot.
+
+    Instances hold nothing. A subclass is scored by every protocol that scores its base class.
+
+    Class attributes:
+        images: extensions of the image, the preferred ones first.
+        flatten: whether transparent parts become white before embedding; otherwise the alpha channel is dropped, as
+            open_clip's preprocessing does.
+        embeds_captions: whether the captions of the samples are embedded with the images.
+        protocols: names of protocols that score this kind, beyond those whose `kinds` name it.
+        metric: the main metric of a set without a task file.
+        version: raise it when `read` gives other values for the same members.
+    """
+
+    images: ClassVar[tuple[str, ...]] = IMAGES
+    flatten: ClassVar[bool] = False
+    embeds_captions: ClassVar[bool] = False
+    protocols: ClassVar[frozenset[str]] = frozenset()
+    metric: ClassVar[str | None] = "acc1"
+    version: ClassVar[int] = 1
+
+    @property
+    def names(self) -> list[str]:
+        """The name of the kind and of those it is derived from."""
+        bases = [base for base in type(self).__mro__ if issubclass(base, Kind) and base is not Kind]
+        return [KINDS.name_of(base) for base in bases]
+
+    def check_task(self, task: Task) -> None:
+        """Raise ValueError when a task file lacks what the kind needs."""
+        return
+
+    def members(self, task: Task) -> tuple[str, ...]:
+        """Extensions of the members that `read` looks at, besides the image."""
+        return ()
+
+    def open(self, task: Task, url: str) -> SetTexts:
+        """Read the text files of a set. Raises TaskError naming the file at fault."""
+        return SetTexts()
+
+    @abc.abstractmethod
+    def read(self, sample: Sample) -> Target:
+        """What the members of a sample say. Called once a sample, when its image is embedded.
+
+        Raises:
+            TaskError: a member is missing or cannot be read; without a location, which the caller adds.
+        """
+
+    def check(self, targets: Targets, test_set: EvalSet, tar: str) -> Targets:
+        """Check the targets of a shard's samples against the text files, and map them where needed.
+
+        Raises:
+            TaskError: a target does not fit.
+        """
+        return targets
+
+    def prompts(self, test_set: EvalSet, classname: str) -> list[str]:
+        """The prompts of a class. (`{c}` is replaced as text; other braces have no meaning.)"""
+        return [template.replace("{c}", classname) for template in test_set.templates]
+
+    def zeroshot(self, features: Features, test_set: EvalSet) -> list[Row]:
+        """The scores under the protocol `zeroshot`."""
+        raise NotImplementedError(f"{type(self).__name__} has no zero-shot scores")
+
+    def chance(self, task: Task, n: int) -> float | None:
+        """The main metric of guessing, on n samples."""
+        return task.chance
+
+    def default_chance(self, classes: int | None) -> float | None:
+        """The main metric of guessing, for a set without a task file."""
+        return 1 / classes if classes and self.metric == "acc1" else None
+
+    def count(self, test_set: EvalSet, images: int) -> int:
+        """The number that a task's `size` refers to, for a set with so many images."""
+        return images
+
+    def measured(self, images: int, counts: Sequence[int]) -> int:
+        """The same of what was scored: images that could be decoded, and `n` of each score."""
+        return max(counts, default=images)
+
+    def encoded_image(self, sample: Sample) -> bytes | None:
+        """The encoded image of a sample, or None."""
+        return next((sample.members[ext] for ext in self.images if ext in sample.members), None)
 
 
-def applies(protocol: str, kind: str) -> bool:
-    """Whether a protocol evaluates tasks of a kind. Raises UsageError for an unknown protocol."""
-    if protocol not in PROTOCOLS:
-        raise unknown("protocol", protocol, PROTOCOLS)
-    return kind in PROTOCOLS[protocol].table
+@dataclass(frozen=True)
+class Protocol:
+    """A way to score an encoder on a set.
+
+    Attributes:
+        name: as it is called in scores.
+        kinds: kinds of task that it scores.
+        run: features and set to scores.
+        needs: "text": an encoder that reads text; "train": a train split; "pixels": the images themselves, not the
+            features alone; "sampler": a checkpoint that draws images.
+        seeds: it runs once with each; empty for a protocol that draws nothing.
+        metric: its main metric; None where that is the task's.
+        version: raise it when it gives other scores for the same features.
+    """
+
+    name: str
+    kinds: frozenset[str]
+    run: Callable[[Features, EvalSet], list[Row]]
+    needs: frozenset[str] = frozenset()
+    seeds: tuple[int, ...] = ()
+    metric: str | None = None
+    version: int = 1
+
+    def applies(self, kind: Kind | None) -> bool:
+        """Whether it scores tasks of a kind; None is a kind that does not exist."""
+        return kind is not None and (self.name in kind.protocols or not self.kinds.isdisjoint(kind.names))
 
 
-def kind_of(protocol: str, kind: str) -> Kind | None:
-    """The function for a kind of task under a protocol, or None where there is none. Raises UsageError for an unknown
-    protocol."""
-    registry = PROTOCOLS.get(protocol)
-    if registry is None:
-        raise unknown("protocol", protocol, PROTOCOLS)
-    return registry.load(kind) if kind in registry.table else None
+@functools.cache
+def load_kind(name: str) -> Kind:
+    """The kind of a name or "module:Class". Raises UsageError."""
+    found = KINDS.load(name)
+    if not (isinstance(found, type) and issubclass(found, Kind)):
+        raise UsageError(f'"{name}" is not a kind of task', do="It must name a subclass of Kind.")
+    return found()
+
+
+def kind_of(task: Task) -> Kind | None:
+    """The kind of a task; None where a set's `dataset_type.txt` names an unknown one."""
+    return load_kind(task.kind) if task.kind in KINDS.table or ":" in task.kind else None
+
+
+@functools.cache
+def load_protocol(name: str) -> Protocol:
+    """The protocol of a name or "module:OBJECT". Raises UsageError."""
+    found = PROTOCOLS.load(name)
+    if not isinstance(found, Protocol):
+        raise UsageError(f'"{name}" is not a protocol', do="It must name an instance of Protocol.")
+    return found
+
+
+def read_label(sample: Sample) -> int:
+    """The label in a sample's `.cls`. Raises TaskError."""
+    if "cls" not in sample.members:
+        raise TaskError("no label (.cls)")
+    data = sample.member("cls")
+    if not re.fullmatch(rb"\s*-?\d{1,18}\s*", data):
+        raise TaskError(f"the label {data[:32]!r} is not a whole number")
+    return int(data)
+
+
+def read_captions(sample: Sample) -> tuple[str, ...]:
+    """The captions in a sample's `.txt`, one a line. Raises TaskError where there is none."""
+    if "txt" not in sample.members:
+        raise TaskError("no captions (.txt)")
+    try:
+        lines = [line for line in sample.member("txt").decode("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise TaskError("captions are not UTF-8") from None
+    if not lines:
+        raise TaskError("no captions (.txt is empty)")
+    return tuple(lines)
+
+
+def read_metadata(sample: Sample) -> tuple[float, ...]:
+    """The numbers in a sample's `.npy`; () where there is none. Raises TaskError."""
+    if "npy" not in sample.members:
+        return ()
+    try:
+        array = np.load(io.BytesIO(sample.member("npy")), allow_pickle=False).ravel()
+    except (ValueError, EOFError, OSError) as error:
+        raise TaskError(f"the metadata (.npy) cannot be read ({error})") from None
+    if array.dtype.kind not in "biuf":
+        raise TaskError(f"the metadata (.npy) holds {len(array)} values of type {array.dtype}, not numbers")
+    return tuple(float(value) for value in array)

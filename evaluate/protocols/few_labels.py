@@ -1,24 +1,27 @@
 """The linear probe with 1 % and 10 % of the labels, the same number from each class.
 
-Chen et al. 2020 (SimCLR), section 6 and appendix B.5, samples so, and fine-tunes
+Chen et al. 2020 (SimCLR), section 6 and appendix B.5, samples in this way and fine-tunes
 (`winnow.evaluate.protocols.fine_tune`).
 """
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
-from winnow.evaluate.protocols.base import Features, Row, Split
+from winnow.evaluate.protocols.base import EvalSet, Features, Protocol, Row, Split
 from winnow.evaluate.protocols.linear import probe, train_split
 from winnow.evaluate.protocols.zeroshot import classification_rows
-from winnow.evaluate.sets.layout import EvalSet
+
+SEEDS = (0, 1, 2)
 
 
 def few_labels(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Places of a class-balanced part of a train split: int64, ascending.
+    """Indices of a class-balanced part of a train split: int64, ascending.
 
-    Each class that occurs gives `share` of an equal part of the split, rounded, at least one sample and at most all its
-    own. With unequal classes that is less than `share` of all.
+    Each class that occurs gives the same number of samples, `fraction` of the split divided by the number of classes,
+    rounded; but at least one and at most all that it has. With unequal classes that is less than `fraction` of all.
     """
     present = np.unique(labels)
     each = max(1, round(fraction * len(labels) / len(present)))
@@ -27,23 +30,27 @@ def few_labels(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(selected))
 
 
-def linear_1pct(features: Features, test_set: EvalSet) -> list[Row]:
-    """`linear_few` with 1 %."""
-    return linear_few(features, test_set, 0.01)
-
-
-def linear_10pct(features: Features, test_set: EvalSet) -> list[Row]:
-    """`linear_few` with 10 %."""
-    return linear_few(features, test_set, 0.1)
-
-
 def linear_few(features: Features, test_set: EvalSet, fraction: float) -> list[Row]:
-    """The test set's figures by the probe on a part of the train split drawn from the seed.
+    """The test set's scores by the probe on a part of the train split drawn from the seed.
 
-    No other label is looked at: the strength is chosen on a fifth of that part, or 1 where that is nothing.
+    No other label is used: the strength is chosen on a fifth of that part, or is 1 where that is empty.
     """
     train = train_split(features, test_set)
     indices = few_labels(train.labels, fraction, features.seed)
-    part = Split(train.images[indices], train.labels[indices], train.image_bytes)
+    part = Split(train.images[indices], train.labels[indices], train.samples)
     scores = probe(part, None, features.images, len(test_set.classnames), features.device)
     return classification_rows(scores, features, test_set)
+
+
+def _protocol(name: str, fraction: float) -> Protocol:
+    return Protocol(
+        name,
+        kinds=frozenset({"zeroshot_classification"}),
+        run=functools.partial(linear_few, fraction=fraction),
+        needs=frozenset({"train"}),
+        seeds=SEEDS,
+    )
+
+
+LINEAR_1PCT = _protocol("linear_1pct", 0.01)
+LINEAR_10PCT = _protocol("linear_10pct", 0.1)

@@ -3,30 +3,31 @@
 Chen et al. 2020 (SimCLR), appendix B.5: SGD with Nesterov momentum 0.9, learning rate 0.05 at batch 256, no weight
 decay, no warm-up; 60 epochs with 1 %, 30 with 10 %. Deviations: batches of at most 256 instead of 4096, and the rate of
 256 for the smaller ones that the smallest sets have, with no fewer than `MIN_STEPS` steps; the rate falls to 0 by a
-cosine; gradients are clipped to norm 1; no random crops or flips, for they change the label of some of these sets
-(digits, counts, text); the classifier starts from zero, and batch statistics stay the encoder's own.
+cosine; gradients are clipped to norm 1; no random crops or flips, as they change the label in some of these sets
+(digits, counts, text); the classifier starts from zero, and batch statistics stay those of the encoder.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from winnow.evaluate.features.embed import decode_threads
-from winnow.evaluate.protocols.base import Features, Row, Split
-from winnow.evaluate.protocols.few_labels import few_labels
-from winnow.evaluate.protocols.linear import torch_device, train_split
+from winnow.evaluate.protocols.base import EvalSet, Features, Protocol, Row, Split
+from winnow.evaluate.protocols.few_labels import SEEDS, few_labels
+from winnow.evaluate.protocols.linear import train_split
 from winnow.evaluate.protocols.zeroshot import classification_rows
-from winnow.evaluate.sets.layout import EvalSet
 from winnow.evaluate.tasks.task import NotApplicable
-from winnow.infra.io.images import decode_image
-from winnow.infra.io.prefetch import ahead
+from winnow.infra.io.prefetch import prefetch
+
+if TYPE_CHECKING:
+    import torch
 
 RATE = 0.05
 BATCH = 256
@@ -36,19 +37,20 @@ EPOCHS = {0.01: 60, 0.1: 30}
 MIN_STEPS = 200
 KEEP_BYTES = 1 << 30  # of decoded images
 
-Prepare = Callable[[Image.Image], torch.Tensor]
+Prepare = Callable[[Image.Image], "torch.Tensor"]
 
 
 def loader(split: Split, indices: np.ndarray, prepare: Prepare, threads: int) -> Callable[[np.ndarray], torch.Tensor]:
-    """A function of some of the places that gives their images, float32 [b, 3, H, W].
+    """A function from some of the indices to their images, float32 [b, 3, H, W].
 
-    Decoded in threads when asked for; once and for all where they fit into `KEEP_BYTES`.
+    Images are decoded in threads at each call, or once where all fit into `KEEP_BYTES`.
     """
 
+    import torch
+
     def load(batch: np.ndarray) -> torch.Tensor:
-        image_bytes = split.image_bytes([int(place) for place in batch])
-        ready = ahead(lambda image: prepare(decode_image(image, flatten=False)), image_bytes, threads)
-        return torch.stack(list(ready))
+        samples = split.samples([int(i) for i in batch])
+        return torch.stack(list(prefetch(lambda sample: prepare(sample.image(flatten=False)), samples, threads)))
 
     if load(indices[:1]).nbytes * len(indices) > KEEP_BYTES:
         return load
@@ -74,7 +76,7 @@ def tune(
         dim: of its features.
         classes: number of classes.
         split: to learn from.
-        places: of the samples in it that are learned from; int64, ascending.
+        indices: of the samples in it to learn from; int64, ascending.
         prepare: an image to what the tower takes.
         epochs: of those samples; more where that gives fewer than `MIN_STEPS` steps.
         seed: of the order.
@@ -83,6 +85,9 @@ def tune(
     Returns:
         images to scores [n, classes].
     """
+    import torch
+    import torch.nn.functional as F
+
     device = next(tower.parameters()).device
     head = torch.nn.Linear(dim, classes, device=device)
     torch.nn.init.zeros_(head.weight)
@@ -91,23 +96,25 @@ def tune(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     per_epoch = math.ceil(len(indices) / BATCH)
     steps = max(epochs * per_epoch, MIN_STEPS)
-    optimiser = torch.optim.SGD(parameters, lr=RATE, momentum=MOMENTUM, nesterov=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    optimizer = torch.optim.SGD(parameters, lr=RATE, momentum=MOMENTUM, nesterov=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     rng = np.random.default_rng(seed)
     epoch = (chunk for _ in itertools.count() for chunk in np.array_split(rng.permutation(indices), per_epoch))
     load, labels = loader(split, indices, prepare, threads), torch.as_tensor(split.labels)
     for batch in itertools.islice(epoch, steps):
         loss = F.cross_entropy(model(load(batch).to(device)).float(), labels[batch].to(device))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     return model
 
 
 def scores_of(model: torch.nn.Module, split: Split, prepare: Prepare, threads: int = 2) -> np.ndarray:
     """A tuned model's scores of a split: float32 [n, classes]."""
+    import torch
+
     device = next(model.parameters()).device
     indices = np.arange(len(split.labels))
     load = loader(split, indices, prepare, threads)
@@ -117,18 +124,10 @@ def scores_of(model: torch.nn.Module, split: Split, prepare: Prepare, threads: i
     return scores
 
 
-def finetune_1pct(features: Features, test_set: EvalSet) -> list[Row]:
-    """`finetune` with 1 %."""
-    return finetune(features, test_set, 0.01)
-
-
-def finetune_10pct(features: Features, test_set: EvalSet) -> list[Row]:
-    """`finetune` with 10 %."""
-    return finetune(features, test_set, 0.1)
-
-
 def finetune(features: Features, test_set: EvalSet, fraction: float) -> list[Row]:
-    """The test set's figures by the encoder tuned on a class-balanced part of the train split drawn from the seed."""
+    """The test set's scores by the encoder tuned on a class-balanced part of the train split drawn from the seed."""
+    from winnow.evaluate.protocols.logistic import torch_device
+
     train = train_split(features, test_set)
     assert features.encoder is not None
     encoder = features.encoder()
@@ -143,3 +142,17 @@ def finetune(features: Features, test_set: EvalSet, fraction: float) -> list[Row
     )
     scores = scores_of(model, features.splits["test"], encoder.preprocess, threads)
     return classification_rows(scores, features, test_set)
+
+
+def _protocol(name: str, fraction: float) -> Protocol:
+    return Protocol(
+        name,
+        kinds=frozenset({"zeroshot_classification"}),
+        run=functools.partial(finetune, fraction=fraction),
+        needs=frozenset({"train", "pixels"}),
+        seeds=SEEDS,
+    )
+
+
+FINETUNE_1PCT = _protocol("finetune_1pct", 0.01)
+FINETUNE_10PCT = _protocol("finetune_10pct", 0.1)

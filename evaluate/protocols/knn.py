@@ -8,12 +8,10 @@ size of the train split.
 from __future__ import annotations
 
 import numpy as np
-import torch
 
-from winnow.evaluate.protocols.base import Features, Row
-from winnow.evaluate.protocols.linear import torch_device, train_split
+from winnow.evaluate.protocols.base import EvalSet, Features, Protocol, Row
+from winnow.evaluate.protocols.linear import train_split
 from winnow.evaluate.protocols.zeroshot import classification_rows
-from winnow.evaluate.sets.layout import EvalSet
 
 K = 200
 TEMPERATURE = 0.07
@@ -43,6 +41,10 @@ def votes(
     Returns:
         float64 [n, classes].
     """
+    import torch
+
+    from winnow.evaluate.protocols.logistic import torch_device
+
     on = torch_device(device)
     bank, owner = torch.as_tensor(train, device=on), torch.as_tensor(labels, device=on)
     found = []
@@ -56,10 +58,13 @@ def votes(
 
 
 def knn(features: Features, test_set: EvalSet) -> list[Row]:
-    """The test set's figures by the votes; the validation split, where there is one, votes too."""
+    """The test set's scores by the votes; the validation split, where there is one, votes too."""
     train_split(features, test_set)
     banks = [features.splits[name] for name in ("train", "val") if name in features.splits]
     images = np.concatenate([bank.images for bank in banks])
     labels = np.concatenate([bank.labels for bank in banks])
     scores = votes(features.images, images, labels, len(test_set.classnames), device=features.device)
     return classification_rows(scores, features, test_set)
+
+
+KNN = Protocol("knn", kinds=frozenset({"zeroshot_classification"}), run=knn, needs=frozenset({"train"}))

@@ -1,20 +1,45 @@
 """Image–text retrieval with several captions an image: recall@1, @5, @10 in both directions, as CLIP_benchmark
-defines it: for text retrieval the share of images with any of their captions among the first k, for image retrieval
-the share of captions with their image among the first k."""
+defines it: for text retrieval the fraction of images with any of their captions among the first k, for image retrieval
+the fraction of captions with their image among the first k."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from winnow.evaluate import metrics
-from winnow.evaluate.protocols.base import SEED, Features, Row
-from winnow.evaluate.sets.layout import EvalSet
+from winnow.evaluate.protocols.base import SEED, EvalSet, Features, Kind, Row, Target, read_captions
+from winnow.evaluate.tasks.task import Task
+from winnow.infra.pool.sample import Sample
 
 TEXTS_AT_ONCE = 4096
 KS = (1, 5, 10)
 
 
-def retrieval(features: Features, test_set: EvalSet) -> list[Row]:
+class Retrieval(Kind):
+    """Images with captions (`KEY.txt`, one a line)."""
+
+    embeds_captions = True
+    metric = "mean_recall@1"
+
+    def members(self, task: Task) -> tuple[str, ...]:
+        return ("txt",)
+
+    def read(self, sample: Sample) -> Target:
+        return Target(captions=read_captions(sample))
+
+    def zeroshot(self, features: Features, test_set: EvalSet) -> list[Row]:
+        return retrieval(features)
+
+    def chance(self, task: Task, n: int) -> float | None:
+        return 1 / n if task.chance is None else task.chance
+
+    def measured(self, images: int, counts: Sequence[int]) -> int:
+        return images
+
+
+def retrieval(features: Features) -> list[Row]:
     """Recall in both directions, and `mean_recall@1`, the mean of the two at 1."""
     texts = [caption for captions in features.captions for caption in captions]
     owner = np.repeat(np.arange(len(features.captions)), [len(captions) for captions in features.captions])

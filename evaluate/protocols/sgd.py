@@ -2,19 +2,23 @@
 
 He et al. 2020 (MoCo), section 4.1: learning rate 30 at batch 256, divided by ten after 60 and 80 of 100 epochs,
 momentum 0.9, no weight decay. Deviations: the features are those of the whole image, L2-normalised, and not of
-random crops; the steps of small sets are no fewer than `MIN_STEPS`, for the schedule is ImageNet's.
+random crops; small sets take at least `MIN_STEPS` steps, because the schedule is ImageNet's.
 """
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-import torch.nn.functional as F
+from typing import TYPE_CHECKING
 
-from winnow.evaluate.protocols.base import Features, Row
-from winnow.evaluate.protocols.linear import Weights, logits_of, threads_for, to_torch, train_split
+import numpy as np
+
+from winnow.evaluate.protocols.base import EvalSet, Features, Protocol, Row
+from winnow.evaluate.protocols.linear import train_split
 from winnow.evaluate.protocols.zeroshot import classification_rows
-from winnow.evaluate.sets.layout import EvalSet
+
+if TYPE_CHECKING:
+    import torch
+
+    from winnow.evaluate.protocols.logistic import Weights
 
 EPOCHS = 100
 BATCH = 256
@@ -29,13 +33,18 @@ def fit_sgd(x: torch.Tensor, y: torch.Tensor, classes: int, seed: int = 0, rate:
 
     The order of each epoch is drawn from `seed`.
     """
+    import torch
+    import torch.nn.functional as F
+
+    from winnow.evaluate.protocols.logistic import threads_for
+
     layer = torch.nn.Linear(x.shape[1], classes, dtype=x.dtype, device=x.device)
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
-    optimiser = torch.optim.SGD(layer.parameters(), lr=rate, momentum=MOMENTUM)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=rate, momentum=MOMENTUM)
     per_epoch = -(-len(x) // BATCH)
     steps = max(MIN_STEPS, EPOCHS * per_epoch)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [int(steps * at) for at in MILESTONES])
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [int(steps * at) for at in MILESTONES])
     rng = np.random.default_rng(seed)
     order: list[np.ndarray] = []
     with threads_for(x[:BATCH], classes):
@@ -44,18 +53,27 @@ def fit_sgd(x: torch.Tensor, y: torch.Tensor, classes: int, seed: int = 0, rate:
                 order = np.array_split(rng.permutation(len(x)), per_epoch)
             indices = torch.as_tensor(order.pop(), device=x.device)
             loss = F.cross_entropy(layer(x[indices]), y[indices])
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             schedule.step()
     return layer.weight.detach(), layer.bias.detach()
 
 
 def linear_sgd(features: Features, test_set: EvalSet) -> list[Row]:
-    """The test set's figures by the classifier; learns from the validation split too, where there is one."""
+    """The test set's scores by the classifier, which also learns from the validation split, where there is one."""
+    import torch
+
+    from winnow.evaluate.protocols.logistic import logits_of, to_torch
+
     train_split(features, test_set)
     splits = [features.splits[name] for name in ("train", "val") if name in features.splits]
     x = to_torch(np.concatenate([split.images for split in splits]), features.device)
     y = torch.as_tensor(np.concatenate([split.labels for split in splits]), device=x.device)
     weights = fit_sgd(x, y, len(test_set.classnames), features.seed)
     return classification_rows(logits_of(weights, to_torch(features.images, features.device)), features, test_set)
+
+
+LINEAR_SGD = Protocol(
+    "linear_sgd", kinds=frozenset({"zeroshot_classification"}), run=linear_sgd, needs=frozenset({"train"})
+)

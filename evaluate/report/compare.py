@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -18,11 +18,10 @@ from winnow.evaluate.report.pool_view import (
     read_funnel,
 )
 from winnow.evaluate.report.tables import comparison_csv, comparison_text
-from winnow.evaluate.stage import SCORES
+from winnow.evaluate.scores import read_scores
 from winnow.evaluate.statistics.aggregate import Estimate, SubsetScores, compare, headline
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
-from winnow.infra.io.parquet import read_parquet
 from winnow.infra.pool.pool import Pool
 from winnow.infra.pool.uids import load_subset
 from winnow.infra.registry import unknown
@@ -74,7 +73,7 @@ class CompareStage(Stage):
     baseline: str = ""
 
     name = "compare"
-    version = 1
+    version = 2
     run_on_driver = True
 
     def params(self) -> dict[str, Any]:
@@ -115,7 +114,7 @@ class CompareStage(Stage):
     def run(self, unit: Unit) -> Output:
         scores_url, entries = unit.runtime["scores"], unit.runtime["subsets"]
         manifest = need_manifest(scores_url, "scores")
-        protocol, by_checkpoint = _main_scores(scores_url, manifest.values["tasks"], manifest.values["protocols"])
+        protocol, by_checkpoint = _main_scores(scores_url, manifest.values)
         scored = {key for scores in by_checkpoint.values() for key in scores}
         tasks = {key: facts for key, facts in manifest.values["tasks"].items() if key in scored}
         funnels = {name: read_funnel(entry["url"]) for name, entry in entries.items()}
@@ -152,14 +151,12 @@ class CompareStage(Stage):
         return Output(values=dict(records[0].values))
 
 
-def _main_scores(
-    url: str, tasks: dict[str, Any], protocols: Sequence[str]
-) -> tuple[str, dict[str, dict[str, Estimate]]]:
-    """The protocol compared by, which is the run's first that gave scores, and by it the main metric of each checkpoint
-    on each task that has one; the mean over the protocol's own seeds."""
-    rows = read_parquet(storage.join(url, SCORES)).to_pylist()
-    given = {row["protocol"] for row in rows}
-    protocol = next((name for name in protocols if name in given), protocols[0])
+def _main_scores(url: str, values: Mapping[str, Any]) -> tuple[str, dict[str, dict[str, Estimate]]]:
+    """The protocol that is compared: the run's first with scores that has the task's main metric. And by it the main
+    metric of each checkpoint on each task, the mean over the protocol's seeds."""
+    tasks, rows = values["tasks"], read_scores(url).to_pylist()
+    given = {row["protocol"] for row in rows} - set(values.get("protocol_metrics", {}))
+    protocol = next((name for name in values["protocols"] if name in given), values["protocols"][0])
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         if row["protocol"] == protocol and row["metric"] == tasks[row["task"]]["metric"]:

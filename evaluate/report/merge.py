@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from winnow.evaluate.stage import SCORES
+from winnow.evaluate.scores import SCORES, read_scores, write_scores
 from winnow.infra.errors import UsageError
-from winnow.infra.io import storage
-from winnow.infra.io.parquet import read_parquet
 from winnow.infra.stages.stage import Output, Stage, Unit, need_manifest
 
 
@@ -44,9 +41,10 @@ class MergeScoresStage(Stage):
         missing: list[dict[str, str]] = []
         unfit: list[dict[str, str]] = []
         protocols: dict[str, None] = {}
+        metrics: dict[str, str] = {}
         for name, url in self.runs:
             values = need_manifest(url, "scores").values
-            table = read_parquet(storage.join(url, SCORES))
+            table = read_scores(url)
             renamed = [f"{name}/{checkpoint}" for checkpoint in table["checkpoint"].to_pylist()]
             tables.append(table.set_column(0, "checkpoint", pa.array(renamed, pa.string())))
             for key, facts in values["tasks"].items():
@@ -56,10 +54,11 @@ class MergeScoresStage(Stage):
             for found, key in ((missing, "missing"), (unfit, "not_applicable")):
                 found += [entry | {"checkpoint": f"{name}/{entry['checkpoint']}"} for entry in values[key]]
             protocols |= dict.fromkeys(values["protocols"])
-        with storage.writing(self.url(SCORES)) as path:
-            pq.write_table(pa.concat_tables(tables), path)
+            metrics |= values.get("protocol_metrics", {})
+        write_scores(self.out, pa.concat_tables(tables))
         values = {"tasks": tasks, "checkpoints": checkpoints, "protocols": list(protocols), "missing": missing}
-        return Output([SCORES], values=values | {"not_applicable": unfit})
+        values |= {"not_applicable": unfit} | ({"protocol_metrics": metrics} if metrics else {})
+        return Output([SCORES], values=values)
 
     def finish(self, records: list[Any]) -> Output:
         return Output(values=dict(records[0].values))

@@ -1,4 +1,4 @@
-"""Plots as inline SVG: the same bytes for the same numbers, in the page's own fonts and colours."""
+"""Plots as inline SVG, in the fonts and colours of the page; equal numbers give equal bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 # Drawn in these, then exchanged for the page's CSS variables, so that a plot follows light and dark.
 _INK, _FAINT = "#010203", "#040506"
-# Okabe and Ito's palette, told apart by colour-blind readers too; the baseline is grey.
+# Okabe and Ito's palette, which colour-blind readers can distinguish; the baseline is grey.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#b8a800")
 _GREY = "#8a8f98"
 

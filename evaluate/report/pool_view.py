@@ -178,7 +178,7 @@ def _reasons(url: str, uids: list[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     with open_parquet(path) as parquet:
         if missing := {"uid", "reason"} - set(parquet.schema_arrow.names):
-            raise WinnowError(f"is no table of reasons: {', '.join(sorted(missing))} missing", where=path)
+            raise WinnowError(f"is not a table of reasons: no column {', '.join(sorted(missing))}", where=path)
         for batch in parquet.iter_batches(columns=["uid", "reason"]):
             rows = batch.filter(pc.is_in(batch["uid"], wanted))
             found |= {row["uid"]: row["reason"] or "" for row in rows.to_pylist()}
@@ -190,7 +190,7 @@ def read_funnel(url: str) -> dict[str, Any]:
     path = storage.join(url, FUNNEL)
     funnel = storage.read_json(path)
     if not isinstance(funnel, dict) or not {"pool", "kept", "filter", "tree"} <= funnel.keys():
-        raise WinnowError("is no funnel: it should have pool, kept, filter and tree", where=path)
+        raise WinnowError("is not a funnel: it should have pool, kept, filter and tree", where=path)
     return funnel
 
 

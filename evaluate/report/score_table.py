@@ -21,19 +21,20 @@ NOT_APPLICABLE = "n/a"
 
 
 def scores_text(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> str:
-    """Main metrics with their standard errors, averages below them by protocol, then what is missing and why.
+    """Main metrics with their standard errors, below them averages by protocol, then what is missing and why.
 
-    A task's seeds are averaged. An average is over the scored tasks that every checkpoint has a figure for.
+    A task's seeds are averaged. An average is over the scored tasks on which every checkpoint has a score.
 
     Args:
-        rows: of scores.parquet; their order is that of the checkpoints.
+        rows: of scores.parquet, in the order of the checkpoints.
         values: of the evaluate manifest.
     """
     tasks = values["tasks"]
     keys = sorted(tasks, key=lambda key: (ORDER.index(tasks[key]["group"]), tasks[key]["name"].lower()))
     checkpoints = list(dict.fromkeys([*(row["checkpoint"] for row in rows), *values["checkpoints"]]))
     protocols = list(values["protocols"])
-    scores = _main_scores(rows, tasks)
+    metrics = values.get("protocol_metrics", {})  # of protocols whose main metric is not the task's
+    scores = _main_scores(rows, tasks, metrics)
     unfit = {(entry["checkpoint"], entry["task"], entry["protocol"]) for entry in values["not_applicable"]}
     names = dict(zip(checkpoints, short_names(checkpoints), strict=True))
     lines = []
@@ -41,10 +42,16 @@ def scores_text(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) ->
         for protocol in protocols:
             cells = [_cell(scores.get((c, key, protocol)), (c, key, protocol) in unfit) for c in checkpoints]
             lines.append(
-                [tasks[key]["name"], protocol, str(tasks[key]["metric"] or "–"), f"{tasks[key]['n']:,}", *cells]
+                [
+                    tasks[key]["name"],
+                    protocol,
+                    _metric(tasks[key], protocol, metrics) or "–",
+                    f"{tasks[key]['n']:,}",
+                    *cells,
+                ]
             )
     over: dict[tuple[str, ...], list[str]] = {}
-    for protocol in protocols:
+    for protocol in (name for name in protocols if name not in metrics):
         scored = [c for c in checkpoints if any((c, key, protocol) in scores for key in keys)]
         shared = [key for key in keys if all((c, key, protocol) in scores for c in scored)]
         averaged = averaged_tasks(tasks, shared) if scored else []
@@ -65,7 +72,7 @@ def scores_text(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) ->
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Names without the folders that all that lie in one share; distinct ones stay distinct."""
+    """Names without their common parent folders; distinct names stay distinct."""
     parts = [name.rstrip("/").split("/") for name in names]
     deep = [part for part in parts if len(part) > 1]
     shared = 0
@@ -76,12 +83,12 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def _main_scores(
-    rows: Sequence[Mapping[str, Any]], tasks: Mapping[str, Mapping[str, Any]]
+    rows: Sequence[Mapping[str, Any]], tasks: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, str]
 ) -> dict[tuple[str, str, str], Estimate]:
     """The main metric by checkpoint, task and protocol, the mean over seeds."""
     found: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row["metric"] == tasks[row["task"]]["metric"]:
+        if row["metric"] == _metric(tasks[row["task"]], row["protocol"], metrics):
             found.setdefault((row["checkpoint"], row["task"], row["protocol"]), []).append(row)
     scores = {}
     for key, group in found.items():
@@ -89,6 +96,12 @@ def _main_scores(
         test = math.sqrt(mean(row["stderr"] ** 2 for row in group))
         scores[key] = Estimate(mean(seeds), math.hypot(test, sem(seeds)))
     return scores
+
+
+def _metric(task: Mapping[str, Any], protocol: str, metrics: Mapping[str, str]) -> str | None:
+    """The main metric of a task under a protocol."""
+    metric: str | None = metrics.get(protocol, task["metric"])
+    return metric
 
 
 def _cell(score: Estimate | None, unfit: bool) -> str:
@@ -122,7 +135,7 @@ def _averages(
 
 
 def _left_out(left_out: Mapping[str, Mapping[str, Mapping[str, int]]], tasks: Mapping[str, Any]) -> list[str]:
-    """A sentence on the images that no figure rests on."""
+    """A sentence on the undecodable images."""
     parts = []
     for key, splits in left_out.items():
         counts = [
@@ -135,7 +148,7 @@ def _left_out(left_out: Mapping[str, Mapping[str, Mapping[str, int]]], tasks: Ma
 
 
 def _reasons(entries: Sequence[Mapping[str, str]], names: Mapping[str, str], title: str) -> list[str]:
-    """A line for each protocol and reason: which tasks, of which checkpoints if not of all."""
+    """A line for each protocol and reason: which tasks, and for which checkpoints where not for all."""
     found: dict[tuple[str, str], dict[str, list[str]]] = {}
     for entry in entries:
         by_task = found.setdefault((entry.get("protocol", ""), entry["reason"]), {})

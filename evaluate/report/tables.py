@@ -9,7 +9,7 @@ from typing import Any
 
 from winnow.evaluate.statistics.aggregate import headline
 
-WIDTH = 120  # characters; where the tasks do not fit beside the averages, they get a table of their own, one row each
+WIDTH = 120  # characters; where the tasks do not fit next to the averages, they get a separate table, one row each
 
 
 def comparison_csv(result: Mapping[str, Any]) -> str:
@@ -54,7 +54,7 @@ def with_error(pair: Mapping[str, float] | None, sign: bool = False) -> str:
 
 
 def comparison_text(result: Mapping[str, Any]) -> str:
-    """Aligned columns in Markdown's table form, the headline above, what was left out below."""
+    """A Markdown table with the headline above it and notes below."""
     table = _summary(result, list(result["tasks"]))
     parts = [headline(result)]
     if len(table.partition("\n")[0]) <= WIDTH:
@@ -85,7 +85,7 @@ def _summary(result: Mapping[str, Any], tasks: Sequence[str]) -> str:
 
 
 def groups_shown(result: Mapping[str, Any]) -> list[str]:
-    """The aggregates worth a column for people: not ImageNet's, which is the task itself."""
+    """The aggregates that get a column: not ImageNet's, which is a task."""
     return [group for group in result["groups"] if group != "imagenet"]
 
 
@@ -120,7 +120,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
 
 
 def partial_note(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A sentence naming the tasks whose figures are of part of their test set, none where there are no such.
+    """A sentence naming the tasks whose scores are of part of their test set; empty where there are none.
 
     Args:
         tasks: facts as the evaluate manifest has them: name, n, and size (None for tasks outside DataComp's list).
@@ -134,7 +134,7 @@ def partial_note(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def text_table(header: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
-    """A Markdown table with padded columns; numbers to the right, the columns in `left` to the left."""
+    """A Markdown table with padded columns; numbers are right-aligned, the columns in `left` left-aligned."""
     cells = [[cell.replace("|", "¦").replace("\n", " ") for cell in line] for line in (header, *lines)]
     widths = [max(3, *(len(line[i]) for line in cells)) for i in range(len(header))]
     rule = "|".join("-" * (w + 1) + ("-" if i in left else ":") for i, w in enumerate(widths))

@@ -1,10 +1,12 @@
 """Test sets on the Hugging Face hub, as a file system: `hub://OWNER/REPO@REVISION/path` is a file of a data set there.
 
-A file is fetched whole when it is first opened, into the hub's local cache (`HF_HUB_CACHE`, by default under
-`~/.cache/huggingface`), and read from there ever after; a revision that is a commit is then never asked for again.
-Requests that fail for a passing reason are tried again. `HF_ENDPOINT` and `HF_TOKEN` mean what they mean to
-huggingface_hub, which does the work. Importing this module registers the URLs with fsspec, and so with
-`winnow.infra.io.storage`.
+A file is downloaded when it is first opened, into the hub's local cache (`HF_HUB_CACHE`, by default under
+`~/.cache/huggingface`), and read from there afterwards. A revision that is a commit is never requested again. Requests
+that fail for a temporary reason are repeated. `HF_ENDPOINT` and `HF_TOKEN` are those of huggingface_hub, which does the
+work. Importing this module registers the URLs with fsspec, and so with `winnow.infra.io.storage`.
+
+huggingface_hub's own `HfFileSystem` does not do: it keeps no file on disk, cannot list the cache without a network,
+gives no content hash that fsspec's callers would find, and takes every failed request for a missing file.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from winnow.infra.errors import UsageError, WinnowError
 DATA = "hf://datasets/"  # what a user writes: hf://datasets/OWNER or hf://datasets/OWNER@REVISION
 SCHEME = "hub://"
 MAIN = "main"
-DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each further try
-PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})  # HTTP statuses worth another try
+DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each repetition
+PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})  # HTTP statuses worth repeating
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAME = re.compile(r"[A-Za-z0-9_.\-]+")
 
@@ -36,7 +38,7 @@ T = TypeVar("T")
 
 
 class Unreachable(WinnowError):
-    """The hub does not answer at all, so that asking for the next file is of no use."""
+    """The hub does not answer at all, so that requesting the next file is pointless."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,9 @@ def parse_data(url: str) -> tuple[str, str | None]:
 
 
 def url_of(repo: str, revision: str) -> str:
-    """The URL of a repository ("owner/name"), with a branch or tag replaced by the commit it stands for.
+    """The URL of a repository ("owner/name"), with a branch or tag replaced by its commit.
 
-    Where the hub knows no such repository or revision the URL keeps it, and opening a file there says so.
+    Where the hub has no such repository or revision, the URL keeps it, and opening a file there raises the error.
     """
     if not _COMMIT.fullmatch(revision):
         with contextlib.suppress(FileNotFoundError):
@@ -77,7 +79,7 @@ def url_of(repo: str, revision: str) -> str:
 
 
 def parse(path: str) -> HubPath:
-    """Of a URL, or of what fsspec leaves of one. Raises FileNotFoundError for what is none."""
+    """The parts of a URL, with or without its scheme. Raises FileNotFoundError where it is not valid."""
     owner, _, rest = path.removeprefix(SCHEME).strip("/").partition("/")
     head, _, inner = rest.partition("/")
     name, _, revision = head.partition("@")
@@ -111,9 +113,9 @@ def fetch(hub_path: HubPath) -> Path:
 
 
 def listing(repo: str, revision: str) -> dict[str, tuple[int, str]]:
-    """Size in bytes and content hash of each file of a repository; asked for once a process.
+    """Size in bytes and content hash of each file of a repository; requested once a process.
 
-    Where the hub cannot be reached, what lies in the local cache. Raises as `fetch` does.
+    Where the hub cannot be reached, that of the local cache. Raises as `fetch` does.
     """
     return _listing(repo, revision, _endpoint(), _cache())
 
@@ -129,7 +131,7 @@ def _listing(repo: str, revision: str, endpoint: str | None, cache: str | None) 
         return {file.path: (file.size, file.lfs.sha256 if file.lfs else file.blob_id) for file in files}
 
     try:
-        return _retry(ask, f"{SCHEME}{repo}@{revision}", ())  # huggingface_hub tries these again itself
+        return _retry(ask, f"{SCHEME}{repo}@{revision}", ())  # huggingface_hub retries these itself
     except WinnowError:
         found = _cached(repo, revision)
         if not found:
@@ -138,7 +140,7 @@ def _listing(repo: str, revision: str, endpoint: str | None, cache: str | None) 
 
 
 def _cached(repo: str, revision: str) -> dict[str, tuple[int, str]]:
-    """`listing` of what is in the cache: a file there is a link to a blob named after its hash."""
+    """`listing` of the local cache, where a file is a link to a blob named after its hash."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -165,7 +167,7 @@ def _cache() -> str | None:
 
 
 def _retry(ask: Callable[[], T], where: str, delays: Sequence[float] | None = None) -> T:
-    """What `ask` answers, tried again while it fails for a passing reason."""
+    """The result of `ask`, repeated while it fails for a temporary reason."""
     from huggingface_hub import errors
 
     for wait in (*(DELAYS if delays is None else delays), None):
@@ -174,7 +176,7 @@ def _retry(ask: Callable[[], T], where: str, delays: Sequence[float] | None = No
         except (errors.RemoteEntryNotFoundError, errors.RevisionNotFoundError, errors.RepositoryNotFoundError) as error:
             raise FileNotFoundError(f"{where}: {type(error).__name__}") from error
         except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-            raise _unreachable(where, error) from error  # the first after huggingface_hub's own further tries
+            raise _unreachable(where, error) from error  # the first after huggingface_hub's own retries
         except Exception as error:  # httpx's, requests's, urllib3's or the hub's own: no common class but this
             status = getattr(getattr(error, "response", None), "status_code", None)
             if wait is None or (status is not None and status not in PASSING):
@@ -217,7 +219,7 @@ class HubFileSystem(AbstractFileSystem):
         return {"name": name, "size": 0, "type": "directory"}
 
     def exists(self, path: str, **kwargs: Any) -> bool:
-        """fsspec's own takes any failure for a file that is not there."""
+        """fsspec's own returns False for any failure."""
         try:
             self.info(path)
         except FileNotFoundError:

@@ -1,16 +1,17 @@
-"""Sets that are kept as a table and its images: Flickr, MSCOCO and WinoGAViL, which DataComp takes from the hub's
-`nlphuji` repositories. They are brought into the layout of `winnow.evaluate.sets.layout` once, in a local cache.
+"""Sets that are distributed as a table and images: Flickr, MSCOCO and WinoGAViL, which DataComp takes from the hub's
+`nlphuji` repositories. They are converted to the layout of `winnow.evaluate.sets.layout` once, in a local cache.
 
-Two forms are read, wherever `winnow.infra.io.storage` reaches:
+Two forms are read, from any URL that `winnow.infra.io.storage` supports:
 
 * as in the repository: one `.csv` and one `.zip` of images in a folder. Columns `filename` and `raw` (a list of
   captions), or `cue`, `candidates` and `associations` (lists of image names, the last those that belong to the cue);
   lists are JSON or Python literals. Rows with a `split` other than "test" are left out.
 * as the `datasets` library caches them, which is what DataComp's download script leaves in
   `hf_cache/nlphuji___NAME/**/*.arrow`: columns `image` and `caption`, or `cue`, `candidates`, `associations` and
-  `candidate_images`. An image is a struct of `bytes` and `path`; a bare path is looked for below the same `hf_cache`.
+  `candidate_images`. An image is a struct of `bytes` and `path`; a path without bytes is looked up below the same
+  `hf_cache`.
 
-A WinoGAViL set comes out with each image once, and with `associations.jsonl` beside `test/`: one object a line with
+A converted WinoGAViL set has each image once, and `associations.jsonl` next to `test/`: one object a line with
 `cue`, `candidates` and `associations`, names being keys of samples.
 """
 
@@ -44,7 +45,7 @@ _DEPTH = 4  # folders below `nlphuji___NAME` that the datasets library makes
 
 
 def cache_folder() -> Path:
-    """Where unpacked sets lie: `WINNOW_CACHE`, else `~/.cache/winnow`."""
+    """The folder of unpacked sets: in `WINNOW_CACHE`, by default `~/.cache/winnow`."""
     return Path(os.environ.get("WINNOW_CACHE") or Path.home() / ".cache" / "winnow") / "evaluate"
 
 
@@ -57,7 +58,7 @@ def in_datasets_cache(data_url: str) -> dict[str, str]:
 
 
 def files(url: str) -> list[str]:
-    """The files that make up a packed set, relative to its folder; empty where it is none."""
+    """The files of a packed set, relative to its folder; empty where the folder is not one."""
     names = storage.list_names(url)
     flat = [name for name in names if name.endswith((".csv", ".zip"))]
     if sorted(name.rpartition(".")[2] for name in flat) == ["csv", "zip"]:
@@ -79,7 +80,7 @@ def _arrows(url: str, inside: str = "", depth: int = 0) -> list[str]:
 
 
 def layout(url: str) -> str:
-    """The folder of a set in the layout of `winnow.evaluate.sets.layout`: its own, or that of the unpacked copy.
+    """The folder of a set in the layout of `winnow.evaluate.sets.layout`: itself, or the unpacked copy.
 
     Raises:
         TaskError: it is packed, and broken.
@@ -142,7 +143,7 @@ def _unpack(url: str, packed: Sequence[str], target: Path) -> None:
 
 
 def key_of(name: str) -> str:
-    """The key of an image's sample: its file name without the extension. webdataset cuts a name at its first dot, so
+    """The key of an image's sample: its file name without the extension. webdataset splits a name at its first dot, so
     another dot in it is written as "%2E"."""
     stem, dot, ext = name.rpartition("/")[2].rpartition(".")
     if ext.lower() not in EXTENSIONS:
@@ -151,7 +152,7 @@ def key_of(name: str) -> str:
 
 
 def _extension(image: bytes) -> str:
-    """By the first bytes; an image that is none of these is found out when it is decoded."""
+    """By the first bytes; any other content is reported when it is decoded."""
     starts = {b"\x89PNG": "png", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp"}
     return next((ext for start, ext in starts.items() if image.startswith(start)), "jpg")
 
@@ -225,7 +226,7 @@ def _list(text: str | None, where: str) -> list[str]:
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             value = None
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-        raise TaskError(f"{(text or '')[:40]!r} is no list of strings", where=where)
+        raise TaskError(f"{(text or '')[:40]!r} is not a list of strings", where=where)
     return value
 
 
@@ -240,7 +241,7 @@ def _arrow_rows(url: str, packed: Sequence[str]) -> Rows:
                         yield _arrow_row(row, where, number)
                         number += 1
             except pa.ArrowException as error:
-                raise TaskError(f"is no Arrow stream ({error})", where=where) from None
+                raise TaskError(f"is not an Arrow stream ({error})", where=where) from None
 
 
 def _arrow_row(row: Mapping[str, Any], where: str, number: int) -> tuple[str, Mapping[str, Any], list[bytes]]:
@@ -256,14 +257,14 @@ def _arrow_row(row: Mapping[str, Any], where: str, number: int) -> tuple[str, Ma
 
 
 def _image(value: Mapping[str, Any], where: str) -> bytes:
-    """The bytes of an image cell. A path counts from `hf_cache` on only, so nothing outside of it is read."""
+    """The bytes of an image cell. Of a path the part after `hf_cache` is used, so nothing outside is read."""
     data, path = value["bytes"], value["path"]
     if data:
         return bytes(data)
     inside = f"/{DATASETS_CACHE}/"
     parts = str(path or "").replace("\\", "/").rpartition(inside)[2].split("/")
     if not path or inside not in str(path) or ".." in parts:
-        raise TaskError(f"an image is neither there nor in {DATASETS_CACHE}: {path}", where=where)
+        raise TaskError(f"an image is neither embedded nor in {DATASETS_CACHE}: {path}", where=where)
     url = storage.join(where.rpartition(inside)[0], DATASETS_CACHE, *parts)
     try:
         return storage.read_bytes(url)

@@ -1,35 +1,39 @@
-"""Sets cut into parts: a part is a run of the samples of one shard, small enough that no task sets the end of a run."""
+"""Sets split into parts: consecutive samples of one shard, few enough that no part takes much longer than another."""
 
 from __future__ import annotations
 
 import functools
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from winnow.evaluate.sets.layout import IMAGES, MEMBERS, TaskError, file_digest, split_tars
+import numpy as np
+
+from winnow.evaluate.protocols.base import EvalSet, Kind, Target, Targets
+from winnow.evaluate.sets.files import file_digest, split_tars
+from winnow.evaluate.tasks.task import Task, TaskError
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.images import EXTENSIONS
-from winnow.infra.pool.index import Member, tar_samples
+from winnow.infra.io.tar import Member, tar_samples
+from winnow.infra.pool.sample import Sample
 
-SPLITS = ("test", "train", "val")
 PART_SAMPLES = 2048
-MAX_MEMBER_BYTES = 16 << 20  # of what lies beside an image
+MAX_MEMBER_BYTES = 64 << 20  # of a member other than an image; a larger one counts as missing
 _HEAD = 1 << 20
 _AT_ONCE = 64  # samples read with one request
 
 
 @dataclass(frozen=True)
 class Part:
-    """Part `index` of the `count` that a shard is cut into.
+    """Part `index` of the `count` that a shard is split into.
 
     Attributes:
         tar: URL of the shard.
         digest: of its content.
-        samples: about how many it has.
+        samples: estimated number.
     """
 
     tar: str
@@ -49,30 +53,39 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Raw:
-    """A sample as it lies in the tar.
+class Wanted:
+    """Which members of a sample are read.
 
     Attributes:
-        key: of the sample.
-        image: the encoded image; None where it has none.
-        members: what `data.MEMBERS` names, by extension; the image's own extension with nothing.
+        images: extensions of the image, of which the first that a sample has is read.
+        members: further extensions.
     """
 
-    key: str
-    image: bytes | None
-    members: Mapping[str, bytes]
+    images: tuple[str, ...]
+    members: tuple[str, ...] = ()
+
+    @staticmethod
+    def by(kind: Kind, task: Task) -> Wanted:
+        """Those that a kind of task reads."""
+        return Wanted(kind.images, kind.members(task))
+
+    def of(self, members: Sequence[Member]) -> list[Member]:
+        by_ext = {member.ext: member for member in members}
+        image = next((ext for ext in self.images if ext in by_ext), None)
+        wanted = dict.fromkeys(ext for ext in (image, *self.members) if ext in by_ext)
+        return [by_ext[ext] for ext in wanted if ext in EXTENSIONS or by_ext[ext].size <= MAX_MEMBER_BYTES]
 
 
 def has_split(url: str, split: str) -> bool:
-    """Whether a set has a split ("train", "val"); broken or whole."""
+    """Whether a set has a split ("train", "val"), broken or not."""
     return storage.is_dir(storage.join(url, split))
 
 
 def split_into_parts(url: str, split: str, part_samples: int = PART_SAMPLES) -> list[Part]:
     """The parts of a split of a set, in order.
 
-    A shard on a local disk is cut into parts of about `part_samples`; how many it has is reckoned from its first MiB,
-    so that planning stays quick. One on an object store is a part, for cutting it would have it fetched more than once.
+    A shard on a local disk is split into parts of about `part_samples`. Its number of samples is estimated from its
+    first MiB, so that planning stays quick. A shard on an object store is one part, as more would fetch it repeatedly.
 
     Raises:
         TaskError: a shard, or their number, is missing.
@@ -99,22 +112,22 @@ def _bytes_per_sample(tar: str, token: str) -> float:
             count += 1
             end = max(member.offset + member.size for member in members.values())
     except WinnowError:
-        pass  # the head is cut; whether the shard is will be seen when it is read
+        pass  # the head ends within a sample; whether the shard is truncated is found when it is read
     if len(head) < _HEAD:
         end = len(head)  # all of it: the count is right
     return max(512.0, end / count) if count else float(_HEAD)
 
 
-def read_part(part: Part) -> Iterator[Raw]:
-    """The samples of a part, in order. Raises TaskError when the tar is cut."""
+def read_part(part: Part, wanted: Wanted) -> Iterator[Sample]:
+    """The samples of a part, in order, with the members that are wanted. Raises TaskError when the tar is truncated."""
     if not storage.is_local(part.tar):
-        yield from _streamed(part.tar)
+        yield from _streamed(part.tar, wanted)
         return
     samples = shard_index(part.tar, storage.version_token(part.tar))
     n = len(samples)
     selected = samples[part.index * n // part.count : (part.index + 1) * n // part.count]
     for low in range(0, len(selected), _AT_ONCE):
-        yield from _read(part.tar, selected[low : low + _AT_ONCE])
+        yield from _read(part.tar, selected[low : low + _AT_ONCE], wanted)
 
 
 Index = tuple[tuple[str, tuple[Member, ...]], ...]
@@ -125,7 +138,7 @@ def shard_index(tar: str, token: str) -> Index:
     """Keys and members, without their data, of the samples of a shard; `token` tells one version from the next.
 
     Raises:
-        TaskError: the tar is cut.
+        TaskError: the tar is truncated.
     """
     try:
         with storage.open_read(tar) as file:
@@ -136,56 +149,82 @@ def shard_index(tar: str, token: str) -> Index:
         raise TaskError(error.what, where=tar, do=error.do) from error
 
 
-def _read(tar: str, samples: Index) -> Iterator[Raw]:
-    wanted = [_wanted(members) for _, members in samples]
-    members = [member for batch in wanted for member in batch]
+def _read(tar: str, samples: Index, wanted: Wanted) -> Iterator[Sample]:
+    selected = [wanted.of(members) for _, members in samples]
+    members = [member for batch in selected for member in batch]
     data = iter(storage.read_ranges(tar, [m.offset for m in members], [m.size for m in members]))
-    for (key, _), batch in zip(samples, wanted, strict=True):
-        yield _raw(key, [(member.ext, next(data)) for member in batch])
+    for (key, _), batch in zip(samples, selected, strict=True):
+        yield Sample(key=key, members={member.ext: next(data) for member in batch})
 
 
-def _wanted(members: Sequence[Member]) -> list[Member]:
-    by_ext = {member.ext: member for member in members}
-    image = next((ext for ext in IMAGES if ext in by_ext), None)
-    return [by_ext[ext] for ext in (image, *MEMBERS) if ext in by_ext and _fits(ext, by_ext[ext].size)]
-
-
-def _fits(ext: str, size: int) -> bool:
-    return ext in EXTENSIONS or size <= MAX_MEMBER_BYTES
-
-
-def _streamed(tar: str) -> Iterator[Raw]:
+def _streamed(tar: str, wanted: Wanted) -> Iterator[Sample]:
     with storage.open_read(tar) as file:
         try:
-            for key, members in tar_samples(file, (*EXTENSIONS, *MEMBERS)):
-                yield _raw(key, [(member.ext, member.data) for member in _wanted(tuple(members.values()))])
+            for key, members in tar_samples(file, (*wanted.images, *wanted.members)):
+                yield Sample(key=key, members={member.ext: member.data for member in wanted.of([*members.values()])})
         except TaskError:
             raise
         except WinnowError as error:
             raise TaskError(error.what, where=tar, do=error.do) from error
 
 
-def _raw(key: str, found: Sequence[tuple[str, bytes]]) -> Raw:
-    image = next((data for ext, data in found if ext in EXTENSIONS), None)
-    return Raw(key, image, {ext: b"" if ext in EXTENSIONS else data for ext, data in found})
-
-
-def read_images(parts: Sequence[Part], indices: Sequence[int]) -> list[bytes]:
-    """Encoded images of a split by their place in it, counted over its parts and over all samples.
-
-    For the few that a protocol looks at again.
-    """
-    shards: dict[str, str] = {}
-    for part in parts:
-        shards.setdefault(part.tar, "")
-    found: dict[int, bytes] = {}
+def read_samples(tars: Sequence[str], indices: Sequence[int], wanted: Wanted) -> list[Sample]:
+    """Samples of a split by their index, counted over all samples of its shards; for protocols that read members
+    again."""
+    found: dict[int, Sample] = {}
     first = 0
-    for tar in shards:
+    for tar in tars:
         samples = shard_index(tar, storage.version_token(tar))
         here = [index for index in sorted(set(indices)) if first <= index < first + len(samples)]
         batch = tuple(samples[index - first] for index in here)
-        for index, raw in zip(here, _read(tar, batch), strict=True):
-            if raw.image is not None:
-                found[index] = raw.image
+        found |= zip(here, _read(tar, batch, wanted), strict=True)
         first += len(samples)
     return [found[index] for index in indices]
+
+
+def read_target(kind: Kind, sample: Sample) -> tuple[str, Target, str | None]:
+    """The key of a sample, what its kind reads of it, and what is wrong with it, or None."""
+    if kind.encoded_image(sample) is None:
+        return sample.key, Target(), "no image"
+    try:
+        return sample.key, kind.read(sample), None
+    except TaskError as error:
+        return sample.key, Target(), error.what
+
+
+def as_columns(read: Sequence[tuple[str, Target, str | None]]) -> tuple[Targets, list[str | None]]:
+    """What `read_target` gave of several samples, as columns."""
+    targets = [target for _, target, _ in read]
+    labels = np.array([-1 if target.label is None else target.label for target in targets], np.int64)
+    captions, metadata = [target.captions for target in targets], [target.metadata for target in targets]
+    return Targets([key for key, _, _ in read], labels, captions, metadata), [fault for _, _, fault in read]
+
+
+def check_targets(targets: Targets, faults: Sequence[str | None], test_set: EvalSet, tar: str) -> Targets:
+    """`Kind.check` of the samples of a shard. Raises TaskError naming the first sample that has a fault."""
+    for key, fault in zip(targets.keys, faults, strict=True):
+        if fault is not None:
+            raise TaskError(fault, where=f"{tar}, sample {key}")
+    return test_set.kind.check(targets, test_set, tar)
+
+
+def samples_of(test_set: EvalSet, split: str = "test") -> Iterator[Sample]:
+    """The samples of a set, in order, with `label`, `texts` and `columns["metadata"]` as its kind reads them.
+
+    Raises:
+        TaskError: a shard is truncated, or a sample lacks something or does not fit the set.
+    """
+    wanted = Wanted.by(test_set.kind, test_set.task)
+    count = 0
+    for part in split_into_parts(test_set.url, split):
+        samples = list(read_part(part, wanted))
+        targets = check_targets(
+            *as_columns([read_target(test_set.kind, sample) for sample in samples]), test_set, part.tar
+        )
+        for i, sample in enumerate(samples):
+            sample.label, sample.texts = int(targets.labels[i]), targets.captions[i]
+            sample.columns = {"metadata": targets.metadata[i]}
+            yield sample
+        count += len(samples)
+    if not count:
+        raise TaskError("holds no sample", where=storage.join(test_set.url, split))

@@ -5,8 +5,8 @@ Standard errors have two parts, added in squares:
 
 * test sets: another draw of the test images. The parts of the tasks are taken as independent of each other, and so
   are those of two subsets on one task; as both saw the same images this overstates the error of a difference.
-* seeds: another training run, from the spread over seeds (of the paired differences where both have the same seeds).
-  With a single seed this part is unknown and is left out, which `seeds` in the result lets a reader see.
+* seeds: another training run, from the variation over seeds (of the paired differences where both have the same seeds).
+  With a single seed this part is unknown and is left out; `seeds` in the result shows it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from winnow.evaluate.tasks.task import datacomp_tasks
+from winnow.evaluate.tasks.read import datacomp_tasks
 
 # Aggregates as DataComp reports them: name for people, group.
 AGGREGATES = {"imagenet": "ImageNet", "shift": "ImageNet shifts", "vtab": "VTAB", "retrieval": "Retrieval"}
@@ -67,7 +67,7 @@ class SubsetScores:
 
 
 def sem(values: Sequence[float]) -> float:
-    """Standard error of the mean; 0 for a single value, whose spread is unknown."""
+    """Standard error of the mean; 0 for a single value, whose variation is unknown."""
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
@@ -80,19 +80,19 @@ def average(subset: SubsetScores, tasks: Sequence[str]) -> Estimate:
 
 def difference(subset: SubsetScores, baseline: SubsetScores, tasks: Sequence[str]) -> Estimate:
     """Average of the subset minus that of the baseline, with its standard error."""
-    ours, reference = subset.over_seeds(tasks), baseline.over_seeds(tasks)
+    local, reference = subset.over_seeds(tasks), baseline.over_seeds(tasks)
     squares = sum(subset.test_stderr(task) ** 2 + baseline.test_stderr(task) ** 2 for task in tasks)
-    if set(subset.seeds) == set(baseline.seeds) and len(set(subset.seeds)) == len(ours) == len(reference):
+    if set(subset.seeds) == set(baseline.seeds) and len(set(subset.seeds)) == len(local) == len(reference):
         pairs = dict(zip(baseline.seeds, reference, strict=True))
-        seeds = sem([value - pairs[seed] for seed, value in zip(subset.seeds, ours, strict=True)])
+        seeds = sem([value - pairs[seed] for seed, value in zip(subset.seeds, local, strict=True)])
     else:
-        seeds = math.hypot(sem(ours), sem(reference))
-    return Estimate(mean(ours) - mean(reference), math.hypot(math.sqrt(squares) / len(tasks), seeds))
+        seeds = math.hypot(sem(local), sem(reference))
+    return Estimate(mean(local) - mean(reference), math.hypot(math.sqrt(squares) / len(tasks), seeds))
 
 
 def averaged_tasks(tasks: Mapping[str, Mapping[str, Any]], shared: Sequence[str]) -> list[str]:
-    """What an average is over, of the tasks that all have a score on: those that are scored; where all of DataComp's 38
-    are among them, those alone."""
+    """The tasks of an average, out of those on which all have a score: the scored ones; where all of DataComp's 38 are
+    among them, those alone."""
     scored = [key for key in shared if tasks[key]["scored"]]
     official = [key for key in scored if tasks[key]["group"] != "extra"]
     return official if len(official) == DATACOMP_SCORED else scored
@@ -186,10 +186,10 @@ def _known_mean(values: Sequence[float | None]) -> float | None:
 
 
 def significance(value: float, stderr: float) -> str:
-    """What a difference of so many standard errors lets one say."""
+    """What a difference of this many standard errors says."""
     ratio = abs(value) / stderr if stderr > 0 else math.inf
     if ratio < 1:
-        return "less than one standard error: the two cannot be told apart"
+        return "less than one standard error: the two cannot be distinguished"
     if ratio < 2:
         return f"{ratio:.1f} standard errors: weak evidence"
     if ratio < 3:
@@ -210,7 +210,7 @@ def headline(result: Mapping[str, Any]) -> str:
         rival = ranked[1]
         delta = rival["difference"]
         text = (
-            f"No subset beat {baseline}. The best of them, {rival['subset']}, lies {-delta['value']:.3f} "
+            f"No subset beat {baseline}. The best of them, {rival['subset']}, is {-delta['value']:.3f} "
             f"± {delta['stderr']:.3f} below it ({name}; {significance(delta['value'], delta['stderr'])})."
         )
         pair = (best, rival)
@@ -225,5 +225,5 @@ def headline(result: Mapping[str, Any]) -> str:
         )
         pair = (best, next(row for row in ranked if row["subset"] == baseline))
     if any(len(row["seeds"]) < 2 for row in pair):
-        text += " With one seed each, how much training varies from run to run is not part of that error."
+        text += " With one seed each, the variation between training runs is not part of that error."
     return text

@@ -19,5 +19,5 @@ if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
         ray start --address="$address" --block &
     sleep 20
 fi
-# The batch script runs on the job's first node, beside the head.
+# The batch script runs on the job's first node, next to the head.
 winnow run "$recipe" --out "$out" --address "$address"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import numpy as np
 
@@ -19,10 +18,10 @@ def is_array(url: str) -> bool:
 
 
 def matrix_shape(url: str) -> tuple[int, int]:
-    """(rows, dimensions) of the matrix in a .npy file; only its header is read.
+    """(rows, dimensions) of the matrix in a .npy file. Only the header is read.
 
     Raises:
-        WinnowError: the file is not there, no .npy file, or no matrix of floating-point numbers.
+        WinnowError: there is no such file, or it is not a .npy file, or not a matrix of floating-point numbers.
     """
     do = "Save the embeddings with `numpy.save`, float16 or float32, shape [rows, dimensions]."
     try:
@@ -36,18 +35,15 @@ def matrix_shape(url: str) -> tuple[int, int]:
 
 
 def load_matrix(url: str) -> np.ndarray:
-    """The matrix in a .npy file, shape [rows, dimensions]; mapped, not read, if it lies on a local disk.
+    """The matrix in a .npy file, shape [rows, dimensions]; memory-mapped if the file is on a local disk.
 
     Raises:
-        WinnowError: as `matrix_shape`; or the file is shorter than its header says.
+        WinnowError: as for `matrix_shape`; or the file is truncated.
     """
     matrix_shape(url)
     try:
-        matrix: Any
         if storage.is_local(url):
-            matrix = np.load(storage.local_path(url), mmap_mode="r", allow_pickle=False)
-        else:
-            matrix = np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False)
+            return np.load(storage.local_path(url), mmap_mode="r", allow_pickle=False)
+        return np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise WinnowError(f"cannot be read as an array ({error})", where=url) from None
-    return matrix

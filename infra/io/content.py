@@ -1,8 +1,10 @@
-"""Digests of the files that measures and filters read, computed once a process."""
+"""Digests of files: computed once a process, or while a file is read."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
+from typing import Any
 
 from winnow.infra.io.storage import digest_file, version_token
 
@@ -22,3 +24,30 @@ def content_digest(url: str) -> str:
 @functools.lru_cache(maxsize=64)
 def _digest(url: str, token: str) -> str:
     return digest_file(url)
+
+
+class HashingReader:
+    """A binary file object that hashes what is read through it.
+
+    Attributes:
+        count: bytes read so far.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._state, self.count = file, hashlib.sha256(), 0
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self._file.read(size)
+        self._state.update(data)
+        self.count += len(data)
+        return data
+
+    def drain(self) -> None:
+        """Read to the end of the file."""
+        while self.read(8 << 20):
+            pass
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what has been read (64 hex characters)."""
+        return self._state.hexdigest()

@@ -1,8 +1,9 @@
-"""Decoding images that strangers made: sizes are bounded before pixels are."""
+"""Decoding untrusted images: sizes are checked before pixels are decoded."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image
@@ -11,12 +12,18 @@ from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 
 MAX_PIXELS = 100_000_000
-MAX_ASPECT = 500  # longer side over shorter; what resizes the shorter side makes the longer as many times as large
+MAX_ASPECT = 500  # longer side over shorter; resizing the shorter side to n makes the longer one up to 500 n
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 
+def image_extension(extensions: Iterable[str]) -> str | None:
+    """The extension of a sample's image among those of its members; the first of EXTENSIONS, or None."""
+    present = set(extensions)
+    return next((ext for ext in EXTENSIONS if ext in present), None)
+
+
 class ImageError(WinnowError):
-    """An image that cannot be used; `what` is a short fixed phrase, fit for counting."""
+    """An image that cannot be used; `what` is one of a few fixed phrases, so that they can be counted."""
 
 
 def image_size_of(data: bytes) -> tuple[int, int]:
@@ -30,11 +37,11 @@ def decode_image(data: bytes, flatten: bool = True) -> Image.Image:
 
     Args:
         data: encoded.
-        flatten: lay what is transparent on white. False takes the colour that lies under it, as Pillow's
+        flatten: whether transparent parts become white. False keeps the colour stored there, as Pillow's
             `convert("RGB")` does.
 
     Raises:
-        ImageError: the bytes are no whole image, or one too large or too thin.
+        ImageError: the image is damaged, too large or too thin.
     """
     image = _open(data)
     if max(image.size) > MAX_ASPECT * min(image.size):

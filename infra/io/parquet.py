@@ -1,7 +1,7 @@
 """Reading parquet files.
 
-Not by `pyarrow.parquet.read_table`: its scanner's threads let go of a Python file some time after it has returned, and
-an interpreter that ends before they do is aborted.
+`pyarrow.parquet.read_table` is not used: the threads of its scanner release a Python file some time after it has
+returned, and an interpreter that ends before then is aborted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from winnow.infra.io import storage
 
 
 def open_parquet(url: str) -> pq.ParquetFile:
-    """Open a parquet file, a local one without the detour through Python. Raises WinnowError when it is none."""
+    """Open a parquet file; Arrow itself reads local ones. Raises WinnowError when it is not one."""
     try:
         if storage.is_local(url):
             return pq.ParquetFile(str(storage.local_path(url)), pre_buffer=False)
@@ -28,7 +28,7 @@ def open_parquet(url: str) -> pq.ParquetFile:
 
 
 def read_parquet(url: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """A whole parquet file, or some columns of it. Raises WinnowError when it is none, or is cut."""
+    """A parquet file, or some of its columns. Raises WinnowError when it is truncated or not one."""
     with open_parquet(url) as parquet:
         try:
             return parquet.read(columns=None if columns is None else list(columns))
@@ -37,5 +37,5 @@ def read_parquet(url: str, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def unreadable(url: str, error: Exception) -> WinnowError:
-    """The error for a parquet file that is cut or garbled."""
-    return WinnowError(f"is not a readable parquet file ({error})", where=url, do="Fetch or make it again.")
+    """The error for a truncated or damaged parquet file."""
+    return WinnowError(f"is not a readable parquet file ({error})", where=url, do="Download or create it again.")

@@ -1,4 +1,4 @@
-"""Files anywhere fsspec reaches (disk, s3://, gs://, memory://), read by range, written whole or not at all."""
+"""Files wherever fsspec reaches (disk, s3://, gs://, memory://): read by range, written atomically."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,29 @@ import fsspec
 
 from winnow.infra.errors import UsageError, WinnowError
 
-_LONGEST = 8 << 20  # bytes read at once for several ranges
+_LONGEST = 8 << 20  # bytes in a merged range
+
+
+def is_pipe(url: str) -> bool:
+    """True for `pipe:COMMAND`, a shell command whose output is read (webdataset's notation)."""
+    return url.startswith("pipe:")
 
 
 def is_local(url: str) -> bool:
     """True for a plain path or a file:// URL."""
-    return "://" not in url or url.startswith("file://")
+    return ("://" not in url or url.startswith("file://")) and not is_pipe(url)
+
+
+def has_ranges(url: str) -> bool:
+    """Whether parts of a file can be read; not from a pipe, nor from an HTTP server that ignores `Range`."""
+    if not url.startswith(("http://", "https://")):
+        return not is_pipe(url)
+    request = urllib.request.Request(url, headers={"Range": "bytes=0-0"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return bool(answer.status == 206)
+    except OSError:
+        return True  # reading it reports the error
 
 
 def local_path(url: str) -> Path:
@@ -34,7 +52,7 @@ def _fs(url: str) -> tuple[Any, str]:
 
 
 def absolute(url: str) -> str:
-    """The URL with a local path made absolute, so that it means the same in every worker process."""
+    """The URL with a local path made absolute, so that it is valid in every worker process."""
     return str(local_path(url).expanduser().absolute()) if is_local(url) else url.rstrip("/")
 
 
@@ -51,6 +69,8 @@ def name_of(url: str) -> str:
 def exists(url: str) -> bool:
     if is_local(url):
         return local_path(url).exists()
+    if is_pipe(url):
+        return False
     fs, path = _fs(url)
     return bool(fs.exists(path))
 
@@ -58,6 +78,8 @@ def exists(url: str) -> bool:
 def is_dir(url: str) -> bool:
     if is_local(url):
         return local_path(url).is_dir()
+    if is_pipe(url):
+        return False
     fs, path = _fs(url)
     return bool(fs.isdir(path))
 
@@ -67,9 +89,9 @@ def list_names(url: str) -> list[str]:
     if is_local(url):
         folder = local_path(url)
         return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    fs, path = _fs(url)
-    if not fs.isdir(path):
+    if not is_dir(url):
         return []
+    fs, path = _fs(url)
     return sorted({name_of(entry) for entry in fs.ls(path, detail=False)} - {name_of(path), ""})
 
 
@@ -92,10 +114,10 @@ def read_bytes(url: str) -> bytes:
 
 
 def read_ranges(url: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
-    """Many ranges of one file: one open and a `pread` each on a local disk, concurrent requests on an object store.
+    """Many ranges of one file: `pread` calls on a local disk, concurrent requests on an object store.
 
-    Ranges that lie nearly side by side are read as one, in which at most an eighth is not asked for. A range the file
-    is too short for comes back shorter than asked.
+    Neighbouring ranges are merged, so that at most an eighth of what is read is not wanted. A range that extends
+    beyond the end of the file is returned short.
     """
     spans, positions = _spans([int(offset) for offset in offsets], [int(size) for size in sizes])
     if is_local(url):
@@ -134,7 +156,7 @@ def size_of(url: str) -> int:
 
 
 def version_token(url: str) -> str:
-    """A cheap string that changes when the file does: size and modification time, or the store's ETag."""
+    """A string that changes when the file does, without reading it: size and modification time, or the ETag."""
     if is_local(url):
         stat = local_path(url).stat()
         return f"{stat.st_size}-{stat.st_mtime_ns}"
@@ -163,19 +185,19 @@ def list_tokens(url: str) -> dict[str, str]:
 
 
 def make_dir(url: str) -> None:
-    """Make a directory and those above it. Raises UsageError where a file stands in the way or writing is forbidden."""
+    """Create a directory and its parents. Raises UsageError where a file is in the way or writing is forbidden."""
     if is_local(url):
         try:
             local_path(url).mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise UsageError(f"cannot be made a directory ({error.strerror})", where=url) from error
+            raise UsageError(f"cannot be created as a directory ({error.strerror})", where=url) from error
     else:
         fs, path = _fs(url)
         fs.makedirs(path, exist_ok=True)
 
 
 def remove(url: str) -> None:
-    """Remove a file or a directory with all in it, if it is there."""
+    """Remove a file, or a directory with its content, if it exists."""
     if is_local(url):
         path = local_path(url)
         if path.is_dir():
@@ -190,10 +212,10 @@ def remove(url: str) -> None:
 
 @contextlib.contextmanager
 def writing(url: str) -> Iterator[Path]:
-    """Yields a local temporary path to write; on success it becomes `url` at once, on an exception it is removed.
+    """Yields a local temporary path to write. On success it becomes `url` atomically; on an exception it is removed.
 
-    On local disks the temporary file lies in the target's directory and is renamed; on object stores, where a
-    put is atomic, it is uploaded.
+    On local disks the temporary file is in the target's directory and is renamed. On object stores it is uploaded,
+    which is atomic.
     """
     if is_local(url):
         target = local_path(url)
@@ -219,7 +241,7 @@ def write_bytes(url: str, data: bytes) -> None:
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys, so that equal values give equal text."""
+    """JSON with sorted keys: equal values give equal text."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 

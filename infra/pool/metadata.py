@@ -1,7 +1,7 @@
 """DataComp's metadata folder: `NAME.parquet` with captions, sizes and scores, `NAME.npz` with CLIP features; no tars.
 
-A pool without images. Nothing is copied or indexed: the parquets are the views, their rows are counted when asked
-for, and what a file is called, its size and its time stand for its content.
+A pool without images. Nothing is copied or indexed: the parquets are the views, and rows are counted on request. Name,
+size and modification time of a file represent its content in digests.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def feature_dims(url: str) -> dict[str, int]:
 
 
 def read_feature(url: str, name: str, rows: int) -> pa.FixedSizeListArray:
-    """One array of an .npz; the others are not read.
+    """One array of an .npz, without reading the others.
 
     Args:
         url: of the .npz.
@@ -60,19 +60,19 @@ def read_feature(url: str, name: str, rows: int) -> pa.FixedSizeListArray:
         float16 lists of fixed size, shape [rows].
 
     Raises:
-        WinnowError: no such file or member, no float matrix, or another number of rows.
+        WinnowError: no such file or member, not a matrix of floats, or another number of rows.
     """
     with _archive(url) as archive:
         file, (shape, fortran, dtype) = _header(archive, name, url)
         if shape[0] != rows:
-            raise WinnowError(f"{name} has {shape[0]} rows, the parquet beside it {rows}", where=url)
+            raise WinnowError(f"{name} has {shape[0]} rows, the parquet next to it {rows}", where=url)
         count = shape[0] * shape[1]
         try:
             data = file.read(count * dtype.itemsize)
         except (zipfile.BadZipFile, OSError, EOFError) as error:
             raise WinnowError(f"{name} cannot be read ({error})", where=url) from error
     if len(data) != count * dtype.itemsize:
-        raise WinnowError(f"{name} is cut short", where=url)
+        raise WinnowError(f"{name} is truncated", where=url)
     matrix = np.frombuffer(data, dtype)
     matrix = matrix.reshape(shape[::-1]).T.ravel() if fortran else matrix
     return pa.FixedSizeListArray.from_arrays(pa.array(matrix.astype(np.float16, copy=False)), shape[1])
@@ -82,11 +82,13 @@ def _archive(url: str) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(storage.open_read(url))
     except (zipfile.BadZipFile, OSError) as error:
-        raise WinnowError(f"is not a readable .npz file ({error})", where=url, do="Fetch or make it again.") from error
+        raise WinnowError(
+            f"is not a readable .npz file ({error})", where=url, do="Download or create it again."
+        ) from error
 
 
 def _header(archive: zipfile.ZipFile, name: str, url: str) -> tuple[Any, tuple[tuple[int, int], bool, np.dtype]]:
-    """The opened member, and (shape, Fortran order, dtype) of the array in it; nothing of it is unpickled."""
+    """The opened member, and (shape, Fortran order, dtype) of the array in it. Nothing is unpickled."""
     try:
         file = archive.open(f"{name}.npy")
     except KeyError:

@@ -1,51 +1,31 @@
-"""Pools of samples in tar shards as later stages see them: one view parquet a shard, images by byte range."""
+"""Pools of samples in tar shards, as later stages see them: one view parquet a shard, members by byte range."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.arrow import mask_array
+from winnow.infra.io.images import EXTENSIONS
 from winnow.infra.io.parquet import open_parquet, unreadable
-from winnow.infra.io.prefetch import ahead
+from winnow.infra.io.prefetch import prefetch
 from winnow.infra.io.storage import digest_json
+from winnow.infra.pool.members import MemberBlock, read_members
 from winnow.infra.pool.metadata import FEATURES, feature_dims, is_metadata, metadata_files, read_feature
+from winnow.infra.pool.sample import Sample
 from winnow.infra.pool.uids import decode_uids
+from winnow.infra.pool.views import HERE, IDENTITY, LOCATION
 from winnow.infra.stages.stage import need_manifest, read_locations
 
-# Where the members of a sample lie. `tar` counts in the shard's list of tars; sizes in bytes; null where there is none.
-LOCATION = pa.schema(
-    [
-        ("tar", pa.uint8()),
-        ("image_ext", pa.string()),
-        ("image_offset", pa.int64()),
-        ("image_size", pa.int64()),
-        ("text_offset", pa.int64()),
-        ("text_size", pa.int64()),
-        ("json_offset", pa.int64()),
-        ("json_size", pa.int64()),
-        ("other", pa.list_(pa.struct([("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]))),
-    ]
-)
-# What every view has beside that.
-IDENTITY = pa.schema(
-    [
-        ("uid", pa.string()),
-        ("key", pa.string()),
-        ("text", pa.string()),
-        ("original_width", pa.int32()),
-        ("original_height", pa.int32()),
-    ]
-)
-HERE = "."
+# Columns that `Shard.samples` needs, to be read with `Shard.table`.
+SAMPLE = ("uid", "key", "text", *LOCATION.names)
+_BLOCK = 256  # samples whose images are read at once
 
 
 @dataclass(frozen=True)
@@ -58,8 +38,8 @@ class Shard:
         tars: URLs of the tars the view's `tar` column counts in; none in a metadata folder.
         count: samples, without the dropped ones; None to count them when `rows` is asked for.
         digest: of the view and of the tars' content.
-        dropped: row numbers in the view that are skipped (uids met before in another shard).
-        features: URL of the .npz beside a metadata parquet; its arrays are columns too.
+        dropped: rows of the view that are skipped (their uid is in an earlier shard).
+        features: URL of the .npz next to a metadata parquet; its arrays are columns too.
     """
 
     name: str
@@ -91,21 +71,21 @@ class Shard:
         return list(self.schema().names)
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Columns in tar order; one that the shard has not comes back null. Shape [rows].
+        """Columns in tar order; one that the shard does not have is null. Shape [rows].
 
         Raises:
-            WinnowError: the file cannot be read, or a metadata parquet has not the column.
+            WinnowError: the file cannot be read, or a metadata parquet does not have the column.
         """
         with open_parquet(self.view) as parquet:
             try:
                 table = parquet.read(columns=columns, use_threads=False)
-                lacking = () if columns is None else sorted(set(columns) - set(table.column_names))
+                missing = () if columns is None else sorted(set(columns) - set(table.column_names))
                 if columns is not None and not table.num_columns:
                     table = parquet.read(columns=["uid"], use_threads=False)
             except (pa.ArrowException, OSError) as error:
                 raise unreadable(self.view, error) from error
-        if lacking and not self.tars:
-            table = self._with_features(table, lacking)
+        if missing and not self.tars:
+            table = self._with_features(table, missing)
         if self.dropped:
             keep = np.ones(table.num_rows, dtype=bool)
             keep[list(self.dropped)] = False
@@ -124,7 +104,9 @@ class Shard:
                 raise WinnowError(f'has no column "{name}"', where=self.view)
             if self.features is None:
                 raise WinnowError(
-                    f'no "{name}": {self.name}.npz is missing', where=self.view, do="Fetch the features beside it."
+                    f'no "{name}": {self.name}.npz is missing',
+                    where=self.view,
+                    do="Download the features next to the parquet.",
                 )
             table = table.append_column(name, read_feature(self.features, name, table.num_rows))
         return table
@@ -134,8 +116,41 @@ class Shard:
         return decode_uids(self.table(["uid"])["uid"])
 
     def image_bytes(self, table: pa.Table) -> list[bytes]:
-        """The encoded images of rows of the view, which must hold `tar`, `image_offset` and `image_size`."""
+        """The encoded images of rows of the view, which must hold `tar`, `image_offset` and `image_size`; b"" where
+        there is none."""
         return read_members(self.tars, table, "image")
+
+    def member_bytes(self, table: pa.Table, ext: str) -> list[bytes]:
+        """The member with an extension of each row of the view, which must hold LOCATION; b"" where there is none."""
+        return read_members(self.tars, table, ext)
+
+    def samples(
+        self, table: pa.Table, columns: Sequence[str] = (), together: Collection[str] = EXTENSIONS
+    ) -> Iterator[Sample]:
+        """The rows of a table as samples whose members are read when they are asked for.
+
+        Args:
+            table: rows of the view with the columns SAMPLE, and any others.
+            columns: of the table that the samples hold as `columns`. A column `label` becomes the label.
+            together: extensions that are read for up to 256 samples at once, in few requests. Others are read one by
+                one.
+
+        Example:
+            >>> def durations(shard: Shard) -> list[int]:
+            ...     return [len(sample.member("wav")) for sample in shard.samples(shard.table(SAMPLE))]
+        """
+        for start in range(0, table.num_rows, _BLOCK):
+            rows = table.slice(start, _BLOCK).to_pylist()
+            block = MemberBlock(self.tars, rows, together)
+            for i, row in enumerate(rows):
+                yield Sample(
+                    uid=row["uid"] or "",
+                    key=row["key"] or "",
+                    text=row["text"] or "",
+                    label=row.get("label"),
+                    columns={name: row[name] for name in columns},
+                    members=block.sample(i),
+                )
 
 
 def _type_of(column: str) -> pa.DataType:
@@ -145,25 +160,9 @@ def _type_of(column: str) -> pa.DataType:
     return pa.null()
 
 
-def read_members(tars: Sequence[str], table: pa.Table, member: str) -> list[bytes]:
-    """The bytes of the `image`, `text` or `json` member of each row, read by range in file order."""
-    tar = table["tar"].to_numpy()
-    offset = table[f"{member}_offset"].to_numpy()
-    size = table[f"{member}_size"].to_numpy()
-    out: list[bytes] = [b""] * table.num_rows
-    for index in np.unique(tar):
-        rows = np.nonzero(tar == index)[0]
-        rows = rows[np.argsort(offset[rows], kind="stable")]
-        for row, data in zip(rows, storage.read_ranges(tars[index], offset[rows], size[rows]), strict=True):
-            if len(data) != size[row]:
-                raise WinnowError("is shorter than when it was indexed", where=tars[index], do="Index the pool again.")
-            out[row] = data
-    return out
-
-
 @dataclass(frozen=True)
 class Pool:
-    """A pool: what `index`, `inject` and `reshard` leave in their directories, or DataComp's folder of metadata.
+    """A pool: a directory made by `index`, `inject` or `reshard`, or DataComp's folder of metadata.
 
     Attributes:
         url: the directory.
@@ -207,7 +206,7 @@ class Pool:
         return Pool(url, tuple(shards), digest_json([[shard.name, shard.digest] for shard in shards]))
 
     def __len__(self) -> int:
-        return sum(ahead(lambda shard: shard.rows, self.shards))
+        return sum(prefetch(lambda shard: shard.rows, self.shards))
 
     @property
     def counted(self) -> bool:
@@ -216,7 +215,7 @@ class Pool:
 
     @property
     def images(self) -> bool:
-        """Whether the pool has images; a folder of metadata has not."""
+        """Whether the pool has tars, so that images and other members can be read; a folder of metadata has none."""
         return all(shard.tars for shard in self.shards)
 
     def shard(self, name: str) -> Shard:
@@ -237,35 +236,3 @@ class Pool:
         """dtype u8,u8, shape [n], in pool order."""
         parts = [shard.uids() for shard in self.shards]
         return np.concatenate(parts) if parts else np.empty(0, dtype="u8,u8")
-
-
-def shard_entry(
-    name: str, view: str, view_digest: str, tars: Sequence[Sequence[str]], rows: int, dropped: list[int]
-) -> dict:
-    """A shard as a pool's manifest lists it.
-
-    Args:
-        name: the shard's.
-        view: path of the view parquet, relative to the pool's directory.
-        view_digest: sha256 of that file.
-        tars: for each tar, in the order that the view counts them, its "place/path" and a digest of its content.
-        rows: rows of the view.
-        dropped: row numbers skipped.
-    """
-    return {
-        "name": name,
-        "view": view,
-        "tars": [reference for reference, _ in tars],
-        "rows": rows - len(dropped),
-        "digest": digest_json([view_digest, [digest for _, digest in tars], dropped]),
-        "dropped": dropped,
-    }
-
-
-def write_view(path: str, table: pa.Table) -> None:
-    """Write a view parquet; equal tables give equal bytes."""
-    pq.write_table(table, path, compression="zstd", compression_level=1)
-
-
-def null_count(table: pa.Table, column: str) -> int:
-    return int(pc.sum(pc.is_null(table[column])).as_py() or 0)

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from winnow.infra.io.images import EXTENSIONS, ImageError, decode_image
+from winnow.infra.io.images import ImageError, decode_image, image_extension
 
 
 class Sample:
@@ -52,7 +52,7 @@ class Sample:
     @property
     def has_image(self) -> bool:
         """Whether it has an image, decoded or as a member; a member may still turn out to be undecodable."""
-        return self._image is not None or any(ext in self.members for ext in EXTENSIONS)
+        return self._image is not None or image_extension(self.members) is not None
 
     def image(self, flatten: bool = True) -> Image.Image:
         """The image as RGB, decoded at the first call.
@@ -64,7 +64,7 @@ class Sample:
             ImageError: there is none, or it cannot be decoded.
         """
         if self._image is None:
-            ext = next((ext for ext in EXTENSIONS if ext in self.members), None)
+            ext = image_extension(self.members)
             if ext is None:
                 raise ImageError("no image")
             self._image = decode_image(self.members[ext], flatten)

@@ -97,12 +97,12 @@ def _tied(keys: np.ndarray, low: np.uint64, block: int = 1 << 18) -> np.ndarray:
     for start in range(0, len(keys) - 1, block):
         leading = keys[start : start + block + 1] >> low
         found.append(np.flatnonzero(leading[1:] == leading[:-1]) + start)
-    again = np.concatenate(found)
-    return np.union1d(again, again + 1)
+    first = np.concatenate(found)
+    return np.union1d(first, first + 1)
 
 
 def is_member(uids: np.ndarray, subset: np.ndarray) -> np.ndarray:
-    """For each uid whether it lies in a sorted subset; bool, shape [n]."""
+    """Whether each uid is in a sorted subset; bool, shape [n]."""
     if len(subset) == 0:
         return np.zeros(len(uids), dtype=bool)
     lo = np.searchsorted(subset["f0"], uids["f0"], side="left")

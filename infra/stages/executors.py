@@ -1,4 +1,4 @@
-"""Where units run: `serial` in this process, `ray` on a cluster or on a local one. Same code, same result."""
+"""Where units run: `serial` in this process, `ray` on a cluster or a local Ray. The results are the same."""
 
 from __future__ import annotations
 
@@ -12,11 +12,30 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from winnow.infra import importing
 from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.io.storage import digest_json
 from winnow.infra.stages.stage import Record, Stage, Unit, attempt
 
-TICK = 2.0  # seconds between looks at progress notes
+TICK = 2.0  # seconds after which None is yielded, so that the driver can look at progress notes
+Group = tuple[int, list[Unit]]  # its index, and the units that run together
 _thread = threading.local()
+_set_up: set[str] = set()  # stages whose `setup` this process has called
+_set_up_lock = threading.Lock()
+
+
+def setup_token(stage: Stage) -> str:
+    """Names a stage with its parameters, so that a process knows whether it has called `setup`."""
+    return digest_json([stage.name, stage.version, stage.params(), stage.out])
+
+
+def run_here(stage: Stage, units: list[Unit], token: str) -> list[Record]:
+    """Run one group in this process, after `Stage.setup` if this is the stage's first here."""
+    with _set_up_lock:
+        if token not in _set_up:
+            stage.setup()
+            _set_up.add(token)
+    return attempt(stage, units)
 
 
 def on_ray() -> bool:
@@ -34,11 +53,11 @@ class Result:
 
 
 class Executor(Protocol):
-    """Runs groups of units; yields a Result as each ends, and None now and then while nothing does."""
+    """Runs groups of units. Yields a Result as each ends, and None every few seconds while none does."""
 
     name: str
 
-    def results(self, stage: Stage, groups: list[tuple[int, list[Unit]]]) -> Iterator[Result | None]: ...
+    def results(self, stage: Stage, groups: list[Group]) -> Iterator[Result | None]: ...
 
     def close(self) -> None: ...
 
@@ -48,10 +67,11 @@ class SerialExecutor:
 
     name = "serial"
 
-    def results(self, stage: Stage, groups: list[tuple[int, list[Unit]]]) -> Iterator[Result | None]:
+    def results(self, stage: Stage, groups: list[Group]) -> Iterator[Result | None]:
+        token = setup_token(stage)
         for index, units in groups:
             try:
-                result = Result(index, attempt(stage, units))
+                result = Result(index, run_here(stage, units, token))
             except Exception as error:
                 logging.getLogger(__name__).debug("unit failed", exc_info=True)
                 result = Result(index, error=error)
@@ -62,25 +82,24 @@ class SerialExecutor:
 
 
 class RayExecutor:
-    """Groups as Ray tasks. Connects on first use, so a run with nothing to do starts no Ray.
+    """Groups on Ray: as tasks, or on long-lived actors for stages that use GPUs or set `keep_workers`.
+
+    It connects on first use, so a run with nothing to do does not start Ray.
 
     Args:
         address: of a running cluster ("auto", "ray://…"); None starts one on this machine unless RAY_ADDRESS is set.
         num_cpus: cores of a locally started Ray; None for all.
-        import_paths: directories that workers must be able to import from (the recipe's own).
     """
 
     name = "ray"
 
-    def __init__(
-        self, address: str | None = None, num_cpus: int | None = None, import_paths: tuple[str, ...] = ()
-    ) -> None:
-        self.address, self.num_cpus, self.import_paths = address, num_cpus, import_paths
+    def __init__(self, address: str | None = None, num_cpus: int | None = None) -> None:
+        self.address, self.num_cpus = address, num_cpus
         self._started = False
         self._owns = False
 
     def _would_start(self) -> bool:
-        """Whether connecting means to start a Ray on this machine."""
+        """Whether connecting would start Ray on this machine."""
         ray = sys.modules.get("ray")
         running = self._started or (ray is not None and ray.is_initialized())
         return not (running or self.address or os.environ.get("RAY_ADDRESS"))
@@ -94,9 +113,8 @@ class RayExecutor:
         if not ray.is_initialized():
             address = self.address or os.environ.get("RAY_ADDRESS")
             options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-            if self.import_paths:
-                paths = [*self.import_paths, *filter(None, [os.environ.get("PYTHONPATH")])]
-                options["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
+            if folders := os.environ.get(importing.VARIABLE):
+                options["runtime_env"] = {"env_vars": {importing.VARIABLE: folders}}
             if address:
                 options["address"] = address
             else:
@@ -113,10 +131,9 @@ class RayExecutor:
         self._started = True
         return ray
 
-    def results(self, stage: Stage, groups: list[tuple[int, list[Unit]]]) -> Iterator[Result | None]:
+    def results(self, stage: Stage, groups: list[Group]) -> Iterator[Result | None]:
         if stage.run_on_driver and len(groups) == 1 and self._would_start():
-            yield from SerialExecutor().results(stage, groups)
-            return
+            return SerialExecutor().results(stage, groups)
         ray = self.connect()
         total = ray.cluster_resources()
         cpus, gpus = total.get("CPU", 0), total.get("GPU", 0)
@@ -126,60 +143,13 @@ class RayExecutor:
                 f"a unit of {stage.name} {lacking} in the cluster",
                 do="Ask for less in the recipe, or connect to a larger cluster with --address.",
             )
+        slots = wanted.slots(cpus, gpus)
         if stage.launches_workers:
-            fit = [there // asked for there, asked in ((cpus, wanted.cpus), (gpus, wanted.gpus)) if asked]
-            yield from self._in_threads(stage, groups, max(1, int(min(fit, default=1))))
-            return
-        remote = ray.remote(max_retries=0, num_cpus=wanted.cpus, num_gpus=wanted.gpus, memory=wanted.memory or None)(
-            _remote_attempt
-        )
-        shared = ray.put(stage)
-        waiting = deque(groups)
-        # Enough in flight to feed every core; few enough that a million units do not fill the scheduler.
-        window = max(8, 4 * int(total.get("CPU", 1)))
-        flying: dict[Any, int] = {}
-        try:
-            while waiting or flying:
-                while waiting and len(flying) < window:
-                    index, units = waiting.popleft()
-                    flying[remote.remote(shared, units)] = index
-                ready, _ = ray.wait(list(flying), num_returns=1, timeout=TICK)
-                if not ready:
-                    yield None
-                    continue
-                for reference in ready:
-                    index = flying.pop(reference)
-                    try:
-                        yield Result(index, ray.get(reference))
-                    except ray.exceptions.RayTaskError as error:
-                        cause = error.cause if isinstance(error.cause, Exception) else error
-                        yield Result(index, error=cause)
-                    except ray.exceptions.RayError as error:
-                        yield Result(index, error=error)
-        finally:
-            for reference in flying:
-                ray.cancel(reference, force=True)
-
-    def _in_threads(self, stage: Stage, groups: list[tuple[int, list[Unit]]], at_once: int) -> Iterator[Result | None]:
-        def here(units: list[Unit]) -> list[Record]:
-            _thread.on_ray = True
-            return attempt(stage, units)
-
-        with ThreadPoolExecutor(at_once) as threads:
-            flying = {threads.submit(here, units): index for index, units in groups}
-            try:
-                while flying:
-                    ready, _ = wait(flying, timeout=TICK, return_when=FIRST_COMPLETED)
-                    if not ready:
-                        yield None
-                    for future in ready:
-                        index, error = flying.pop(future), future.exception()
-                        if error is not None and not isinstance(error, Exception):
-                            raise error
-                        yield Result(index, error=error) if error else Result(index, future.result())
-            finally:
-                for future in flying:
-                    future.cancel()
+            return _in_threads(stage, groups, slots)
+        options = {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus, "memory": wanted.memory or None}
+        if wanted.gpus or stage.keep_workers:
+            return _on_actors(ray, stage, groups, min(slots, len(groups)), options)
+        return _as_tasks(ray, stage, groups, max(8, 4 * int(cpus)), options)
 
     def close(self) -> None:
         if self._owns:
@@ -189,18 +159,140 @@ class RayExecutor:
             self._started = self._owns = False
 
 
-def _remote_attempt(stage: Stage, units: list[Unit]) -> list[Record]:
-    return attempt(stage, units)
+def _as_tasks(
+    ray: Any, stage: Stage, groups: list[Group], window: int, options: dict[str, Any]
+) -> Iterator[Result | None]:
+    """Groups as tasks, `window` at most in flight: enough to feed every core, few enough for the scheduler."""
+    run = ray.remote(max_retries=0, **options)(run_here)
+    shared, token = ray.put(stage), setup_token(stage)
+    waiting = deque(groups)
+    flying: dict[Any, int] = {}
+    try:
+        while waiting or flying:
+            while waiting and len(flying) < window:
+                index, units = waiting.popleft()
+                flying[run.remote(shared, units, token)] = index
+            ready, _ = ray.wait(list(flying), num_returns=1, timeout=TICK)
+            if not ready:
+                yield None
+            for reference in ready:
+                yield _result(ray, reference, flying.pop(reference))
+    finally:
+        for reference in flying:
+            ray.cancel(reference, force=True)
 
 
-def make_executor(
-    name: str, address: str | None = None, num_cpus: int | None = None, import_paths: tuple[str, ...] = ()
-) -> Executor:
+def _on_actors(
+    ray: Any, stage: Stage, groups: list[Group], count: int, options: dict[str, Any]
+) -> Iterator[Result | None]:
+    """Groups on long-lived actors, one group at a time each; an actor that dies is replaced."""
+    workers, waiting, done = _Workers(ray, stage, options), deque(groups), 0
+    for _ in range(count):
+        workers.start()
+    try:
+        while done < len(groups):
+            ready, _ = ray.wait(list(workers.flying), num_returns=1, timeout=TICK)
+            if not ready:
+                yield None
+            for reference in ready:
+                worker, index = workers.flying.pop(reference)
+                result = _result(ray, reference, -1 if index is None else index)
+                if index is None and result.error is not None:
+                    raise WinnowError(f"a worker of {stage.name} did not start ({result.error})")
+                if not isinstance(result.error, ray.exceptions.RayActorError):
+                    workers.dispatch(worker, waiting)
+                elif waiting:
+                    workers.start()
+                if index is not None:
+                    done += 1
+                    yield result
+    finally:
+        workers.kill()
+
+
+class _Workers:
+    """The actors of a stage.
+
+    Attributes:
+        flying: the actor, and the index of its group, for each pending result; None for the result of starting. An
+            actor gets its first group once it has started, so that no group waits for resources others use.
+    """
+
+    def __init__(self, ray: Any, stage: Stage, options: dict[str, Any]) -> None:
+        self._ray, self._stage, self._token = ray, ray.put(stage), setup_token(stage)
+        self._actor = ray.remote(max_restarts=0, **options)(_Worker)
+        self.flying: dict[Any, tuple[Any, int | None]] = {}
+
+    def start(self) -> None:
+        worker = self._actor.remote(self._stage, self._token)
+        self.flying[worker.started.remote()] = worker, None
+
+    def dispatch(self, worker: Any, waiting: deque[Group]) -> None:
+        """Give an idle actor the next group, or end it when none is left."""
+        if waiting:
+            index, units = waiting.popleft()
+            self.flying[worker.run.remote(units)] = worker, index
+        else:
+            self._ray.kill(worker)
+
+    def kill(self) -> None:
+        for worker, _ in self.flying.values():
+            self._ray.kill(worker)
+
+
+class _Worker:
+    """A process that keeps what `Stage.setup` loads and runs groups one after the other."""
+
+    def __init__(self, stage: Stage, token: str) -> None:
+        self._stage, self._token = stage, token
+
+    def started(self) -> None:
+        return
+
+    def run(self, units: list[Unit]) -> list[Record]:
+        return run_here(self._stage, units, self._token)
+
+
+def _result(ray: Any, reference: Any, index: int) -> Result:
+    try:
+        return Result(index, ray.get(reference) or [])
+    except ray.exceptions.RayTaskError as error:
+        return Result(index, error=error.cause if isinstance(error.cause, Exception) else error)
+    except ray.exceptions.RayError as error:
+        return Result(index, error=error)
+
+
+def _in_threads(stage: Stage, groups: list[Group], at_once: int) -> Iterator[Result | None]:
+    """Groups in threads of the driver, for stages whose units ask the cluster for processes themselves."""
+    token = setup_token(stage)
+
+    def here(units: list[Unit]) -> list[Record]:
+        _thread.on_ray = True
+        return run_here(stage, units, token)
+
+    with ThreadPoolExecutor(at_once) as threads:
+        flying = {threads.submit(here, units): index for index, units in groups}
+        try:
+            while flying:
+                ready, _ = wait(flying, timeout=TICK, return_when=FIRST_COMPLETED)
+                if not ready:
+                    yield None
+                for future in ready:
+                    index, error = flying.pop(future), future.exception()
+                    if error is not None and not isinstance(error, Exception):
+                        raise error
+                    yield Result(index, error=error) if error else Result(index, future.result())
+        finally:
+            for future in flying:
+                future.cancel()
+
+
+def make_executor(name: str, address: str | None = None, num_cpus: int | None = None) -> Executor:
     """`serial` or `ray`. Raises UsageError for another name."""
     if name == "serial":
         if address:
             raise UsageError("--address goes with the ray executor")
         return SerialExecutor()
     if name == "ray":
-        return RayExecutor(address, num_cpus, import_paths)
+        return RayExecutor(address, num_cpus)
     raise UsageError(f'unknown executor "{name}"', do="Known: ray, serial.")

@@ -1,16 +1,19 @@
-"""Progress a person can read and a program can parse: lines on stderr and JSON lines in the run's `log.jsonl`."""
+"""Progress for people (lines on stderr, or a live bar on a terminal) and for programs (JSON lines in `log.jsonl`)."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from winnow.infra.io import storage
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 
 def clock(seconds: float) -> str:
@@ -30,15 +33,19 @@ def size_text(count: float) -> str:
 
 
 class RunLog:
-    """Where a run says what it does.
+    """Reports what a run does: lines (on a terminal, a live bar) for people, and JSON lines in a file.
 
     Args:
         url: local directory for `log.jsonl`; None to keep no file.
         stream: for people; None for silence.
+        steps: which stage of how many is running. Code that runs several stages sets it before each.
     """
 
-    def __init__(self, url: str | None = None, stream: TextIO | None = sys.stderr) -> None:
-        self.stream = stream
+    def __init__(
+        self, url: str | None = None, stream: TextIO | None = sys.stderr, steps: tuple[int, int] | None = None
+    ) -> None:
+        self.stream, self.steps = stream, steps
+        self.console = _console(stream)
         self.file: TextIO | None = None
         if url is not None and storage.is_local(url):
             storage.make_dir(url)
@@ -46,13 +53,25 @@ class RunLog:
             self.file = path.open("a", encoding="utf-8")
 
     def say(self, text: str) -> None:
-        if self.stream is not None:
+        if self.console is not None:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        elif self.stream is not None:
             print(text, file=self.stream, flush=True)
 
     def event(self, **facts: Any) -> None:
         if self.file is not None:
             self.file.write(json.dumps({"time": round(time.time(), 3), **facts}, ensure_ascii=False) + "\n")
             self.file.flush()
+
+
+def _console(stream: TextIO | None) -> Console | None:
+    """Rich's console on a terminal that can redraw a line; None elsewhere."""
+    if stream is None or not stream.isatty():
+        return None
+    from rich.console import Console
+
+    console = Console(file=stream)
+    return None if console.is_dumb_terminal else console
 
 
 @dataclass
@@ -64,27 +83,58 @@ class Counts:
 
 
 class StageProgress:
-    """Counts of one stage as it runs; prints a line at most every `every` seconds and one at the end."""
+    """Counts of one stage as it runs. Reports them at most every `every` seconds; on a terminal, draws a live bar.
+
+    Use as a context manager, so that the bar is removed however the stage ends.
+    """
 
     def __init__(self, log: RunLog, label: str, units: int, items: int, every: float = 5.0) -> None:
         self.log, self.label, self.units, self.items, self.every = log, label, units, items, every
         self.counts = Counts()
         self.started = self.last = time.monotonic()
+        self._bar: Progress | None = None
+        self._notes = ""
+
+    def __enter__(self) -> StageProgress:
+        if self.log.console is not None:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+            text = [TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in ("step", "state", "notes")]
+            columns = text[0], BarColumn(), text[1], TimeElapsedColumn(), TimeRemainingColumn(), text[2]
+            self._bar = Progress(*columns, console=self.log.console, transient=True, refresh_per_second=4)
+            step = "[{}/{}] ".format(*self.log.steps) if self.log.steps else ""
+            self._bar.add_task("", total=self.units, step=step + self.label, state="", notes="")
+            self._draw()
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _draw(self) -> None:
+        if self._bar is not None:
+            state = "  ".join([f"{self.counts.units}/{self.units}", *self._rates()])
+            self._bar.update(self._bar.task_ids[0], completed=self.counts.units, state=state, notes=self._notes)
 
     def add(self, *, items: int, size: int, skipped: int) -> None:
         self.counts.units += 1
         self.counts.items += items
         self.counts.bytes += size
         self.counts.skipped += skipped
-        self.tick()
+        self.tick(self._notes if self._bar is not None else "")
 
     def tick(self, notes: str = "") -> None:
-        """Say where things stand, if it is time to."""
+        """Update the bar, and report if it is time to."""
+        self._notes = notes
+        self._draw()
         now = time.monotonic()
         if now - self.last < self.every:
             return
         self.last = now
-        self.log.say(self.line() + (f"  {notes}" if notes else ""))
+        if self._bar is None:
+            self.log.say(self.line() + (f"  {notes}" if notes else ""))
         self.log.event(event="progress", stage=self.label, **self.facts())
 
     def facts(self) -> dict[str, Any]:
@@ -99,27 +149,30 @@ class StageProgress:
             "items_per_second": round(self.counts.items / seconds, 1) if seconds > 0 else 0.0,
         }
 
-    def line(self) -> str:
+    def _rates(self) -> list[str]:
         seconds = time.monotonic() - self.started
-        parts = [f"{self.label:<24} {self.counts.units}/{self.units}"]
+        parts = []
         if self.counts.items:
             parts.append(f"{self.counts.items:,} items {self.counts.items / max(seconds, 1e-9):,.0f}/s")
         if self.counts.bytes:
             parts.append(f"{size_text(self.counts.bytes)} written")
+        return [*parts, f"{self.counts.skipped} skipped"] if self.counts.skipped else parts
+
+    def line(self) -> str:
+        seconds, rates = time.monotonic() - self.started, self._rates()
         if 0 < self.counts.units < self.units:
-            parts.append(f"{clock(seconds / self.counts.units * (self.units - self.counts.units))} left")
-        if self.counts.skipped:
-            parts.append(f"{self.counts.skipped} skipped")
-        return "  ".join([*parts, f"[{clock(seconds)}]"])
+            left = f"{clock(seconds / self.counts.units * (self.units - self.counts.units))} left"
+            rates.insert(len(rates) - bool(self.counts.skipped), left)
+        return "  ".join([f"{self.label:<24} {self.counts.units}/{self.units}", *rates, f"[{clock(seconds)}]"])
 
 
 _notes_lock = threading.Lock()
 
 
 def write_note(url: str, text: str) -> None:
-    """Leave a one-line note on how a long unit is doing, for whoever drives it (a training loop: step, loss, speed).
+    """Write a one-line note on the progress of a long unit, for the driver (of a training: step, loss, speed).
 
-    Notes are files, so that a worker on another node can leave one; a failure to write is of no consequence.
+    Notes are files, so that a worker on another node can write one. A failure to write is ignored.
     """
     try:
         with _notes_lock:
@@ -131,9 +184,5 @@ def write_note(url: str, text: str) -> None:
 def read_note(url: str) -> str:
     try:
         return storage.read_bytes(url).decode() if storage.exists(url) else ""
-    except Exception:  # a note half-gone is no reason to stop
+    except Exception:  # a damaged note is no reason to stop
         return ""
-
-
-def env_flag(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("1", "true", "yes")

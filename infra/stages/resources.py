@@ -1,4 +1,4 @@
-"""What a unit of work asks of the machine or the cluster."""
+"""What a unit of work needs of the machine or the cluster."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Resources:
     gpu_optional: bool = False
 
     def within(self, cpus: float, gpus: float) -> Resources:
-        """The same on a machine with so many cores and GPUs: no more GPUs than it has, where they are optional."""
+        """What the unit takes on a machine with so many cores and GPUs: optional GPUs are limited to what it has."""
         return replace(self, gpus=min(self.gpus, gpus)) if self.gpu_optional else self
 
     def lacking(self, cpus: float, gpus: float) -> str | None:
@@ -31,3 +31,8 @@ class Resources:
             if wanted > there:
                 return f"wants {wanted:g} {name}, and there are {there:g}"
         return None
+
+    def slots(self, cpus: float, gpus: float) -> int:
+        """How many units run at once on a machine with so many cores and GPUs; at least 1."""
+        fit = [total // wanted for total, wanted in ((cpus, self.cpus), (gpus, self.gpus)) if wanted]
+        return max(1, int(min(fit, default=1)))

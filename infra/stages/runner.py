@@ -1,4 +1,4 @@
-"""Running a stage: what is finished is skipped, the rest goes to an executor, what keeps failing is skipped."""
+"""Running a stage: finished units are reused, the others go to an executor, those that keep failing are skipped."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NOTES = "notes"
 
 @dataclass(frozen=True)
 class Budget:
-    """How much may be skipped before a run counts as failed: a share of the items when below 1, else a number.
+    """How much may be skipped before a run counts as failed: a fraction of the items when below 1, else a number.
 
     Raises UsageError when it is below 0.
     """
@@ -41,10 +41,16 @@ class Budget:
 
     def __post_init__(self) -> None:
         if not self.max_skipped >= 0:
-            raise UsageError(f"max_skipped cannot be {self.max_skipped:g}", do="Give a share, or a number from 1 up.")
+            raise UsageError(f"max_skipped cannot be {self.max_skipped:g}", do="Give a fraction or a number.")
 
     def check(self, reasons: Counter[str], items: int, where: str) -> None:
-        """Raises WinnowError when more was skipped (number by reason) than `items` that were not allow."""
+        """Raises WinnowError when too much was skipped.
+
+        Args:
+            reasons: number of skipped items by reason.
+            items: number of items that were not skipped.
+            where: the stage, for the message.
+        """
         count, total = reasons.total(), items + reasons.total()
         limit = self.max_skipped * total if self.max_skipped < 1 else self.max_skipped
         if count > limit:
@@ -52,7 +58,7 @@ class Budget:
                 f"{count} of {total} skipped, the budget is {self} "
                 f"({', '.join(f'{reason}: {n}' for reason, n in reasons.most_common(5))})",
                 where=where,
-                do="Mend the input, or raise max_skipped.",
+                do="Fix the input, or raise max_skipped.",
             )
 
     def __str__(self) -> str:
@@ -74,15 +80,15 @@ def execute(
         stage: what to run.
         executor: where to run it.
         budget: how much may be skipped.
-        log: where to tell of it.
-        retries: how often a failed group is tried again.
+        log: where to report progress.
+        retries: how often a failed group is retried.
         label: the stage's name in messages.
 
     Returns:
         the manifest, read back or newly written.
 
     Raises:
-        UsageError: a unit found the recipe at fault.
+        UsageError: the recipe is wrong.
         WinnowError: units kept failing, or more was skipped than the budget allows.
     """
     budget, log, label = budget or Budget(), log or RunLog(stream=None), label or stage.name
@@ -91,9 +97,7 @@ def execute(
     todo = [unit for unit in units if unit.name not in done]
     previous = read_manifest(stage.out)
     _refuse_inputs(stage, previous)
-    locations_url = stage.url(LOCATIONS)
-    if not storage.exists(locations_url) or storage.read_json(locations_url) != stage.locations():
-        storage.write_json(locations_url, stage.locations())
+    _write_locations(stage)
     if not todo and previous is not None and previous.key == key and _whole(stage, previous, done):
         budget.check(Counter(previous.skipped["reasons"]), previous.items, label)
         log.event(event="unchanged", stage=label, units=len(units))
@@ -105,63 +109,82 @@ def execute(
     progress = StageProgress(log, label, len(todo), sum(unit.items for unit in todo))
     failures: dict[str, Exception] = {}
     if todo:
-        # What is made anew takes the place of what the manifest speaks of.
-        storage.remove(stage.url(MANIFEST))
-        _run_groups(stage, executor, _groups(todo), retries, progress, done, failures)
+        storage.remove(stage.url(MANIFEST))  # it describes files that are about to be replaced
+        with progress:
+            _run_groups(stage, executor, _groups(todo), retries, progress, done, failures)
     storage.remove(stage.url(NOTES))
-    lost = _failed_units(stage, units, failures, log)
+    _report_failures(stage, units, failures, log)
+    manifest = _finish(stage, units, done, failures, budget, label)
+    log.say(progress.line() if not manifest.skipped["count"] else f"{progress.line()}  {manifest.state}")
+    seconds = round(time.monotonic() - started, 3)
+    log.event(event="done", stage=label, state=manifest.state, **progress.facts() | {"seconds": seconds})
+    return manifest
 
+
+def _write_locations(stage: Stage) -> None:
+    url, locations = stage.url(LOCATIONS), stage.locations()
+    if not storage.exists(url) or storage.read_json(url) != locations:
+        storage.write_json(url, locations)
+
+
+def _finish(
+    stage: Stage,
+    units: list[Unit],
+    done: dict[str, Record],
+    failures: dict[str, Exception],
+    budget: Budget,
+    label: str,
+) -> Manifest:
+    """Run the stage's last step and write the manifest, unless more was skipped than the budget allows."""
     records = [done[unit.name] for unit in units if unit.name in done]
+    lost = {unit.name: _reason(failures[unit.name]) for unit in units if unit.name in failures}
     items = sum(record.items for record in records)
-    left_out = [item for record in records for item in record.skipped]
-    reasons = Counter(item["reason"] for item in left_out)
-    for unit in lost:
-        reasons[_reason(failures[unit.name])] += max(unit.items, 1)
+    skipped = [item for record in records for item in record.skipped]
+    reasons = Counter(item["reason"] for item in skipped)
+    for unit in units:
+        if unit.name in lost:
+            reasons[lost[unit.name]] += max(unit.items, 1)
     budget.check(reasons, items, label)
     storage.remove(stage.url(MANIFEST))
     finished = stage.finish(records)
     files = {path: facts for record in records for path, facts in record.files.items()}
     files |= describe_files(stage, finished.files)
-    left_out += [asdict(item) for item in finished.skipped]
+    skipped += [asdict(item) for item in finished.skipped]
     items -= len(finished.skipped)
     reasons.update(item.reason for item in finished.skipped)
     budget.check(reasons, items, label)
-    n_left = reasons.total()
     remove_stale(stage, units, files)
     manifest = Manifest(
         stage=stage.name,
         version=stage.version,
-        key=key,
+        key=stage.manifest_key(units),
         params=stage.params(),
         parents=stage.parents(),
         units=len(records),
         items=items,
         skipped={
-            "count": n_left,
-            "reasons": dict(sorted(Counter(item["reason"] for item in left_out).items())),
-            "samples": left_out[:1000],
-            "units": {unit.name: _reason(failures[unit.name]) for unit in lost},
+            "count": reasons.total(),
+            "reasons": dict(sorted(Counter(item["reason"] for item in skipped).items())),
+            "samples": skipped[:1000],
+            "units": lost,
         },
         files=dict(sorted(files.items())),
         values=finished.values,
         url=stage.out,
     )
-    # With units missing, the next run must try them again, so its key must not match.
+    # The next run must retry missing units, so its key must not match.
     retry = bool(lost) or any(record.key == INCOMPLETE for record in records)
-    body = asdict(manifest) | {"key": INCOMPLETE if retry else key}
+    body = asdict(manifest) | ({"key": INCOMPLETE} if retry else {})
     body.pop("url")
     storage.write_json(stage.url(MANIFEST), body)
-    seconds = time.monotonic() - started
-    log.say(progress.line() if not n_left else f"{progress.line()}  {manifest.state}")
-    log.event(event="done", stage=label, state=manifest.state, **progress.facts() | {"seconds": round(seconds, 3)})
     return manifest
 
 
 def _refuse_inputs(stage: Stage, previous: Manifest | None) -> None:
-    """Raises UsageError where a stage would write over what it reads, or over what another kind of stage made."""
+    """Raises UsageError where a stage would overwrite what it reads, or the output of another kind of stage."""
     if previous is not None and previous.stage != stage.name:
         raise UsageError(
-            f"holds what {previous.stage} made, and {stage.name} would write over it",
+            f"holds the output of {previous.stage}, and {stage.name} would overwrite it",
             where=stage.out,
             do="Give another directory.",
         )
@@ -170,16 +193,16 @@ def _refuse_inputs(stage: Stage, previous: Manifest | None) -> None:
         with contextlib.suppress(WinnowError):  # no such file
             read += map(str, read_locations(url).values())
     if storage.absolute(stage.out).rstrip("/") in (storage.absolute(url).rstrip("/") for url in read):
-        raise UsageError(f"{stage.name} would write over what it reads", where=stage.out, do="Give another directory.")
+        raise UsageError(f"{stage.name} would overwrite what it reads", where=stage.out, do="Give another directory.")
 
 
 def _whole(stage: Stage, manifest: Manifest, done: dict[str, Record]) -> bool:
-    """Whether what `finish` wrote is there; the units' own files were looked at with their records."""
-    looked_at = {path for record in done.values() for path in record.files}
+    """Whether the files that `finish` wrote are there; those of units were checked with their records."""
+    checked = {path for record in done.values() for path in record.files}
     return all(
         storage.exists(stage.url(path)) and storage.size_of(stage.url(path)) == facts["bytes"]
         for path, facts in manifest.files.items()
-        if path not in looked_at
+        if path not in checked
     )
 
 
@@ -199,51 +222,53 @@ def _run_groups(
     done: dict[str, Record],
     failures: dict[str, Exception],
 ) -> None:
-    attempts = dict.fromkeys(range(len(groups)), 0)
+    """Run the groups, adding to `done` and `failures`. Errors that may pass (any but WinnowError) are retried."""
+    attempts: Counter[int] = Counter()
     waiting = list(range(len(groups)))
     while waiting:
         retry = []
         for result in executor.results(stage, [(index, groups[index]) for index in waiting]):
             if result is None:
                 progress.tick(_notes(stage))
-                continue
-            if result.error is None:
+            elif result.error is None:
                 for record in result.records:
                     done[record.unit] = record
                     size = sum(facts["bytes"] for facts in record.files.values())
                     progress.add(items=record.items, size=size, skipped=len(record.skipped))
-                continue
-            if isinstance(result.error, UsageError):
+            elif isinstance(result.error, UsageError):
                 raise result.error
-            attempts[result.index] += 1
-            names = ", ".join(unit.name for unit in groups[result.index])
-            progress.log.event(event="failure", stage=progress.label, units=names, error=str(result.error))
-            if attempts[result.index] <= retries and not isinstance(result.error, WinnowError):
-                retry.append(result.index)
             else:
-                failures.update({unit.name: result.error for unit in groups[result.index]})
+                attempts[result.index] += 1
+                names = [unit.name for unit in groups[result.index]]
+                log, error = progress.log, str(result.error)
+                log.event(event="failure", stage=progress.label, units=", ".join(names), error=error)
+                if attempts[result.index] <= retries and not isinstance(result.error, WinnowError):
+                    retry.append(result.index)
+                else:
+                    failures.update(dict.fromkeys(names, result.error))
         waiting = retry
 
 
-def _failed_units(stage: Stage, units: list[Unit], failures: dict[str, Exception], log: RunLog) -> list[Unit]:
-    lost = [unit for unit in units if unit.name in failures]
+def _report_failures(stage: Stage, units: list[Unit], failures: dict[str, Exception], log: RunLog) -> None:
+    """Say which units failed. Raises WinnowError where the stage allows no failures, or no unit succeeded."""
+    lost = [unit.name for unit in units if unit.name in failures]
     if not lost:
-        return []
+        return
     reasons: dict[str, list[str]] = {}
-    for unit in lost:
-        reasons.setdefault(_reason(failures[unit.name]), []).append(unit.name)
+    for name in lost:
+        reasons.setdefault(_reason(failures[name]), []).append(name)
     for reason, names in reasons.items():
         log.say(f"{stage.name}: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} failed: {reason}")
-    if not stage.allow_failures or len(lost) == len(units):
-        first = failures[lost[0].name]
-        if len(lost) == 1 and isinstance(first, WinnowError):
-            raise first
-        raise WinnowError(
-            f"{len(lost)} of {len(units)} units failed; the first, {lost[0].name}: {type(first).__name__}: {first}",
-            where=stage.name,
-            do="What is finished is kept; run again to try the rest.",
-        ) from first
-    return lost
+    if stage.allow_failures and len(lost) < len(units):
+        return
+    first = failures[lost[0]]
+    if len(lost) == 1 and isinstance(first, WinnowError):
+        raise first
+    raise WinnowError(
+        f"{len(lost)} of {len(units)} units failed; the first, {lost[0]}: {type(first).__name__}: {first}",
+        where=stage.name,
+        do="What is finished is kept; run again to retry the rest.",
+    ) from first
 
 
 def _reason(error: Exception) -> str:
@@ -258,7 +283,7 @@ def _notes(stage: Stage) -> str:
 
 
 def note_url(stage: Stage, unit: Unit) -> str:
-    """Where a unit of a stage leaves its progress note."""
+    """Where a unit of a stage writes its progress note."""
     return stage.url(NOTES, unit.name.replace("/", "-"))
 
 

@@ -1,9 +1,9 @@
 """The Stage contract: plan(inputs) -> units, run(unit) -> output, finish(records) -> manifest.
 
-A stage writes a directory. Each unit's files appear whole or not at all, its record last, the manifest after all
-records. A unit is finished when its record bears the key `sha256(stage, version, parameters, input digests)`, whatever
-executor or number of workers made it; so running again does only what is missing, and changed parameters or inputs
-never reuse an old file.
+A stage writes a directory. The files of a unit are written atomically, its record after them, and the manifest last. A
+unit is finished when its record has the key `sha256(stage, version, parameters, input digests)`, independent of the
+executor and the number of workers. So a second run does only what is missing, and changed parameters or inputs never
+reuse an old file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LOCATIONS = "locations.json"
 # Names that files written by earlier versions use.
 _OLD_LOCATIONS = "places.json"
 _OLD_FIELDS = {"set_aside": "skipped"}
-INCOMPLETE = "incomplete"  # key of a record or manifest that the next run must make anew
+INCOMPLETE = "incomplete"  # key of a record or manifest that the next run must redo
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Unit:
         name: unique within the stage; may contain "/"; names the record's file.
         inputs: what is read, by digest. Part of the key.
         params: parameters of this unit beyond the stage's. Part of the key; JSON values.
-        runtime: where the inputs are and other things that do not change the result. JSON values.
-        group: units of one group run in one call of `Stage.run_group`, so that work they share is done once.
-        items: how many samples (or steps) it covers, for progress and the skipped budget.
+        runtime: the URLs of the inputs, and whatever else does not change the result. JSON values.
+        group: the units of a group run in one call of `Stage.run_group`, so that shared work is done once.
+        items: number of samples (or steps), for progress and the budget of skipped samples.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A sample left out, and why. `reason` is one of a few fixed phrases, so that they can be counted."""
+    """A sample that was left out, and why. `reason` is one of a few fixed phrases, so that they can be counted."""
 
     id: str
     reason: str
@@ -62,9 +62,14 @@ class Skipped:
 
 @dataclass
 class Output:
-    """What running a unit gives: files written below the stage's directory, counts, and JSON values to pass on.
+    """The result of a unit.
 
-    With `retry` the next run tries the unit anew, for what went wrong may have passed by then.
+    Attributes:
+        files: written, relative to the stage's directory.
+        items: number of samples (or steps) done.
+        skipped: samples left out.
+        values: JSON values for the record (of `Stage.finish`: for the manifest).
+        retry: whether the next run repeats the unit, because its problems may be temporary.
     """
 
     files: list[str] = field(default_factory=list)
@@ -76,7 +81,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Record:
-    """A finished unit as its record file says. `files` maps relative paths to {"bytes", "sha256"}."""
+    """The content of a finished unit's record file. `files` maps relative paths to {"bytes", "sha256"}."""
 
     unit: str
     key: str
@@ -88,7 +93,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a stage made, from what. Holds no times, hosts or absolute paths: equal work gives equal manifests."""
+    """The output of a stage and its inputs. Without times, hosts or absolute paths: equal work, equal manifests."""
 
     stage: str
     version: int
@@ -113,16 +118,17 @@ class Manifest:
 
 
 class Stage(abc.ABC):
-    """One arrow of the graph. Subclasses are dataclasses that pickle; they hold URLs and parameters, never data.
+    """One step of the graph. Subclasses are picklable dataclasses that hold URLs and parameters, never data.
 
     Class attributes:
         name, version: part of every key; raise the version when the meaning of the output changes.
         keep_stale: keep finished units that the present plan does not list (columns, checkpoints), instead of
             removing their files (shards, which readers may list).
         allow_failures: whether a unit that keeps failing may be skipped within the budget, or ends the run.
-        launches_workers: whether a unit itself asks the cluster for processes and waits for them (a training); it then
-            runs in a thread of the driver; `resources`, what those processes take, bounds how many run at once.
-        run_on_driver: whether a single group takes less time than starting a local Ray; it then runs in the driver.
+        launches_workers: whether a unit itself starts processes on the cluster (a training). It then runs in a thread
+            of the driver, and `resources`, which those processes use, bounds how many run at once.
+        run_on_driver: whether a single group runs in the driver instead of starting a local Ray, which takes longer.
+        keep_workers: whether Ray runs the stage on long-lived processes also without a GPU.
     """
 
     name: ClassVar[str]
@@ -131,24 +137,25 @@ class Stage(abc.ABC):
     allow_failures: ClassVar[bool] = False
     launches_workers: ClassVar[bool] = False
     run_on_driver: ClassVar[bool] = False
+    keep_workers: ClassVar[bool] = False
     out: str
 
     @property
     def resources(self) -> Resources:
-        """What a unit asks of the cluster while it runs."""
+        """What a unit needs while it runs."""
         return Resources()
 
     def setup(self) -> None:
-        """Load what the units of this stage share (a model, a tokenizer). Called once in each worker process, before
-        its first unit; what it loads it keeps in the process, not in the stage."""
+        """Load what the units share (a model, a tokenizer). Executors call it once in each worker process, before the
+        first unit. Keep what is loaded in the process (a cache of the module), not in the stage."""
         return
 
     @abc.abstractmethod
     def params(self) -> dict[str, Any]:
-        """What decides the output beside the inputs; JSON values, no paths."""
+        """Everything but the inputs that decides the output; JSON values, no paths."""
 
     def parents(self) -> dict[str, str]:
-        """Digests of what this stage reads, by name, for the manifest."""
+        """Digests of the inputs by name, for the manifest."""
         return {}
 
     @abc.abstractmethod
@@ -156,8 +163,8 @@ class Stage(abc.ABC):
         """The units, in order. Pure: the same inputs give the same list."""
 
     def locations(self) -> dict[str, str]:
-        """URLs a reader of the output needs, by name. Kept beside the manifest and part of no digest, so that
-        data may be moved without being made again."""
+        """URLs that a reader of the output needs, by name. They are stored next to the manifest and are part of no
+        digest, so that data may be moved."""
         return {}
 
     def run(self, unit: Unit) -> Output:
@@ -170,7 +177,7 @@ class Stage(abc.ABC):
             yield unit, self.run(unit)
 
     def finish(self, records: list[Record]) -> Output:
-        """Bring the records together; its files and values go into the manifest."""
+        """Combine the records. The files and values that it returns go into the manifest."""
         return Output()
 
     def key(self, unit: Unit) -> str:
@@ -197,7 +204,7 @@ def describe_files(stage: Stage, files: Iterable[str]) -> dict[str, dict[str, An
 
 
 def write_record(stage: Stage, unit: Unit, output: Output) -> Record:
-    """The last act of a unit."""
+    """Write the record of a unit whose files are complete."""
     record = Record(
         unit=unit.name,
         key=INCOMPLETE if output.retry else stage.key(unit),
@@ -207,12 +214,12 @@ def write_record(stage: Stage, unit: Unit, output: Output) -> Record:
         values=output.values,
     )
     storage.write_json(record_url(stage, unit.name), asdict(record))
-    # As a later run will read it back, so that `finish` cannot tell a fresh record from an old one.
+    # Converted as by reading it back, so that `finish` cannot distinguish a new record from an old one.
     return Record(**json.loads(storage.canonical_json(asdict(record))))
 
 
 def read_record(stage: Stage, unit: Unit) -> Record | None:
-    """The record of a finished unit; None when it is not there, bears another key, or its files are gone or cut."""
+    """The record of a finished unit; None if it or a file is missing, its key differs, or a file is truncated."""
     url = record_url(stage, unit.name)
     if not storage.exists(url):
         return None
@@ -229,7 +236,7 @@ def read_record(stage: Stage, unit: Unit) -> Record | None:
 
 
 def attempt(stage: Stage, units: list[Unit]) -> list[Record]:
-    """Run one group where it is, skipping the units that an earlier attempt finished."""
+    """Run one group in this process, except the units that an earlier attempt finished."""
     done = {unit.name: record for unit in units if (record := read_record(stage, unit)) is not None}
     todo = [unit for unit in units if unit.name not in done]
     if todo:
@@ -250,7 +257,7 @@ def read_manifest(url: str) -> Manifest | None:
         raise WinnowError(
             "is not a winnow manifest",
             where=path,
-            do="Give another directory; or, if it is winnow's and damaged, remove that file and run again.",
+            do="Give another directory. If the file is winnow's and damaged, remove it and run again.",
         ) from None
 
 
@@ -284,7 +291,7 @@ def pending_units(stage: Stage) -> tuple[list[Unit], dict[str, Record]]:
 
 
 def remove_stale(stage: Stage, units: list[Unit], files: Iterable[str]) -> None:
-    """Remove units of an earlier plan that the present one does not list, so that no reader finds their files."""
+    """Remove units of an earlier plan that the current plan does not list, so that no reader finds their files."""
     if stage.keep_stale:
         return
     planned = {f"{unit.name}.json" for unit in units}

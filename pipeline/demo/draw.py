@@ -1,7 +1,7 @@
-"""The demo's images: objects with a kind, a colour and a pattern before a scene, and charts that are none of these.
+"""The demo's images: objects of a kind, colour and pattern in front of a scene; and charts and pages.
 
-All drawing is Pillow on prepared masks and textures, so that one core draws well over a thousand images a second.
-Everything random comes from the `random.Random` handed in; the same generator state gives the same image.
+Pillow draws on cached masks and textures, so one core draws well over a thousand images a second. All randomness comes
+from the given `random.Random`: the same generator state gives the same image.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ _KINDS: dict[str, list[_Stroke]] = {
     ],
 }
 KINDS = tuple(_KINDS)
-# As in the world, most things have their usual colours and places; the rest of the draws is uniform.
+# As in reality, most things have typical colours and scenes; the other draws are uniform.
 _USUAL: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "circle": (("red", "white", "black"), ("wood", "noise")),
     "triangle": (("yellow", "red", "purple"), ("bricks", "paper")),
@@ -147,7 +147,7 @@ def _image(values: np.ndarray) -> Image.Image:
 
 @functools.cache
 def _pattern(pattern: str, variant: int) -> Image.Image:
-    """Where the second colour goes, L, [160, 160]."""
+    """Mask of the second colour, L, [160, 160]."""
     rng = _generator("pattern", pattern, variant)
     y, x = np.mgrid[:_TEXTURE, :_TEXTURE].astype(np.float64)
     turn = rng.uniform(0, np.pi)
@@ -215,8 +215,8 @@ def _grain(variant: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class Thing:
-    """An object: one of KINDS, COLOURS and PATTERNS; `scale` is its size as a share of the image's short side;
-    (x, y) its centre as shares of width and height."""
+    """An object: one of KINDS, COLOURS and PATTERNS. `scale` is its size as a fraction of the image's short side,
+    (x, y) its centre as fractions of width and height."""
 
     kind: str
     colour: str
@@ -228,7 +228,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class View:
-    """What is in an image: one or two things before one of SCENES; `relation` places the first by the second."""
+    """The content of an image: one or two things in one of SCENES; `relation` is that of the first to the second."""
 
     things: tuple[Thing, ...]
     scene: str
@@ -240,8 +240,8 @@ _RELATIONS |= {"left of": (0.26, 0.5, 0.74, 0.5), "right of": (0.74, 0.5, 0.26, 
 
 
 def random_view(rng: Random, two: float = 0.2, **fixed: str) -> View:
-    """Draw what an image shows. `fixed` may set kind, colour and pattern of the first thing, and the scene; `two` is
-    the chance of a second thing."""
+    """Draw the content of an image. `fixed` may set kind, colour and pattern of the first thing, and the scene.
+    `two` is the probability of a second thing."""
 
     def thing(x: float, y: float, scale: float, **fixed: str) -> Thing:
         kind = fixed.get("kind") or rng.choice(KINDS)
@@ -308,7 +308,7 @@ def _place(rng: Random, image: Image.Image, thing: Thing) -> None:
 
 
 def _develop(rng: Random, image: Image.Image) -> Image.Image:
-    """Light, contrast, blur and grain as cameras and resizers leave them."""
+    """Add the light, contrast, blur and grain of cameras and resizing."""
     gain, lift = rng.uniform(0.75, 1.2), rng.uniform(-18, 18)
     image = image.point([min(255, max(0, round(value * gain + lift))) for value in range(256)] * 3)
     finish = rng.random()
@@ -395,7 +395,7 @@ PAPERS = tuple(_PAPERS)
 
 
 def paint_paper(rng: Random, paper: str, width: int, height: int) -> Image.Image:
-    """Paint one of PAPERS: images off the evaluation's topic. RGB, [height, width]."""
+    """Paint one of PAPERS: images that no evaluation set has. RGB, [height, width]."""
     light = rng.randint(225, 255)
     image = Image.new("RGB", (width, height), (light, light, light))
     _PAPERS[paper](rng, ImageDraw.Draw(image), width, height)

@@ -1,8 +1,8 @@
-"""The demo stage: a pool, trusted pairs, a target and evaluation sets drawn by code, in the layouts the real ones have.
+"""The demo stage: a pool, trusted pairs, a target and evaluation sets, drawn by code in the layouts of real ones.
 
-Shards as img2dataset and DataComp leave them (`NAME.tar` of `KEY.jpg`, `KEY.txt`, `KEY.json`, with `NAME.parquet`),
-evaluation sets as DataComp's (`wds_NAME_test/`). No sample is in two sets: each image comes from a generator seeded
-by its set and number.
+Shards have img2dataset's and DataComp's layout (`NAME.tar` of `KEY.jpg`, `KEY.txt`, `KEY.json`, with `NAME.parquet`),
+evaluation sets DataComp's (`wds_NAME_test/`). No sample is in two sets: the generator of each image is seeded by its
+set and number.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from winnow.infra.io import storage
 from winnow.infra.io.storage import digest_bytes
 from winnow.infra.io.tar import TarWriter
+from winnow.infra.params import Section
 from winnow.infra.pool.uids import derived_uid
+from winnow.infra.pool.writer import SampleWriter
 from winnow.infra.stages.stage import Output, Record, Stage, Unit
 from winnow.pipeline.demo import draw, words
 
@@ -40,19 +42,17 @@ _SCHEMA = pa.schema(
 )
 
 
-class DemoConfig(BaseModel):
+class DemoConfig(Section):
     """What to draw.
 
     Attributes:
         pool, trusted, target: samples of each set.
         test, train: images of each split of each classification set; the retrieval set has `test` alone.
-        off_topic: share of charts, pages and tables in pool and trusted set, which no evaluation set asks about.
-        min_side, max_side: bounds of width and height in pixels, each drawn by itself.
+        off_topic: fraction of charts, pages and tables in the pool and the trusted set. No evaluation set has them.
+        min_side, max_side: bounds of width and height in pixels, which are drawn independently.
         shard_size: samples a shard.
         seed: of everything.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     pool: int = Field(12_000, ge=1)
     trusted: int = Field(4_000, ge=1)
@@ -74,7 +74,7 @@ class DemoConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Classes:
-    """A classification set: which property of the view is asked, and how its classes and prompts read."""
+    """A classification set: the property of the view that is asked for, its class names and prompts."""
 
     field: str
     names: dict[str, str]
@@ -116,7 +116,7 @@ class DemoStage(Stage):
     version = 1
 
     def params(self) -> dict[str, Any]:
-        # How many of each are drawn is in the units, so that a larger pool keeps the shards it has.
+        # The numbers of samples are in the units, so that a larger pool keeps existing shards.
         return self.config.model_dump(include={"off_topic", "min_side", "max_side", "seed"})
 
     def plan(self) -> list[Unit]:
@@ -151,21 +151,21 @@ class DemoStage(Stage):
     def _shard(self, set: str, shard: int, start: int, count: int) -> Output:
         rows = []
         base = f"{set}/{shard:05d}"
-        with storage.writing(self.url(f"{base}.tar")) as path, TarWriter(path) as tar:
+        with storage.writing(self.url(f"{base}.tar")) as path, TarWriter(path) as file:
+            tar = SampleWriter(file)
             for i in range(count):
                 row, image = self._sample(set, start + i, key=f"{shard:05d}{i:04d}")
                 text = row["text"]
                 facts = {name: value for name, value in row.items() if name != "text"} | {"caption": text}
-                tar.add(f"{row['key']}.jpg", image)
-                tar.add(f"{row['key']}.txt", text.encode())
-                tar.add(f"{row['key']}.json", json.dumps(facts, sort_keys=True).encode())
+                members = {"jpg": image, "txt": text.encode(), "json": json.dumps(facts, sort_keys=True).encode()}
+                tar.add(row["key"], members)
                 rows.append(row)
         with storage.writing(self.url(f"{base}.parquet")) as path:
             pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), path)
         return Output([f"{base}.tar", f"{base}.parquet"], count)
 
     def _sample(self, part: str, number: int, key: str) -> tuple[dict[str, Any], bytes]:
-        """A row and its encoded image. The target shows what the evaluation's images do: one thing, no paper."""
+        """A row and its encoded image. The target has what the evaluation sets show: one object, no charts or pages."""
         rng = self._rng(part, number)
         width, height = self._size(rng)
         if part != "target" and rng.random() < self.config.off_topic:
@@ -175,7 +175,7 @@ class DemoStage(Stage):
             view = draw.random_view(rng, two=0.0 if part == "target" else 0.2)
             image, text = draw.paint(rng, view, width, height), words.describe(rng, view)
         data = _jpeg(rng, image)
-        # The stored image stands for a larger one that was scaled down, as in DataComp's shards.
+        # The stored image represents a larger one that was scaled down, as in DataComp's shards.
         scale = rng.uniform(210, 900) / min(width, height)
         row = {
             "uid": derived_uid("demo", str(self.config.seed), part, str(number)),
@@ -218,15 +218,15 @@ class DemoStage(Stage):
         self, task: str, split: str, count: int, members: Callable[..., Iterator[tuple[str, bytes]]]
     ) -> list[str]:
         base = f"eval/wds_{task}_test/{split}"
-        with storage.writing(self.url(f"{base}/0.tar")) as path, TarWriter(path) as tar:
+        with storage.writing(self.url(f"{base}/0.tar")) as path, TarWriter(path) as file:
+            tar = SampleWriter(file)
             for number in range(count):
                 rng = self._rng(task, split, number)
 
                 def image(view: draw.View, rng: Random = rng) -> bytes:
                     return _jpeg(rng, draw.paint(rng, view, *self._size(rng)))
 
-                for ext, data in members(rng, number, image):
-                    tar.add(f"s{number:07d}.{ext}", data)
+                tar.add(f"s{number:07d}", dict(members(rng, number, image)))
         storage.write_bytes(self.url(f"{base}/nshards.txt"), b"1")
         return [f"{base}/0.tar", f"{base}/nshards.txt"]
 

@@ -1,4 +1,4 @@
-"""The demo's captions: English as the web writes it, some careful, some selling, some leaving things out."""
+"""The demo's captions, in the style of the web: careful ones, advertisements, incomplete ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from random import Random
 
 from winnow.pipeline.demo.draw import Thing, View
 
-# The first word is the usual one and gets half of the draws.
+# The first word is the most common one and gets half of the draws.
 KIND_WORDS: dict[str, tuple[str, ...]] = {
     "circle": ("circle", "disc", "round shape", "ball"),
     "triangle": ("triangle", "pyramid", "three-sided shape"),
@@ -39,7 +39,7 @@ PATTERN_WORDS: dict[str, tuple[str, ...]] = {
     "dotted": ("dotted", "polka dot", "spotted"),
     "checkered": ("checkered", "chequered", "checked"),
 }
-# Scenes as class names read, and as captions say where the thing is.
+# Scenes as class names, and as phrases of captions.
 SCENE_NAMES: dict[str, str] = {
     "paper": "plain paper",
     "sunset": "a sunset sky",
@@ -133,7 +133,7 @@ def _article(words: str) -> str:
 
 
 def _phrase(rng: Random, thing: Thing) -> str:
-    """ "a small striped red star", or less of it."""
+    """ "a small striped red star", or a part of it."""
     size = ""
     if rng.random() < 0.4:
         size = "small" if thing.scale < 0.55 else "big" if thing.scale > 0.7 else ""
@@ -148,7 +148,7 @@ def _phrase(rng: Random, thing: Thing) -> str:
 
 
 def describe(rng: Random, view: View) -> str:
-    """A caption that fits the view; which words it uses and what it leaves out is drawn."""
+    """A caption of the view; its words, and what it omits, are drawn."""
     thing = _phrase(rng, view.things[0])
     if len(view.things) == 2:
         thing = f"{thing} {_word(rng, _RELATION_WORDS[view.relation])} {_phrase(rng, view.things[1])}"

@@ -1,17 +1,17 @@
-"""Checkpoints: what users load, safetensors and configs."""
+"""The checkpoint that users load: safetensors and configs."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.images import write_image
 from winnow.pretrain.config import PretrainConfig
+from winnow.pretrain.distributed import barrier, rank
 from winnow.pretrain.engine.engine import Engine
 
 WEIGHTS = "model.safetensors"
@@ -22,10 +22,10 @@ OPEN_CLIP = "open_clip_config.json"
 def export(engine: Engine, config: PretrainConfig, out: str, training: dict[str, Any]) -> None:
     """Write the encoder to the directory `out`; all processes call it, the first writes, `config.json` last.
 
-    What an earlier training left there goes first, so that no file of one stands beside files of the other.
+    The files of an earlier training are removed first, so that those of two trainings never mix.
 
-    The weights of an encoder that reads text too have open_clip's own names, so its directory is also an open_clip
-    "local-dir:". The objective's images lie beside them.
+    The weights of an encoder that also reads text have open_clip's own names, so its directory is an open_clip
+    "local-dir:" as well. The objective's images are saved next to them.
 
     Args:
         engine: whose objective's encoder is written.
@@ -35,13 +35,13 @@ def export(engine: Engine, config: PretrainConfig, out: str, training: dict[str,
     """
     encoder = engine.objective.encoder()
     with engine.whole(list(encoder.parameters())):
-        if dist.get_rank() == 0:
+        if rank() == 0:
             weights = {name: value.detach().cpu().contiguous() for name, value in engine.objective.weights().items()}
             if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
                 raise WinnowError(
-                    f"the training ended in weights that are not finite ({broken[0]} and {len(broken) - 1} more)",
+                    f"the training ended with weights that are not finite ({broken[0]} and {len(broken) - 1} more)",
                     where=out,
-                    do="Take a smaller lr, or a longer warmup.",
+                    do="Take a smaller lr, or more warmup_steps.",
                 )
             for name in storage.list_names(out):
                 if name in (CONFIG, OPEN_CLIP, WEIGHTS) or name.endswith(".png"):
@@ -69,4 +69,4 @@ def export(engine: Engine, config: PretrainConfig, out: str, training: dict[str,
                 "training": {"config": identity, **training},
             }
             storage.write_json(storage.join(out, CONFIG), content)
-    dist.barrier()
+    barrier()

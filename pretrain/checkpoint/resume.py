@@ -1,4 +1,4 @@
-"""What an interrupted training resumes from: written by a thread while the training goes on, whole or not at all."""
+"""Checkpoints that an interrupted training resumes from, written by a thread while the training goes on."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
+from winnow.pretrain.distributed import broadcast_object, rank
 from winnow.pretrain.engine.engine import Engine
 from winnow.pretrain.objectives.base import Objective
 
@@ -31,7 +31,7 @@ _LISTED = ("step", "objective", "scaler", "state", "files")
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint: number of steps done, `Engine.state`, and what the loop wants to know again."""
+    """A checkpoint: number of steps done, `Engine.state`, and the state of the log."""
 
     step: int
     tensors: dict[str, torch.Tensor]
@@ -43,11 +43,11 @@ class Resume:
     """The checkpoints of one training, each a folder `<out>/resume/step-NNNNNNNN`.
 
     `state.safetensors` has every tensor whole and by name, so that any number of processes, under any ZeRO stage, can
-    go on from it; `checkpoint.json`, written last, says what it is of, and its digest. A folder without it is no
-    checkpoint, and one that no longer has its digest is passed over for the one before.
+    go on from it; `checkpoint.json`, written last, says what it is of, and its digest. A folder without it is not a
+    checkpoint. One whose content no longer has that digest is skipped in favour of the one before.
 
-    The first process writes, in a thread: `save` copies the state and returns. Errors of the thread come out of the
-    next call.
+    The first process writes, in a thread: `save` copies the state and returns. Errors of the thread are raised by
+    the next call.
 
     Args:
         out: URL of the training's directory.
@@ -76,19 +76,19 @@ class Resume:
         """All processes call it, with the same `state` (JSON values)."""
         self.wait()
         tensors, scaler = engine.state()
-        if dist.get_rank() == 0:
+        if rank() == 0:
             saved = Saved(step, tensors, scaler, state)
             self._thread = threading.Thread(target=self._background, args=(saved,), name="checkpoint")
             self._thread.start()
 
     def check(self) -> None:
-        """Raise what went wrong in the background."""
+        """Raise the error of the background thread, if there was one."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
     def wait(self) -> None:
-        """Until what is being written is."""
+        """Block until the pending checkpoint is written."""
         self._join()
         self.check()
 
@@ -96,21 +96,20 @@ class Resume:
         """The latest whole checkpoint, its weights loaded into the objective; all processes call it.
 
         Returns:
-            (the checkpoint, or None when there is none; what was passed over and why).
+            (the checkpoint, or None when there is none; which were skipped, and why).
 
         Raises:
             WinnowError: the checkpoint is of another objective, or of networks of other shapes.
         """
         box: list[Any] = [None, []]
-        if dist.get_rank() == 0:
+        if rank() == 0:
             for tag, listing in reversed(self._whole(box[1])):
                 if fault := self._fault(tag, listing):
                     box[1].append(f"{tag} is damaged ({fault})")
                 else:
                     box[0] = listing
                     break
-        dist.broadcast_object_list(box, src=0)
-        listing, notes = box
+        listing, notes = broadcast_object(box)
         if listing is None:
             return None, notes
         self._last = listing["step"]
@@ -187,9 +186,7 @@ class Resume:
             try:
                 listing = storage.read_json(url)
                 if listing["key"] == self.key:
-                    found.append(
-                        (tag, {name: listing[name] for name in ("step", "objective", "scaler", "state", "files")})
-                    )
+                    found.append((tag, {name: listing[name] for name in _LISTED}))
             except (WinnowError, KeyError, TypeError):
                 notes.append(f"{tag} is damaged ({LISTING})")
         return sorted(found, key=lambda entry: entry[1]["step"])
@@ -204,7 +201,7 @@ class Resume:
 
 
 def no_space(error: BaseException, reported: WinnowError) -> WinnowError | None:
-    """`told` if the error is that of a full disk."""
+    """`reported` if the error is that of a full disk, else None."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if not full and not (isinstance(error, SafetensorError) and "os error 28" in str(error)):
         return None

@@ -1,19 +1,18 @@
-"""Random changes to images that contrastive objectives learn to ignore, drawn from a NumPy generator.
+"""Random augmentations of images, drawn from a NumPy generator.
 
-The pixel operations are torchvision's; it draws from torch's global generator, here every draw comes from the one that
-is handed in, so a view is a pure function of image and generator and any number of processes may make them.
+The pixel operations are torchvision's; it draws from torch's global generator. Here every draw comes from the given
+generator, so a view is a pure function of image and generator, in any number of processes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torchvision.transforms.functional as F
 from PIL import Image
-
-from winnow.pretrain.models.nets import random_resized_crop
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Augmentation:
 
     Attributes:
         size: side of the view, pixels.
-        area: share of the image that the crop takes, from and to; aspect ratio 3/4 to 4/3.
+        area: fraction of the image that the crop takes, from and to; aspect ratio 3/4 to 4/3.
         flip: probability of a horizontal flip.
         jitter, jitter_p: change of colour, and its probability.
         grey_p: probability of losing all colour.
@@ -87,6 +86,31 @@ class Augmentation:
         return pixels
 
 
+def random_resized_crop(
+    image: Image.Image, size: int, scale: tuple[float, float], rng: np.random.Generator
+) -> np.ndarray:
+    """A random crop of `scale` of the area and of aspect ratio 3/4 to 4/3, resized; uint8 [3, size, size].
+
+    torchvision's RandomResizedCrop with bicubic interpolation, which open_clip trains with, but drawn from `rng`.
+    Normalisation is left to the device, where a whole batch takes one operation.
+    """
+    width, height = image.size
+    ratio = (math.log(3 / 4), math.log(4 / 3))
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(*ratio))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            break
+    else:  # torchvision's fallback: the central crop of the nearest allowed aspect ratio
+        w = min(width, max(1, round(height * 4 / 3)))
+        h = min(height, max(1, round(width * 4 / 3)))
+        top, left = (height - h) // 2, (width - w) // 2
+    image = image.crop((left, top, left + w, top + h)).resize((size, size), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
 def gaussian_blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
     """Blur with a Gaussian kernel of 10 % of the side (an odd number, at least 3), edges mirrored.
 
@@ -105,7 +129,7 @@ def gaussian_blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def _band(n: int, radius: int, sigma: float) -> np.ndarray:
-    """The kernel centred on each of n places; float32 [n, n]."""
+    """The kernel centred on each of n positions; float32 [n, n]."""
     offsets = np.arange(-radius, radius + 1)
     kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
     at = np.abs(np.arange(n)[:, None] + offsets)

@@ -16,13 +16,13 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Order:
-    """Which sample stands at each position of the endless sequence. Keeps the permutations of two epochs.
+    """The sample at each position of the endless sequence. Keeps the permutations of two epochs.
 
-    A source of weight w gives each of its samples w times an epoch: all of them floor(w) times, and the fraction left
-    by turns, so that after any number of epochs the samples of a source have been seen equally often, give or take one.
+    A source of weight w contributes each of its samples w times per epoch: all of them floor(w) times, and the
+    remaining fraction in turn. So after any number of epochs the counts of a source's samples differ by at most one.
 
     Args:
-        sizes: number of samples of each source; samples are numbered through, source after source.
+        sizes: number of samples of each source; samples are numbered consecutively, source after source.
         seed: of the permutations.
         weights: of the sources; 1 for all where None, so that an epoch has each sample exactly once.
     """

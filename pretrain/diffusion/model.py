@@ -1,4 +1,4 @@
-"""What a diffusion training makes: diffusers' U-Net, its noise schedule and its condition, and the autoencoder."""
+"""The networks of diffusion trainings: diffusers' U-Net, its noise schedule and its condition, and the autoencoder."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import nn
 from winnow.infra.errors import UsageError
 from winnow.pretrain.diffusion.samplers import ancestral, ddim, guided
 from winnow.pretrain.diffusion.schedule import Noise, alpha_bars, noised, parts
-from winnow.pretrain.models.nets import build_tokenizer
+from winnow.pretrain.models.tokenizer import build_tokenizer
 
-# Latents have unit variance, so this binds only at the first steps, where x_0 comes of dividing by nearly nothing.
+# Latents have unit variance, so this clips only at the first steps, where x_0 is a quotient by nearly zero.
 _LATENT_CLIP = 10.0
 SAMPLERS = ("ddim", "ancestral")
 
@@ -33,7 +33,7 @@ def _preprocess(size: int) -> dict[str, Any]:
 
 
 class Autoencoder(nn.Module):
-    """diffusers' AutoencoderKL, and how large its latents are.
+    """diffusers' AutoencoderKL, and the standard deviation of its latents.
 
     Args:
         config: {"autoencoder": its arguments}.
@@ -63,9 +63,12 @@ class Autoencoder(nn.Module):
         return mean / self.latent_std.view(1, 1, 1, 1)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """The way back."""
+        """Latents in units of `latent_std`, [n, c, h, w], to images from -1 to 1, [n, 3, H, W]."""
         image: torch.Tensor = self.net.decode(latents * self.latent_std.view(1, 1, 1, 1)).sample
         return image
+
+    def feature_maps(self, image: torch.Tensor) -> torch.Tensor:
+        return self.latents(image)
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
         """All latents of each image, [n, c·h·w]."""
@@ -73,7 +76,7 @@ class Autoencoder(nn.Module):
 
 
 class Diffusion(nn.Module):
-    """A denoising network, and all that is needed to sample from it.
+    """A denoising network with its schedule and condition, which can be sampled from.
 
     Args:
         config: `unet`; `text` when captions are the condition; `autoencoder` in latent diffusion; and `diffusion`:
@@ -147,12 +150,16 @@ class Diffusion(nn.Module):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
         """The prediction, float32 [n, c, h, w], for x of timesteps t, int64 [n]."""
-        # Convolutions are a quarter faster with a place's channels side by side.
+        # Convolutions are a quarter faster with channels last.
         output: torch.Tensor = self.unet(x.contiguous(memory_format=torch.channels_last), t, **condition).sample
         return output.float()
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
-        """Features of the U-Net's middle block, averaged over the places, [n, d].
+        """`feature_maps`, averaged over their positions, [n, d]."""
+        return self.feature_maps(image).mean((2, 3))
+
+    def feature_maps(self, image: torch.Tensor) -> torch.Tensor:
+        """Features of the U-Net's middle block, float32 [n, d, h, w].
 
         The images, from -1 to 1, are noised as at `feature_timestep`, all with the same noise, and have no condition.
         """
@@ -164,7 +171,7 @@ class Diffusion(nn.Module):
             self(x, t, self.condition(self.nothing(len(image))))
         finally:
             hook.remove()
-        return found[0].float().mean((2, 3))
+        return found[0].float()
 
     @torch.no_grad()
     def sample(
@@ -177,7 +184,7 @@ class Diffusion(nn.Module):
         sampler: Literal["ddim", "ancestral"] = "ddim",
         eta: float = 0.0,
     ) -> torch.Tensor:
-        """Images, uint8 [n, 3, H, W], on the CPU. An image depends on its seed and label alone, but for rounding.
+        """Images, uint8 [n, 3, H, W], on the CPU. Up to rounding, an image depends on its seed and label alone.
 
         Args:
             seeds: of the noise of each.

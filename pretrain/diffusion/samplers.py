@@ -1,4 +1,4 @@
-"""From noise to images: ancestral sampling and DDIM, over any function that tells x_0 and ε from x_t.
+"""From noise to images: ancestral sampling and DDIM, over any function that predicts x_0 and ε from x_t.
 
 Ho et al. 2020, algorithm 2; Song et al. 2021, "Denoising Diffusion Implicit Models", equations 12 and 16; Ho & Salimans
 2022, "Classifier-Free Diffusion Guidance", equation 6. Both samplers can stride over the timesteps; ancestral sampling
@@ -20,7 +20,7 @@ Draw = Callable[[], torch.Tensor]
 
 
 def strided(timesteps: int, steps: int) -> list[int]:
-    """`steps` of the `timesteps`, evenly spread with the first and the last among them, falling."""
+    """`steps` of the `timesteps`, evenly spaced from the last to the first."""
     if not 1 <= steps <= timesteps:
         raise ValueError(f"steps must be from 1 to {timesteps}")
     if steps == 1:
@@ -29,7 +29,7 @@ def strided(timesteps: int, steps: int) -> list[int]:
 
 
 def guided(conditional: torch.Tensor, unconditional: torch.Tensor, w: float) -> torch.Tensor:
-    """ε̄ = (w + 1) · ε(x, t, y) − w · ε(x, t). Of v it gives the v̄ of ε̄, for v is linear in ε."""
+    """ε̄ = (w + 1) · ε(x, t, y) − w · ε(x, t). For v it gives the v̄ of ε̄, because v is linear in ε."""
     return (w + 1) * conditional - w * unconditional
 
 
@@ -45,13 +45,13 @@ def ancestral(
 ) -> torch.Tensor:
     """Sample from the reverse process (Ho et al. 2020, algorithm 2).
 
-    The mean is that of q(x_s | x_t, x_0) (equation 7), which for x_0 not clipped is algorithm 2's line 4.
+    The mean is that of q(x_s | x_t, x_0) (equation 7). Without clipping it is line 4 of algorithm 2.
 
     Args:
         denoise: the model.
         alpha_bar: of all timesteps, float64 [timesteps].
         x: noise to start from, [n, …].
-        draw: gives noise of the shape of x, each time anew.
+        draw: returns new noise of the shape of x.
         steps: how many timesteps are visited; None for all.
         variance: σ² = β or β̃, the two choices of section 3.2.
         clip: x_0 is kept within ±clip, as in the paper's code; None leaves it.
@@ -86,7 +86,7 @@ def ddim(
     Args:
         denoise, alpha_bar, x, draw, steps: as for `ancestral`.
         eta: how much of equation 16's σ.
-        clip: x_0 is kept within ±clip, and ε made to fit it.
+        clip: x_0 is kept within ±clip, and ε recomputed from it.
     """
     times = strided(len(alpha_bar), steps)
     for i, t in enumerate(times):

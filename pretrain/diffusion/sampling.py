@@ -1,4 +1,4 @@
-"""Images out of a diffusion checkpoint."""
+"""Draws images from a diffusion checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from winnow.infra.errors import UsageError
 from winnow.infra.registry import unknown
-from winnow.pretrain.encoder import load_checkpoint
+from winnow.pretrain.checkpoint.load import load_checkpoint
 
 if TYPE_CHECKING:
     from winnow.pretrain.diffusion.model import Diffusion
@@ -58,7 +58,7 @@ def sample(
 
     model = load_checkpoint(checkpoint)
     if not isinstance(model, Diffusion):
-        raise UsageError("is no checkpoint of a diffusion training", where=checkpoint)
+        raise UsageError("is not a checkpoint of a diffusion training", where=checkpoint)
     if sampler not in SAMPLERS:
         raise unknown("sampler", sampler, SAMPLERS)
     timesteps = len(model.alpha_bar)
@@ -120,7 +120,7 @@ def square(image: Image.Image, size: int) -> np.ndarray:
 
 
 def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """Images, uint8 [n, 3, H, W], row by row in one, uint8 [H', W', 3], as square as may be; the rest is white."""
+    """Images, uint8 [n, 3, H, W], row by row in one nearly square image, uint8 [H', W', 3], with white gaps."""
     n, _, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows, gap = math.ceil(n / columns), 2

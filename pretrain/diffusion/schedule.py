@@ -1,4 +1,4 @@
-"""How much noise there is at each timestep, and what a network may predict of it.
+"""The amount of noise at each timestep, and what a network predicts.
 
 Ho et al. 2020, "Denoising Diffusion Probabilistic Models"; Nichol & Dhariwal 2021, "Improved Denoising Diffusion
 Probabilistic Models" (the cosine schedule); Salimans & Ho 2022, "Progressive Distillation for Fast Sampling of
@@ -24,14 +24,14 @@ def linear_betas(steps: int) -> np.ndarray:
     """β from 1e-4 to 0.02 (Ho et al., section 4); float64 [steps].
 
     The paper's are for 1000 steps; for another number they are scaled by 1000 / steps, as in Nichol & Dhariwal's code,
-    so that as much noise is reached.
+    so that the same amount of noise is reached.
     """
     scale = 1000 / steps
     return np.minimum(np.linspace(scale * 1e-4, scale * 0.02, steps), 0.999)
 
 
 def cosine_betas(steps: int, s: float = 0.008) -> np.ndarray:
-    """β that make ᾱ a squared cosine, at most 0.999 (Nichol & Dhariwal, equation 17); float64 [steps]."""
+    """β for which ᾱ is a squared cosine, at most 0.999 (Nichol & Dhariwal, equation 17); float64 [steps]."""
 
     def f(t: int) -> float:
         return math.cos((t / steps + s) / (1 + s) * math.pi / 2) ** 2
@@ -67,7 +67,7 @@ def parts(
 
 
 class Noise:
-    """Standard normal noise, of each image from a generator of its own, so that it does not depend on the others.
+    """Standard normal noise, each image from its own generator, so that it does not depend on the others.
 
     Args:
         seeds: of the images, as NumPy takes them.

@@ -1,7 +1,7 @@
-"""Batch normalisation when several processes share a batch.
+"""Batch normalisation when a batch is divided among several processes.
 
-Left alone it sees the samples of its process only, so a training would depend on the number of processes. Here it sees
-the whole global batch, or the same parts of it however many processes there are.
+By default it sees only the samples of its process, so a training would depend on the number of processes. Here it sees
+the whole global batch, or fixed parts of it whatever the number of processes.
 """
 
 from __future__ import annotations
@@ -9,16 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from winnow.infra.errors import UsageError
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+from winnow.pretrain.distributed import add_up, world_size
 
 
 class WholeBatchNorm(nn.SyncBatchNorm):
@@ -32,7 +29,7 @@ class WholeBatchNorm(nn.SyncBatchNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[n, C, …] to the same shape."""
-        if x.is_cuda or not self.training or not dist.is_initialized():
+        if x.is_cuda or not self.training:
             return super().forward(x)
         assert self.num_batches_tracked is not None and self.momentum is not None
         self.num_batches_tracked.add_(1)
@@ -55,10 +52,10 @@ class WholeBatchNorm(nn.SyncBatchNorm):
 
 
 class PartBatchNorm(nn.SyncBatchNorm):
-    """Statistics of each of `parts` contiguous equal parts of the global batch, as if each lay on a device of its own.
+    """Statistics of each of `parts` contiguous equal parts of the global batch, as if each were on its own device.
 
-    The running statistics move by the mean of what the parts of this process have; `average_statistics` makes that the
-    mean over all.
+    The running statistics move by the mean over the parts of this process; `average_statistics` makes that the mean
+    over all parts.
     """
 
     parts: int
@@ -87,6 +84,11 @@ class PartBatchNorm(nn.SyncBatchNorm):
         return torch.cat(outs)
 
 
+def norm_names(module: nn.Module) -> list[str]:
+    """Names of the batch normalisations in a module."""
+    return [name for name, child in module.named_modules() if isinstance(child, _BatchNorm)]
+
+
 def over_whole_batch(module: nn.Module) -> nn.Module:
     """The module with each batch normalisation in it replaced by `WholeBatchNorm`; names of weights stay."""
     return _replaced(module, WholeBatchNorm)
@@ -100,8 +102,8 @@ def over_parts(module: nn.Module, parts: int) -> nn.Module:
 def _replaced(module: nn.Module, cls: type[nn.SyncBatchNorm], **attributes: Any) -> nn.Module:
     for name, child in module.named_modules():
         plain = type(child) in (nn.BatchNorm1d, nn.BatchNorm2d)
-        if isinstance(child, nn.modules.batchnorm._BatchNorm) and not (plain and child.affine and child.momentum):
-            raise UsageError(f"{name} is a batch normalisation of its own kind ({type(child).__name__})", where="model")
+        if isinstance(child, _BatchNorm) and not (plain and child.affine and child.momentum):
+            raise UsageError(f"{name} is a custom batch normalisation ({type(child).__name__})", where="model")
     module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for child in module.modules():
         if isinstance(child, nn.SyncBatchNorm):
@@ -112,11 +114,11 @@ def _replaced(module: nn.Module, cls: type[nn.SyncBatchNorm], **attributes: Any)
 
 def average_statistics(module: nn.Module) -> None:
     """Replace running means and variances by their means over all processes; one all-reduce."""
-    norms = [child for child in module.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)]
+    norms = [child for child in module.modules() if isinstance(child, _BatchNorm)]
     values = [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
     if world_size() == 1 or not values:
         return
     flat = torch.cat(values)
-    dist.all_reduce(flat)
+    add_up(flat)
     for value, mean in zip(values, (flat / world_size()).split([len(value) for value in values]), strict=True):
         value.copy_(mean)

@@ -1,22 +1,17 @@
-"""The configs of diffusers' networks, checked against its source without importing it or torch."""
+"""diffusers' networks: their arguments, checked before they are built."""
 
 from __future__ import annotations
 
-import ast
 import functools
-import importlib.util
-from pathlib import Path
+import inspect
 from typing import Any
+
+import diffusers
 
 from winnow.infra.errors import UsageError
 from winnow.infra.registry import unknown
 
 UNET, CONDITIONAL, AUTOENCODER = "UNet2DModel", "UNet2DConditionModel", "AutoencoderKL"
-_FILES = {
-    UNET: "unets/unet_2d.py",
-    CONDITIONAL: "unets/unet_2d_condition.py",
-    AUTOENCODER: "autoencoders/autoencoder_kl.py",
-}
 # Of open_clip's TextTransformer.
 TEXT = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
 # What follows from the objective.
@@ -28,30 +23,13 @@ _OURS = (
 
 @functools.cache
 def arguments(name: str) -> dict[str, Any]:
-    """What one of diffusers' networks may be given, with the defaults (None where one is no literal)."""
-    spec = importlib.util.find_spec("diffusers")
-    if spec is None or spec.origin is None:
-        raise UsageError("diffusers is not installed", do="pip install diffusers")
-    tree = ast.parse((Path(spec.origin).parent / "models" / _FILES[name]).read_text())
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            for item in node.body:
-                if isinstance(item, ast.FunctionDef) and item.name == "__init__":
-                    names = [argument.arg for argument in item.args.args][1:]
-                    values = [_literal(value) for value in item.args.defaults]
-                    return dict(zip(names, [None] * (len(names) - len(values)) + values, strict=True))
-    raise UsageError(f"diffusers has no {name} where it used to be", do='pip install "diffusers>=0.35"')
-
-
-def _literal(node: ast.expr) -> Any:
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        return None
+    """The arguments of one of diffusers' networks, with their defaults."""
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+    return {key: parameter.default for key, parameter in parameters.items() if key != "self"}
 
 
 def check_networks(config: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's networks: `unet`, with `text` beside it when captions are the condition, or `autoencoder`.
+    """A recipe's networks: `unet`, with `text` when captions are the condition, or `autoencoder`.
 
     Each is a dict of the arguments of diffusers' UNet2DModel (with `text`, UNet2DConditionModel) or AutoencoderKL, or
     of open_clip's TextTransformer; `sample_size`, the side in pixels (of what the U-Net sees: of the latents, in latent
@@ -66,7 +44,7 @@ def check_networks(config: dict[str, Any]) -> dict[str, Any]:
     else:
         _only(config, ("unet", "text"))
         if "unet" not in config:
-            raise UsageError("text needs a unet beside it")
+            raise UsageError("text needs a unet")
         text = config.get("text")
         _check(UNET if text is None else CONDITIONAL, config["unet"], "unet")
         if text is not None:

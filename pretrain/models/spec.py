@@ -1,4 +1,4 @@
-"""What an encoder spec stands for, and its identity by content; imports no torch."""
+"""Encoder specs: parsing, and the identity of an encoder by content."""
 
 from __future__ import annotations
 
@@ -10,14 +10,6 @@ from typing import Literal
 from winnow.infra.errors import UsageError
 from winnow.infra.io import storage
 from winnow.infra.io.storage import digest_json
-from winnow.pretrain.models.catalog import (
-    check_config,
-    check_preprocess,
-    find_tag,
-    model_config,
-    model_names,
-    pretrained_tags,
-)
 
 _CHECKPOINT = ("model.safetensors", "config.json", "open_clip_config.json")
 RANDOM = "random"
@@ -42,23 +34,22 @@ class Spec:
 
     @property
     def is_file(self) -> bool:
-        """Whether `weights` is a file."""
-        tag = self.kind == "name" and self.weights in pretrained_tags(self.model)
-        return self.kind in ("name", "config") and self.weights != RANDOM and not tag
+        """Whether `weights` is a file; a tag has neither a slash nor a file of its name."""
+        return self.kind in ("name", "config") and self.weights != RANDOM and storage.exists(self.weights)
 
 
 def parse_spec(spec: str) -> Spec:
-    """What a spec stands for; reads no weights and imports no torch.
+    """Parse an encoder spec. Reads no weights; imports open_clip (and so torch) for its names and tags alone.
 
     A folder (a winnow checkpoint, or open_clip's own layout), `NAME:TAG` and `NAME:FILE` for open_clip's models,
-    `CONFIG.json:FILE`; `random` after the colon, also after a winnow checkpoint's folder, draws the weights anew. And
-    `pixels:SIZE`, whose features are the pixels themselves.
+    `CONFIG.json:FILE`. `random` after the colon, also after a winnow checkpoint's folder, means randomly initialised
+    weights. The features of `pixels:SIZE` are the pixels themselves.
 
     Raises:
         UsageError: there is no such folder, file, model or tag; with the nearest one.
     """
     if not spec.strip():
-        raise UsageError("a checkpoint is named by nothing", do=FORMS)
+        raise UsageError("the name of a checkpoint is empty", do=FORMS)
     if storage.is_dir(spec):
         if not storage.exists(storage.join(spec, "open_clip_config.json")) and not is_winnow(spec):
             raise UsageError("holds no checkpoint", where=spec, do=f"A checkpoint has {', '.join(_CHECKPOINT)}.")
@@ -67,43 +58,73 @@ def parse_spec(spec: str) -> Spec:
         return Spec(spec, match[1], "pixels")
     match = re.fullmatch(r"((?:[a-z0-9+]+://)?[^:]+):(.*)", spec, re.DOTALL)
     if match is None:
-        if spec in model_names():
-            tags = ", ".join(sorted(pretrained_tags(spec))) or "none"
-            raise UsageError(
-                f'"{spec}" says no weights', do=f"Give {spec}:TAG (known: {tags}), {spec}:FILE or {spec}:random."
-            )
-        if storage.exists(spec):
-            raise UsageError(
-                "is a file, and a checkpoint is a folder or a model with its weights", where=spec, do=FORMS
-            )
-        raise UsageError("no such checkpoint folder", where=spec)
+        raise _without_weights(spec)
     model, weights = match[1], match[2]
     if weights == RANDOM and storage.is_dir(model):
         if not is_winnow(model):
             raise UsageError("holds no checkpoint of winnow's to take the networks of", where=model)
         return Spec(spec, model, "folder", RANDOM)
+    return Spec(spec, model, _kind(spec, model), _weights(model, weights))
+
+
+def _without_weights(spec: str) -> UsageError:
+    """The error for a spec without a colon that is not a folder."""
+    if storage.exists(spec):
+        return UsageError("is a file, and a checkpoint is a folder or a model with its weights", where=spec, do=FORMS)
+    if "/" not in spec:
+        from open_clip import list_models
+
+        from winnow.pretrain.models.open_clip import pretrained_tags
+
+        if spec in list_models():
+            tags = ", ".join(sorted(pretrained_tags(spec))) or "none"
+            return UsageError(
+                f'"{spec}" says no weights', do=f"Give {spec}:TAG (known: {tags}), {spec}:FILE or {spec}:random."
+            )
+    return UsageError("no such checkpoint folder", where=spec)
+
+
+def _kind(spec: str, model: str) -> Literal["name", "config"]:
     if model.endswith(".json"):
         if not storage.exists(model):
             raise UsageError("no such model config", where=model)
-        kind: Literal["name", "config"] = "config"
-    elif model == "pixels":
+        return "config"
+    if model == "pixels":
         raise UsageError(f'"{spec}" has no size: pixels:SIZE, from 1 to 9999')
-    elif "/" in model:
+    if "/" in model:
         raise UsageError("no such checkpoint", where=spec, do=FORMS)
-    else:
-        model_config(model)
-        kind = "name"
-    if weights == RANDOM or (kind == "config" and not weights):
-        return Spec(spec, model, kind, RANDOM)
+    from winnow.pretrain.models.open_clip import model_config
+
+    model_config(model)
+    return "name"
+
+
+def _weights(model: str, weights: str) -> str:
+    """A file, a tag of the model, or "random"."""
+    config = model.endswith(".json")
+    if weights == RANDOM or (config and not weights):
+        return RANDOM
     if weights and storage.is_dir(weights):
         raise UsageError("is a folder, and weights are a file", where=weights)
     if weights and storage.exists(weights):
-        return Spec(spec, model, kind, weights)
-    if kind == "config":
+        return weights
+    if config:
         raise UsageError("no such file of weights", where=weights)
     if "/" in weights:
         raise UsageError(f"no such file of weights for {model}", where=weights)
-    return Spec(spec, model, kind, find_tag(model, weights))
+    from winnow.pretrain.models.open_clip import find_tag
+
+    return find_tag(model, weights)
+
+
+def absolute(spec: str) -> str:
+    """The spec with absolute paths, for processes that run in another directory."""
+    parsed = parse_spec(spec)
+    if parsed.kind == "pixels":
+        return spec
+    model = parsed.model if parsed.kind == "name" else storage.absolute(parsed.model)
+    weights = storage.absolute(parsed.weights) if parsed.is_file else parsed.weights
+    return f"{model}:{weights}" if weights else model
 
 
 def encoder_digest(spec: str) -> str:
@@ -121,6 +142,9 @@ def encoder_digest(spec: str) -> str:
         return digest_json({name: _file_digest(storage.join(parsed.model, name)) for name in names})
     model = parsed.model
     if parsed.kind == "config":
+        from winnow.pretrain.models.open_clip import check_config
+        from winnow.pretrain.models.preprocessing import check_preprocess
+
         model = storage.read_json(parsed.model)
         check_config(model, parsed.model)
         check_preprocess(model.get("preprocess_cfg"), parsed.model)

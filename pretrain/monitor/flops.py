@@ -45,10 +45,10 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def model_flops(objective: Objective, batch: dict[str, torch.Tensor]) -> float | None:
-    """FLOPs of the forward and backward pass for one sample, without what is computed again; None if they cannot be
-    counted.
+    """FLOPs of the forward and backward pass for one sample, without recomputed activations; None if they cannot
+    be counted.
 
-    All processes call it. The objective is put in evaluation mode (batch normalisation would mind the small batch) and
+    All processes call it. The objective is put in evaluation mode (batch normalisation would see a small batch) and
     gets gradients; give one that is not trained.
 
     Args:
@@ -60,6 +60,6 @@ def model_flops(objective: Objective, batch: dict[str, torch.Tensor]) -> float |
     try:
         with counter:
             objective(batch).total.backward()
-    except Exception:  # whatever an objective of one's own minds about the small batch; the figure is for the log only
+    except Exception:  # whatever a custom objective raises on a small batch; the value is for the log only
         return None
     return counter.get_total_flops() / n

@@ -1,4 +1,4 @@
-"""What a training minimises. One file an objective, beside its paper."""
+"""What a training minimises: one file per objective."""
 
 from winnow.infra.registry import Registry
 

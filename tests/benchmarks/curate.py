@@ -120,7 +120,7 @@ def clip_score(folder: Path, rows: int, repeat: int) -> None:
 
 def _bound(part: Path) -> None:
     """What of the work cannot be left out, each alone on all cores: read, decode, sort, write."""
-    from winnow.infra.io.prefetch import ahead
+    from winnow.infra.io.prefetch import prefetch
     from winnow.infra.pool.uids import UID_DTYPE, sort_uids
 
     paths = sorted(part.glob("*.parquet"))
@@ -136,7 +136,7 @@ def _bound(part: Path) -> None:
         return pq.ParquetFile(str(path), pre_buffer=False).read(_COLUMNS, use_threads=False).num_rows
 
     start = time.perf_counter()
-    rows = sum(ahead(read, paths))
+    rows = sum(prefetch(read, paths))
     decoded = time.perf_counter() - start
     pairs = np.random.default_rng(0).integers(0, 2**64, (int(rows * 0.3), 2), np.uint64).view(UID_DTYPE).ravel()
     start = time.perf_counter()
@@ -195,7 +195,7 @@ def basic(folder: Path, rows: int, repeat: int) -> None:
         names |= {f"language.{name}": language[name] for name in language.column_names}
         whole = pa.table({name: part[name] for name in part.column_names} | names)
         begin = time.perf_counter()
-        Basic().keep(whole, {})
+        Basic().mask(whole, {})
         times["decide"] += time.perf_counter() - begin
         if shard is shards[0]:
             texts = [text.replace("\n", " ") for text in part["text"].to_pylist()]
@@ -217,7 +217,7 @@ def assign(rows: int, clusters: int, dim: int, repeat: int) -> None:
     """Nearest of many centroids against the machine's matrix products."""
     import torch
 
-    from winnow.curation.search.kmeans import NearestCentroid
+    from winnow.curation.search.centroids import NearestCentroid
 
     rng = np.random.default_rng(0)
     vectors = np.empty((rows, dim), np.float16)
@@ -253,7 +253,7 @@ def assign(rows: int, clusters: int, dim: int, repeat: int) -> None:
 
 def coarse(rows: int, clusters: int, dim: int) -> None:
     """The inverted file's recall and speed against the exhaustive search, embeddings in groups as images lie."""
-    from winnow.curation.search.kmeans import NearestCentroid
+    from winnow.curation.search.centroids import NearestCentroid
 
     rng = np.random.default_rng(0)
     kinds = rng.standard_normal((max(clusters // 20, 1), dim), np.float32)

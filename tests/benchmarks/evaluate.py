@@ -4,10 +4,10 @@
     python -m tests.benchmarks.evaluate scaling --data FOLDER [--checkpoints 15] [--tasks all] [--workers 1,2]
 
 The plain loop is what one writes with open_clip and webdataset (`plain` below): a process a checkpoint, decoding in
-loader processes where a set has several shards. Both compute the same figures, which is checked.
+loader processes where a set has several shards. Both compute the same scores, which is checked.
 
-`scaling` embeds the train splits too. Of each number of workers it gives the time until the first unit ended, in which
-a worker imports torch and open_clip and loads the checkpoints, and what one worker does after it against several. Run
+`scaling` embeds the train splits too. For each number of workers it prints the time until the first unit ended, in
+which a worker imports torch and open_clip and loads the checkpoints, and the time of the rest. Run
 by hand, on a quiet machine.
 """
 
@@ -136,7 +136,7 @@ def main() -> None:
 
 
 def compare(folder: Path, config: str, files: list[str], data: str, tasks: str) -> None:
-    """Plain passes against the one, and whether the figures agree."""
+    """Plain passes against the one, and whether the scores agree."""
     import pyarrow.parquet as pq
 
     passes = []
@@ -160,7 +160,7 @@ def compare(folder: Path, config: str, files: list[str], data: str, tasks: str) 
     n = len(files)
     table(
         f"{n} checkpoints on {len({row['task'] for row in rows})} sets, zero-shot "
-        f"(largest difference of a figure: {worst:.0f} sample)",
+        f"(largest difference of a score: {worst:.0f} sample)",
         [
             ("", "wall s", "CPU s", "times"),
             (f"plain open_clip + webdataset, {n} passes", apart, sum(one.cpu for one in passes), 1.0),

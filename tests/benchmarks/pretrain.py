@@ -41,6 +41,7 @@ from winnow.pretrain.data.loader import Batches, Samples
 from winnow.pretrain.launch import launch
 from winnow.pretrain.loop import Job, make_objective
 from winnow.pretrain.objectives.base import Sample
+from winnow.pretrain.sections import ParallelConfig
 
 SKIPPED = 10  # batches before the clock starts
 MODEL = {
@@ -106,7 +107,9 @@ def loader(args: Namespace, pool: str, folder: Path) -> None:
 
     def ours() -> float:
         views = make_objective(config, seed=0).views  # with a cache of tokens as empty as that of new processes
-        with Batches(samples, views, seed=0, batch=args.batch, last=args.steps + 1, decoders=args.workers) as batches:
+        with Batches(
+            samples, views, seed=0, batch=args.batch, last=args.steps + 1, num_workers=args.workers
+        ) as batches:
             clock = Clock(batches, args.steps)
             for _ in clock:
                 pass
@@ -194,8 +197,9 @@ def train(args: Namespace, pool: str, folder: Path) -> None:
         return clock.rate(args.batch)
 
     config = PretrainConfig(
-        model=MODEL, samples_seen=args.steps * args.batch, batch_size=args.batch, warmup=5, device="cpu",
-        precision={"amp_bf16": "bf16"}.get(args.precision, args.precision), threads=args.threads, decoders=args.workers,
+        model=MODEL, samples_seen=args.steps * args.batch, batch_size=args.batch, warmup_steps=5,
+        precision={"amp_bf16": "bf16"}.get(args.precision, args.precision),
+        parallel=ParallelConfig(device="cpu", threads=args.threads, num_workers=args.workers),
     )  # fmt: skip
     number = 0
 
@@ -203,7 +207,7 @@ def train(args: Namespace, pool: str, folder: Path) -> None:
         nonlocal number
         number += 1
         out = folder / f"run-{number}"
-        launch([Job(config.model_dump(mode="json"), pool, None, str(out), seed=0)], via="local")
+        launch([Job(config, pool, None, str(out), seed=0)], via="local")
         return rate(out, args.batch)
 
     loading = f"{args.workers} decoding processes each"
@@ -236,11 +240,11 @@ def gpu(args: Namespace, pool: str, folder: Path) -> None:
     for model, batch in (("ViT-B-32", 2048), ("ViT-B-16", 512), ("ViT-L-14", 256)):
         out = folder / model
         config = PretrainConfig(
-            model=model, samples_seen=args.steps * batch, batch_size=batch, warmup=5, device="cuda", precision="bf16",
-            decoders=args.workers, threads=args.threads,
+            model=model, samples_seen=args.steps * batch, batch_size=batch, warmup_steps=5, precision="bf16",
+            parallel=ParallelConfig(device="cuda", threads=args.threads, num_workers=args.workers),
         )  # fmt: skip
         torch.cuda.reset_peak_memory_stats()
-        launch([Job(config.model_dump(mode="json"), pool, None, str(out), seed=0)], via="local")
+        launch([Job(config, pool, None, str(out), seed=0)], via="local")
         lines, memory = steps_of(out), torch.cuda.max_memory_allocated() / 2**30
         waiting = statistics.mean(line["data_wait"] for line in lines[1:])
         mfu = statistics.median(line["mfu"] or 0 for line in lines[1:])

@@ -9,7 +9,7 @@ from winnow.infra.pool.uids import derived_uid
 
 
 class Columns:
-    """A view with columns in memory: one table a shard, named `0`, `1`, … unless told otherwise."""
+    """A view with columns in memory: one table a shard, named `0`, `1`, … by default."""
 
     def __init__(self, *tables, targets=None, names=None):
         self.tables, self.targets = tables, targets or {}
@@ -59,4 +59,4 @@ def kept(node, table, parts=3, targets=None):
     """The mask of a filter fitted to a table in several shards."""
     size = -(-table.num_rows // parts)
     view = Columns(*(table.slice(at, size) for at in range(0, table.num_rows, size)), targets=targets)
-    return node.keep(table, node.fit(view))
+    return node.mask(table, node.fit(view))

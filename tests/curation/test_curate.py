@@ -8,7 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 
+from tests.drawing import write_tar
+from tests.examples.caption_length import CaptionLength
+from winnow.curation.algebra.nodes import All
 from winnow.curation.curate import CurateStage, MeasuredPool
+from winnow.curation.filters.basic import Basic
+from winnow.curation.filters.clip_score import ClipScore
 from winnow.curation.measures.caption import Caption
 from winnow.curation.measures.stage import MeasureStage
 from winnow.curation.reshard import ReshardStage, subset_digest
@@ -19,8 +24,8 @@ from winnow.infra.pool.uids import encode_uids, load_subset, save_subset
 from winnow.infra.stages.executors import SerialExecutor
 from winnow.infra.stages.runner import execute
 
-OWN = {"tests.examples.caption_length:CaptionLength": {"most": 6}}
-WIDE = {"basic": {"language": None, "min_words": 1, "min_side": 8, "max_aspect": 1.03}}
+SHORT = CaptionLength(most=6)
+WIDE = Basic(language=None, min_words=1, min_side=8, max_aspect=1.03)
 
 
 def run(stage):
@@ -45,7 +50,7 @@ def wide(row):
 
 
 def test_subset_funnel_and_reasons(small_pool, columns, tmp_path):
-    tree = {"all": [WIDE, {"not": OWN}]}
+    tree = WIDE & ~SHORT
     run(CurateStage(MeasuredPool(small_pool, columns), (("", tree),), str(tmp_path)))
     short = {row["uid"] for row in rows(small_pool) if len(row["text"].split()) <= 6}
     kept = [row["uid"] for row in rows(small_pool) if wide(row) and row["uid"] not in short]
@@ -62,26 +67,26 @@ def test_subset_funnel_and_reasons(small_pool, columns, tmp_path):
 
 
 def test_no_filter_keeps_the_pool_in_uid_order(small_pool, tmp_path):
-    run(CurateStage(MeasuredPool(small_pool), (("none", {}),), str(tmp_path), reasons=False))
+    run(CurateStage(MeasuredPool(small_pool), (("none", All()),), str(tmp_path), reasons=False))
     assert np.array_equal(np.load(tmp_path / "none" / "subset.npy"), np.sort(Pool.open(small_pool).uids()))
     assert not (tmp_path / "none" / "reasons.parquet").exists()
 
 
-def test_a_subset_more_touches_no_other(small_pool, columns, tmp_path):
-    run(CurateStage(MeasuredPool(small_pool, columns), (("a", OWN),), str(tmp_path)))
+def test_another_subset_leaves_the_first_unchanged(small_pool, columns, tmp_path):
+    run(CurateStage(MeasuredPool(small_pool, columns), (("a", SHORT),), str(tmp_path)))
     before = (tmp_path / "a" / "subset.npy").stat().st_mtime_ns
-    run(CurateStage(MeasuredPool(small_pool, columns), (("a", OWN), ("b", WIDE)), str(tmp_path)))
+    run(CurateStage(MeasuredPool(small_pool, columns), (("a", SHORT), ("b", WIDE)), str(tmp_path)))
     assert (tmp_path / "a" / "subset.npy").stat().st_mtime_ns == before
     assert (tmp_path / "b" / "subset.npy").exists()
 
 
-def test_columns_that_are_not_there_are_refused_before_work(small_pool, tmp_path):
+def test_missing_columns_are_refused_before_work(small_pool, tmp_path):
     with pytest.raises(WinnowError, match="has not been measured"):
-        run(CurateStage(MeasuredPool(small_pool), (("a", {"clip_score": {"fraction": 0.3}}),), str(tmp_path)))
+        run(CurateStage(MeasuredPool(small_pool), (("a", ClipScore(fraction=0.3)),), str(tmp_path)))
     assert not (tmp_path / "a").exists()
 
 
-def test_resharded_samples_are_the_subsets(small_pool, tmp_path):
+def test_resharded_samples_are_those_of_the_subset(small_pool, tmp_path):
     uids = Pool.open(small_pool).uids()
     save_subset(str(tmp_path / "subset.npy"), uids[[20, 3, 7, 8, 11, 15, 22]])
     url = str(tmp_path / "subset.npy")
@@ -100,12 +105,24 @@ def test_resharded_samples_are_the_subsets(small_pool, tmp_path):
     for item, (uid, row) in zip(found, wanted.items(), strict=True):
         assert item["txt"].decode() == row["text"] and item["jpg"] == images[uid]
     assert [pq.read_table(out / f"{name}.parquet").num_rows for name in names] == [3, 3, 1]
-    # it is a pool itself, by its own manifest and when indexed anew
+    # it is a pool, by its manifest and when it is indexed
     assert sorted(encode_uids(Pool.open(str(out)).uids())) == sorted(wanted)
     run(IndexStage((str(out),), str(tmp_path / "again")))
     again = Pool.open(str(tmp_path / "again"))
     assert encode_uids(again.uids()) == list(wanted)
     assert again.shards[0].table()["image_offset"].equals(Pool.open(str(out)).shards[0].table()["image_offset"])
+
+
+def test_every_member_and_the_source_survive_resharding(tmp_path):
+    members = [{"wav": b"sound %d" % i, "cls": b"%d" % i, "left.wav": b"left %d" % i} for i in range(5)]
+    write_tar(tmp_path / "calls" / "0.tar", [{"key": f"a{i}", "members": item} for i, item in enumerate(members)])
+    run(IndexStage((str(tmp_path / "calls"),), str(tmp_path / "pool"), captions=False, require=frozenset({"wav"})))
+    run(ReshardStage(str(tmp_path / "pool"), None, "", str(tmp_path / "out"), samples_per_shard=3))
+    pool = Pool.open(str(tmp_path / "out"))
+    found = [sample for shard in pool.shards for sample in shard.samples(shard.table())]
+    assert [{ext: data for ext, data in item.members.items() if ext != "json"} for item in found] == members
+    assert [item.label for item in found] == list(range(5))
+    assert pool.column("source").to_pylist() == ["calls"] * 5
 
 
 def test_resharding_twice_gives_the_same_tar(small_pool, tmp_path):

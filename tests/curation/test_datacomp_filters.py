@@ -7,14 +7,16 @@ import pyarrow as pa
 import pytest
 
 from tests.curation.tables import Columns, embeddings, sphere
-from winnow.curation.algebra.tree import TreeEvaluator, fingerprint, parse
+from winnow.curation.algebra.funnel import TreeEvaluator
+from winnow.curation.algebra.parse import fingerprint, parse
 from winnow.curation.filters.clip_score import ClipScore
 from winnow.curation.filters.image_based import ImageBased, tokens
 from winnow.curation.filters.laion2b import Laion2b
 from winnow.curation.filters.text_based import TextBased
 from winnow.curation.measures.base import Samples
 from winnow.curation.measures.language import Language, _load
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.errors import WinnowError
+from winnow.infra.params import ParameterError, build
 
 CAPTIONS = [
     "a dog on the beach",
@@ -62,10 +64,10 @@ def test_text_based_is_datacomps():
     rows = [{"language.code": code, "entity.in21k": flag} for code in codes for flag in flags]
     table = pa.Table.from_pylist(rows, schema=pa.schema([("language.code", pa.string()), ("entity.in21k", pa.bool_())]))
     expected = [row["language.code"] == "en" and row["entity.in21k"] is True for row in rows]
-    assert TextBased().keep(table, {}).tolist() == expected
+    assert TextBased().mask(table, {}).tolist() == expected
     anything = TextBased(language=None)
     assert anything.columns() == ("entity.in21k",)
-    assert anything.keep(table, {}).tolist() == [row["entity.in21k"] is True for row in rows]
+    assert anything.mask(table, {}).tolist() == [row["entity.in21k"] is True for row in rows]
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64])
@@ -79,9 +81,9 @@ def test_laion2b_is_datacomps(kind):
         }
     )
     (here,) = np.nonzero(np.concatenate([scores >= 0.28, [False]]))  # as pandas compares, the number in its precision
-    assert np.flatnonzero(Laion2b().keep(table, {})).tolist() == here.tolist() == [0, 2, 4]
-    with pytest.raises(UsageError, match="no cosine"):
-        Laion2b(threshold=28)
+    assert np.flatnonzero(Laion2b().mask(table, {})).tolist() == here.tolist() == [0, 2, 4]
+    with pytest.raises(ParameterError, match="threshold must be at most 1, not 28"):
+        build(Laion2b, {"threshold": 28}, "laion2b")
 
 
 @pytest.fixture
@@ -119,7 +121,7 @@ def datacomp_image_based(table, centroids, targets):
 
 def evaluator(node, view):
     made = TreeEvaluator(node, [item.fit(view) for item in node.filters()])
-    return [kept for table in view.tables for kept in made.keep(table).tolist()]
+    return [kept for table in view.tables for kept in made.mask(table).tolist()]
 
 
 def test_image_based_is_datacomps(pool):
@@ -133,13 +135,13 @@ def test_image_based_is_datacomps(pool):
     for i, part in enumerate((target[:4], target[4:])):
         np.save(folder / f"part{i}.npy", part)
     parts = ImageBased(
-        target=[f"{folder}/part0.npy", f"{folder}/part1.npy"], centroids=form["image_based"]["centroids"]
+        target=(f"{folder}/part0.npy", f"{folder}/part1.npy"), centroids=form["image_based"]["centroids"]
     )
     assert evaluator(parts, view) == expected
 
 
 @pytest.mark.parametrize("fraction", [0.3, 0.05])
-def test_both_together_are_datacomps_intersection(pool, fraction):
+def test_image_based_and_clip_score_give_datacomps_intersection(pool, fraction):
     view, table, folder = pool
     centroids, target = (np.load(folder / name).astype(np.float32) for name in ("centroids.npy", "target.npy"))
     scores = table["clip_l14_similarity_score"].to_pylist()
@@ -168,7 +170,7 @@ def test_image_based_clusters_the_pool_and_embeds_a_target_folder(pool):
     assert state["centroids"].shape == (12, 8)
     plain = table.rename_columns(["text", "language.code", "score", "l14_img"])
     expected = datacomp_image_based(plain, state["centroids"], wanted.astype(np.float32))
-    assert node.keep(table, state).tolist() == expected and any(expected)
+    assert node.mask(table, state).tolist() == expected and any(expected)
 
 
 def test_samples_without_a_usable_embedding_or_caption_never_pass(pool):
@@ -180,15 +182,15 @@ def test_samples_without_a_usable_embedding_or_caption_never_pass(pool):
     column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), 8, mask=pa.array([False, False, True, False]))
     texts = pa.array(["a caption", "a caption", "a caption", None])
     table = pa.table({"text": texts, "language.code": ["en"] * 4, "l14_img": column})
-    assert node.keep(table, state).tolist() == [True, False, False, False]
-    assert node.keep(table.slice(0, 0), state).tolist() == []
+    assert node.mask(table, state).tolist() == [True, False, False, False]
+    assert node.mask(table.slice(0, 0), state).tolist() == []
 
 
 def test_default_columns_of_embeddings():
     assert ImageBased(target="t.npy").columns() == ("text", "l14_img", "language.code")
     assert ImageBased(target="folder").columns() == ("text", "clip.image", "language.code")
     assert ImageBased(target="t.npy", features="b32_img", language=None).columns() == ("text", "b32_img")
-    assert ImageBased(target=["a", "b"]).targets() == ("a", "b") and not ImageBased(target=["a.npy"]).targets()
+    assert ImageBased(target=("a", "b")).targets() == ("a", "b") and not ImageBased(target=("a.npy",)).targets()
 
 
 @pytest.mark.parametrize(
@@ -234,7 +236,7 @@ def test_a_target_folder_without_images_or_of_another_model_is_refused(pool):
             ImageBased(target="t", clusters=5).fit(view)
 
 
-def test_arrays_decide_by_content_not_by_place(pool):
+def test_arrays_are_identified_by_content(pool):
     _, _, folder = pool
     for name in ("target", "centroids"):
         (folder / f"copy-{name}.npy").write_bytes((folder / f"{name}.npy").read_bytes())
@@ -242,21 +244,21 @@ def test_arrays_decide_by_content_not_by_place(pool):
     copy = ImageBased(target=f"{folder}/copy-target.npy", centroids=f"{folder}/copy-centroids.npy")
     other = ImageBased(target=f"{folder}/target.npy", centroids=f"{folder}/target.npy")
     assert fingerprint(node) == fingerprint(copy) != fingerprint(other)
-    several, others = (ImageBased(target=[node.target, name]) for name in (copy.target, node.centroids))
-    assert fingerprint(several) == fingerprint(ImageBased(target=[copy.target, node.target])) != fingerprint(others)
+    several, others = (ImageBased(target=(node.target, name)) for name in (copy.target, node.centroids))
+    assert fingerprint(several) == fingerprint(ImageBased(target=(copy.target, node.target))) != fingerprint(others)
 
 
 @pytest.mark.parametrize(
     "params", [{"target": ""}, {"target": []}, {"target": "t", "clusters": 0}, {"target": ["a.npy", "folder"]}]
 )
 def test_wrong_parameters_of_image_based(params):
-    with pytest.raises(UsageError):
-        ImageBased(**params)
-    with pytest.raises(UsageError, match=r"no \.npy file"):
-        ImageBased(target="t.npy", centroids="centroids.pt")
+    with pytest.raises(ParameterError):
+        build(ImageBased, params, "image_based")
+    with pytest.raises(ParameterError, match=r"not a \.npy file"):
+        build(ImageBased, {"target": "t.npy", "centroids": "centroids.pt"}, "image_based")
 
 
-def test_languages_are_the_models_first_labels():
+def test_languages_are_the_first_labels_of_the_model():
     texts = [*CAPTIONS, "Die Kinder spielen\nim Garten.", None]
     table = Language().compute(Samples(pa.table({"text": pa.array(texts)}), []))
     model = _load(None)
@@ -269,7 +271,7 @@ def test_languages_are_the_models_first_labels():
     assert Language().compute(Samples(pa.table({"text": pa.array([], pa.string())}), [])).num_rows == 0
 
 
-def test_cld3_by_its_package():
+def test_cld3_equals_its_package():
     gcld3 = pytest.importorskip("gcld3", reason="gcld3 is not installed")
     identifier = gcld3.NNetLanguageIdentifier(min_num_bytes=0, max_num_bytes=1000)
     texts = [text for text in CAPTIONS if "\x00" not in text]
@@ -279,13 +281,13 @@ def test_cld3_by_its_package():
     assert Language(identifier="gcld3").id != Language().id
 
 
-def test_identifiers_that_are_not_there():
+def test_unknown_identifiers_are_refused():
     import importlib.util
 
-    with pytest.raises(UsageError, match='Did you mean "gcld3"'):
-        Language(identifier="cld3")
-    with pytest.raises(UsageError, match="fastText model"):
-        Language(path="lid.176.bin", identifier="gcld3")
+    with pytest.raises(ParameterError, match='Did you mean "gcld3"'):
+        build(Language, {"identifier": "cld3"}, "language")
+    with pytest.raises(ParameterError, match="fastText model"):
+        build(Language, {"path": "lid.176.bin", "identifier": "gcld3"}, "language")
     if importlib.util.find_spec("gcld3") is None:
         with pytest.raises(WinnowError, match=r"gcld3 is not installed.*protobuf"):
             Language(identifier="gcld3").params()

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from winnow.curation.algebra.parse import parse
 from winnow.curation.curate import CurateStage, MeasuredPool
 from winnow.curation.measures.caption import Caption
 from winnow.curation.measures.entity import Entity
@@ -99,9 +100,9 @@ def plainly(folder, table, vectors, dictionary):
 
 
 def test_the_seven_baselines_byte_for_byte(folder):
-    place, table, vectors, dictionary = folder
+    path, table, vectors, dictionary = folder
     clip = {"clip_score": {"model": "l14", "fraction": 0.3}}
-    images = {"image_based": {"centroids": f"{place}/centroids.npy", "target": f"{place}/target.npy"}}
+    images = {"image_based": {"centroids": f"{path}/centroids.npy", "target": f"{path}/target.npy"}}
     trees = {
         "none": {},
         "basic": {"basic": {}},
@@ -111,11 +112,11 @@ def test_the_seven_baselines_byte_for_byte(folder):
         "clip_score": clip,
         "both": {"all": [clip, images]},
     }
-    out = place / "subsets"
-    source = MeasuredPool(str(place / "metadata"), str(place / "columns"))
-    execute(CurateStage(source, tuple(trees.items()), str(out)), SerialExecutor())
+    out = path / "subsets"
+    source = MeasuredPool(str(path / "metadata"), str(path / "columns"))
+    execute(CurateStage(source, tuple((name, parse(tree)) for name, tree in trees.items()), str(out)), SerialExecutor())
     uids = table["uid"].to_pylist()
-    for name, kept in plainly(place, table, vectors, dictionary).items():
+    for name, kept in plainly(path, table, vectors, dictionary).items():
         assert kept and (len(kept) < N or name == "none")
         pairs = np.array([(int(uids[i][:16], 16), int(uids[i][16:], 16)) for i in kept], np.dtype("u8,u8"))
         pairs.sort()

@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests.curation.tables import Columns, embeddings, kept, sphere, uids
 from tests.drawing import sample, write_tar
+from winnow.curation.algebra.parse import parse
 from winnow.curation.curate import CurateStage, MeasuredPool
 from winnow.curation.filters.decontaminate import Decontaminate, task_name
 from winnow.curation.filters.exact_duplicates import ExactDuplicates
@@ -22,7 +23,9 @@ from winnow.curation.measures.stage import MeasureStage
 from winnow.curation.search.hamming import _masks, hamming_pairs
 from winnow.curation.search.neighbours import components, first_of_groups
 from winnow.infra.errors import UsageError, WinnowError
-from winnow.infra.pool.index import IndexStage, find_shards
+from winnow.infra.params import ParameterError, build
+from winnow.infra.pool.index import IndexStage
+from winnow.infra.pool.layouts import find_shards
 from winnow.infra.pool.pool import Pool
 from winnow.infra.pool.uids import encode_uids, load_subset
 from winnow.infra.stages.executors import SerialExecutor
@@ -59,7 +62,7 @@ def test_hamming_pairs_against_brute_force(radius, monkeypatch):
     assert list(zip(*(x.tolist() for x in hamming_pairs(a, b, radius)), strict=True)) == cross
 
 
-def test_no_hashes_make_no_pairs():
+def test_no_hashes_give_no_pairs():
     none = np.empty(0, np.uint64)
     assert [x.tolist() for x in hamming_pairs(none, None, 4)] == [[], []]
     assert [x.tolist() for x in hamming_pairs(np.zeros(2, np.uint64), none, 4)] == [[], []]
@@ -91,7 +94,7 @@ def plain_groups(n, pairs, order, join):
 
 
 @pytest.mark.parametrize("join", ["greedy", "components"])
-def test_groups_against_plain_walks(join):
+def test_groups_against_a_plain_graph_search(join):
     rng = np.random.default_rng(1)
     for edges in (0, 5, 40, 120):
         i = rng.integers(0, 60, edges)
@@ -141,7 +144,7 @@ def test_near_duplicates_against_brute_force(join, scored, by):
     assert node.numeric() == (("image_hash.phash",) if by == "radius" else ("clip.image",))
 
 
-def test_near_duplicates_drop_what_has_no_hash():
+def test_near_duplicates_drop_samples_without_a_hash():
     table = pa.table({"uid": uids(4), "image_hash.phash": pa.array([7, None, 7, (1 << 64) - 1], pa.uint64())})
     assert kept(NearDuplicates(radius=2), table).tolist() == [True, False, False, True]
 
@@ -179,8 +182,8 @@ def test_exact_duplicates_keep_the_first_or_the_best():
     ],
 )
 def test_refused(kind, params):
-    with pytest.raises(UsageError):
-        kind(**params)
+    with pytest.raises(ParameterError):
+        build(kind, params, kind.name)
 
 
 def plain_phash(image):
@@ -205,7 +208,7 @@ def draw_images(seed=0):
     return found
 
 
-def test_phash_is_the_dct_hash_and_stands_small_changes():
+def test_phash_is_the_dct_hash_and_tolerates_small_changes():
     images = draw_images()
     table = ImageHash().compute(Samples(pa.table({"uid": uids(5)}), [*images, None]))
     values = table["phash"].to_pylist()
@@ -257,7 +260,7 @@ def test_decontaminate_counts_per_task_against_brute_force():
         }
         for i in range(120)
     ]
-    assert node.keep(table, state).tolist() == [not found for found in near]
+    assert node.mask(table, state).tolist() == [not found for found in near]
     assert 0 < sum(bool(found) for found in near) < 120
     expected = {
         name: {
@@ -270,7 +273,7 @@ def test_decontaminate_counts_per_task_against_brute_force():
     assert node.report(state) == {"tasks": expected}
 
 
-def test_tasks_of_shards():
+def test_task_names_of_shards():
     assert task_name("wds_imagenet1k_test/test/0", "evalsets") == "imagenet1k"
     assert task_name("test/0", "wds_vtab-pets_test") == "vtab-pets"
     assert task_name("00001", "my-images") == "my-images"
@@ -324,7 +327,7 @@ def test_the_stages_measure_drop_and_report(tmp_path):
     }
     source = MeasuredPool(str(tmp_path / "pool"), str(tmp_path / "pool-columns"))
     targets = {target: MeasuredPool(str(tmp_path / "target"), str(tmp_path / "target-columns"))}
-    run(CurateStage(source, tuple(trees.items()), str(tmp_path / "out"), targets))
+    run(CurateStage(source, tuple((name, parse(tree)) for name, tree in trees.items()), str(tmp_path / "out"), targets))
     order = list(Pool.open(str(tmp_path / "pool")).column("uid").to_pylist())
 
     def numbers(name):

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from tests.curation.tables import Columns, embeddings, sphere
+from winnow.curation.algebra.funnel import TreeEvaluator
 from winnow.curation.filters import FILTERS
 from winnow.curation.filters.basic import Basic
 from winnow.curation.filters.clip_score import ClipScore
@@ -14,15 +15,17 @@ from winnow.curation.filters.image_cluster import ImageCluster
 from winnow.curation.measures.base import Samples
 from winnow.curation.measures.caption import Caption
 from winnow.curation.measures.language import Language
-from winnow.curation.search.kmeans import assign, train_centroids
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.curation.search.centroids import assign
+from winnow.curation.search.kmeans import train_centroids
+from winnow.infra.errors import WinnowError
+from winnow.infra.params import ParameterError, build
 
 
 def datacomp_threshold(scores, fraction):
-    """DataComp's rule, plainly: all scores in falling order, the one at int(n * fraction)."""
+    """DataComp's rule: of all scores in descending order, the one at int(n * fraction)."""
     ordered = sorted(scores, reverse=True)
-    place = int(len(scores) * fraction)
-    return ordered[place] if place < len(ordered) else -math.inf
+    rank = int(len(scores) * fraction)
+    return ordered[rank] if rank < len(ordered) else -math.inf
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.3, 0.5, 0.999, 1.0])
@@ -31,32 +34,36 @@ def test_fraction_is_datacomps_quantile(fraction):
     threshold = datacomp_threshold(scores.tolist(), fraction)
     table = pa.table({"clip.score": scores.astype(np.float64)})
     node = ClipScore(fraction=fraction)
-    kept = node.keep(table, node.fit(Columns(table.slice(0, 400), table.slice(400))))
+    kept = node.mask(table, node.fit(Columns(table.slice(0, 400), table.slice(400))))
     assert kept.tolist() == [score >= threshold for score in scores.tolist()]
     if fraction == 1.0:
         assert kept.all()
 
 
-def test_scores_that_are_not_there_never_pass_and_count_in_the_pool():
+def test_missing_scores_never_pass_and_count_in_the_pool():
     table = pa.table({"clip.score": pa.array([0.5, None, float("nan"), 0.1, 0.9, None])})
-    node = ClipScore(
-        fraction=0.5
-    )  # place 3 of (0.9, 0.5, 0.1, nothing …): above nothing comes 0.1? no: index 3 is missing
-    assert node.keep(table, node.fit(Columns(table))).tolist() == [True, False, False, True, True, False]
-    node = ClipScore(fraction=0.34)  # place 2: 0.1
-    assert node.keep(table, node.fit(Columns(table))).tolist() == [True, False, False, True, True, False]
-    node = ClipScore(fraction=0.2)  # place 1: 0.5
-    assert node.keep(table, node.fit(Columns(table))).tolist() == [True, False, False, False, True, False]
-    assert ClipScore(threshold=-9).keep(table, {"threshold": np.array(-9.0)}).sum() == 3
+    node = ClipScore(fraction=0.5)  # rank 3 of (0.9, 0.5, 0.1, missing, …) is a missing score, so every score passes
+    assert node.mask(table, node.fit(Columns(table))).tolist() == [True, False, False, True, True, False]
+    node = ClipScore(fraction=0.34)  # rank 2: 0.1
+    assert node.mask(table, node.fit(Columns(table))).tolist() == [True, False, False, True, True, False]
+    node = ClipScore(fraction=0.2)  # rank 1: 0.5
+    assert node.mask(table, node.fit(Columns(table))).tolist() == [True, False, False, False, True, False]
+    assert ClipScore(threshold=-9).mask(table, {"threshold": np.array(-9.0)}).sum() == 3
 
 
 @pytest.mark.parametrize(
     "params",
-    [{}, {"fraction": 0.3, "threshold": 0.2}, {"fraction": 0}, {"fraction": 1.5}, {"fraction": 0.1, "model": "b16"}],
+    [
+        {},
+        {"fraction": 0.3, "threshold": 0.2},
+        {"fraction": 0},
+        {"fraction": 1.5},
+        {"fraction": 0.1, "model": "clip.b16"},
+    ],
 )
 def test_clip_score_refuses(params):
-    with pytest.raises(UsageError):
-        ClipScore(**params)
+    with pytest.raises(ParameterError):
+        build(ClipScore, params, "clip_score")
 
 
 def test_clip_score_reads_datacomps_columns():
@@ -120,7 +127,7 @@ def test_basic_is_datacomps():
         for row in table.to_pylist()
     ]
     assert 0 < sum(expected) < n
-    assert Basic().keep(table, {}).tolist() == expected
+    assert Basic().mask(table, {}).tolist() == expected
     assert "language.code" not in Basic(language=None).columns()
 
 
@@ -134,10 +141,10 @@ def test_basic_keeps_nothing_of_unknown_size_or_language():
             "language.code": pa.array(["en", "en", None]),
         }
     )
-    assert Basic().keep(table, {}).tolist() == [False, False, False]
+    assert Basic().mask(table, {}).tolist() == [False, False, False]
 
 
-def test_image_cluster_keeps_what_lies_with_the_targets():
+def test_image_cluster_keeps_the_clusters_of_the_targets():
     rng = np.random.default_rng(2)
     centers = np.eye(8)[:5]
     label = rng.integers(0, 5, 400)
@@ -148,17 +155,17 @@ def test_image_cluster_keeps_what_lies_with_the_targets():
     target = Columns(pa.table({"clip.image": embeddings(wanted)}))
     node = ImageCluster(target="t", clusters=5)
     state = node.fit(Columns(table.slice(0, 150), table.slice(150), targets={"t": target}))
-    assert node.keep(table, state).tolist() == [int(i) in (1, 3) for i in label]
+    assert node.mask(table, state).tolist() == [int(i) in (1, 3) for i in label]
     # the definition, by brute force on the centroids found
     centroids = state["centroids"]
     hit = {int(np.argmax(centroids @ v)) for v in wanted.astype(np.float16).astype(np.float32)}
     near = np.argmax(pool.astype(np.float16).astype(np.float32) @ centroids.T, axis=1)
-    assert node.keep(table, state).tolist() == [int(i) in hit for i in near]
+    assert node.mask(table, state).tolist() == [int(i) in hit for i in near]
     two = ImageCluster(target="t", clusters=5, min_hits=2)
-    assert two.keep(table, state).tolist() == [int(i) == 1 for i in label]
+    assert two.mask(table, state).tolist() == [int(i) == 1 for i in label]
 
 
-def test_image_cluster_drops_what_has_no_embedding_and_refuses_too_many_clusters():
+def test_image_cluster_drops_samples_without_embedding_and_refuses_too_many_clusters():
     rng = np.random.default_rng(3)
     vectors = sphere(rng, 6, 4)
     column = pa.FixedSizeListArray.from_arrays(
@@ -166,8 +173,8 @@ def test_image_cluster_drops_what_has_no_embedding_and_refuses_too_many_clusters
     )
     table = pa.table({"clip.image": column})
     view = Columns(table, targets={"t": Columns(pa.table({"clip.image": embeddings(vectors)}))})
-    node = ImageCluster(target=["t"], clusters=3)
-    assert node.keep(table, node.fit(view)).tolist() == [True, False] * 3
+    node = ImageCluster(target=("t",), clusters=3)
+    assert node.mask(table, node.fit(view)).tolist() == [True, False] * 3
     with pytest.raises(WinnowError, match="3 samples cannot make 4 clusters"):
         ImageCluster(target="t", clusters=4).fit(view)
     empty = Columns(table, targets={"t": Columns(table.slice(0, 0))})
@@ -195,3 +202,24 @@ def test_registered_filters_hold_the_contract(name):
     node = kind(**example)
     assert set(node.numeric()) <= set(node.columns())
     assert hash(node) == hash(kind(**example))
+
+
+def test_samples_without_a_finite_value_never_pass_and_are_counted():
+    inf, nan = math.inf, math.nan
+    scores = pa.table({"clip.score": pa.array([inf, 0.5, -inf, nan, None, 0.1, 0.9])})
+    vectors = np.eye(7, 4)
+    vectors[0, 1], vectors[3, 2] = inf, nan
+    vectors[4:] = vectors[[1, 2, 1]]
+    images = pa.table({"clip.image": embeddings(vectors, [False] * 6 + [True])})
+    target = Columns(pa.table({"clip.image": embeddings(np.eye(7, 4)[:3])}))
+    cases = [
+        (ClipScore(threshold=-9.0), scores, [False, True, False, False, False, True, True]),
+        (ClipScore(fraction=0.2), scores, [False, True, False, False, False, False, True]),  # index 1: 0.5
+        (ImageCluster(target="t", clusters=2), images, [False, True, True, False, True, True, False]),
+    ]
+    for node, table, expected in cases:
+        for tree, mask in ((node, expected), (~node, [not passes for passes in expected])):
+            evaluator = TreeEvaluator(tree, [node.fit(Columns(table, targets={"t": target}))])
+            assert evaluator.mask(table).tolist() == mask
+            leaf = next(evaluator.counts.leaves())
+            assert leaf.nan == (3 if node.name == "image_cluster" else 4)

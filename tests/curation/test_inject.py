@@ -17,7 +17,8 @@ from tests.drawing import draw_image, sample, write_tar
 from winnow.curation.noise import corrupt
 from winnow.curation.noise.inject import KINDS, InjectConfig, InjectStage
 from winnow.infra.pool.index import IndexStage
-from winnow.infra.pool.pool import Pool, read_members
+from winnow.infra.pool.members import read_members
+from winnow.infra.pool.pool import Pool
 from winnow.infra.pool.uids import decode_uids, hash_unit
 from winnow.infra.stages.executors import SerialExecutor
 from winnow.infra.stages.runner import execute
@@ -220,6 +221,18 @@ def test_undecodable_image_stays_as_it_is(tmp_path):
         assert sum(row["noise"] == kind for row in rows.values()) == 5
         assert rows[json.loads(samples[2]["members"]["json"])["uid"]]["noise"] is None
         assert len(rows) == (11 if kind == "near_duplicates" else 6)
+
+
+def test_altered_samples_keep_their_other_members(tmp_path):
+    samples = [sample(number) for number in range(4)]
+    for number, item in enumerate(samples):
+        item["members"]["cls"] = b"%d" % number
+    write_tar(tmp_path / "shards" / "0.tar", samples)
+    execute(IndexStage((str(tmp_path / "shards"),), str(tmp_path / "pool")), SerialExecutor())
+    _, pool = inject(str(tmp_path / "pool"), tmp_path / "noisy", InjectConfig(watermark=1.0))
+    shard = pool.shards[0]
+    assert shard.table()["noise"].to_pylist() == ["watermark"] * 4
+    assert shard.member_bytes(shard.table(), "cls") == [b"0", b"1", b"2", b"3"]
 
 
 def test_too_much_is_refused():

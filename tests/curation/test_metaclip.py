@@ -5,9 +5,10 @@ import pyarrow as pa
 import pytest
 
 from tests.curation.tables import Columns, kept, uids
-from winnow.curation.algebra.tree import fingerprint
+from winnow.curation.algebra.parse import fingerprint
 from winnow.curation.filters.metaclip import Matcher, MetaClip
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.errors import WinnowError
+from winnow.infra.params import ParameterError, build
 from winnow.infra.pool.uids import decode_uids, encode_uids
 
 ENTRIES = [
@@ -71,7 +72,7 @@ def captions(n, rng):
     return [" ".join(rng.choice(words, rng.integers(1, 4))) for _ in range(n)]
 
 
-def test_balance_is_algorithm_1(metadata):
+def test_balancing_is_algorithm_1(metadata):
     """Each entry beyond t keeps a caption with probability t / count; the head is thinned, the tail kept whole."""
     n, t = 6000, 300
     texts = captions(n, np.random.default_rng(1))
@@ -84,7 +85,7 @@ def test_balance_is_algorithm_1(metadata):
     node = MetaClip(metadata=metadata, t=t)
     state = node.fit(Columns(table.slice(0, 1500), table.slice(1500)))
     assert state["counts"].tolist() == counts.tolist()
-    mask = node.keep(table, state)
+    mask = node.mask(table, state)
     assert not mask[[not entries for entries in found]].any()  # what matches nothing is dropped
     # Captions with the same entries are kept with 1 - prod(1 - p), independently.
     for kind in {tuple(entries) for entries in found} - {()}:
@@ -105,16 +106,16 @@ def test_the_draw_depends_on_uid_entry_and_seed_alone(metadata):
     table = pa.table({"uid": uids(3000), "text": texts})
     node = MetaClip(metadata=metadata, t=100)
     state = node.fit(Columns(table))
-    mask = node.keep(table, state)
+    mask = node.mask(table, state)
     order = np.random.default_rng(3).permutation(3000)
-    assert node.keep(table.take(pa.array(order)), state).tolist() == mask[order].tolist()
-    assert MetaClip(metadata=metadata, t=100, seed=1).keep(table, state).tolist() != mask.tolist()
+    assert node.mask(table.take(pa.array(order)), state).tolist() == mask[order].tolist()
+    assert MetaClip(metadata=metadata, t=100, seed=1).mask(table, state).tolist() != mask.tolist()
     # More is kept when t rises, and nothing that was is lost.
-    assert not (mask & ~MetaClip(metadata=metadata, t=200).keep(table, state)).any()
+    assert not (mask & ~MetaClip(metadata=metadata, t=200).mask(table, state)).any()
     assert table["uid"].to_pylist() == encode_uids(decode_uids(table["uid"]))  # left as they were
 
 
-def test_the_lists_content_decides(metadata, tmp_path):
+def test_the_metadata_is_identified_by_content(metadata, tmp_path):
     other = tmp_path / "copy.txt"
     other.write_bytes((tmp_path / "entries.txt").read_bytes())
     assert fingerprint(MetaClip(metadata=metadata)) == fingerprint(MetaClip(metadata=str(other)))
@@ -123,8 +124,8 @@ def test_the_lists_content_decides(metadata, tmp_path):
 
 
 def test_refused(tmp_path):
-    with pytest.raises(UsageError, match="t starts at 1"):
-        MetaClip(metadata="x", t=0)
+    with pytest.raises(ParameterError, match="t must be at least 1, not 0"):
+        build(MetaClip, {"metadata": "x", "t": 0}, "metaclip")
     (tmp_path / "empty").write_text("\n \n")
     with pytest.raises(WinnowError, match="no metadata entry"):
         Matcher.read(str(tmp_path / "empty"))

@@ -12,10 +12,12 @@ from winnow.curation.filters.d2_pruning import D2Pruning, select
 from winnow.curation.filters.neg_clip_loss import NegClipLoss, neg_clip_loss
 from winnow.curation.filters.norm_sim import NormSim
 from winnow.curation.filters.random_fraction import RandomFraction
-from winnow.curation.filters.semdedup import SemDeDup, likeness_before
-from winnow.curation.search.kmeans import assign, train_centroids
+from winnow.curation.filters.semdedup import SemDeDup, similarity_before
+from winnow.curation.search.centroids import assign
+from winnow.curation.search.kmeans import train_centroids
 from winnow.curation.search.neighbours import cosine_pairs, nearest_neighbours
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.errors import WinnowError
+from winnow.infra.params import ParameterError, build
 
 
 def bunches(rng, n=300, d=12, centres=40, sem=0.15):
@@ -55,17 +57,17 @@ def test_semdedup_is_the_papers(which, epsilon):
     assert kept(node, pool(vectors)).tolist() == expected
 
 
-def test_semdedup_keeps_the_share_asked_for_and_says_its_epsilon():
+def test_semdedup_keeps_the_given_fraction_and_reports_its_epsilon():
     vectors = halves(bunches(np.random.default_rng(1)))
     table = pool(vectors)
     node = SemDeDup(clusters=5, fraction=0.4)
     state = node.fit(Columns(table))
-    mask = node.keep(table, state)
+    mask = node.mask(table, state)
     assert mask.sum() >= int(300 * 0.4) + 1
     epsilon = node.report(state)["epsilon"]
     assert kept(SemDeDup(clusters=5, epsilon=epsilon - 1e-6), table).tolist() == mask.tolist()
-    likeness = likeness_before(vectors, assign(vectors, train_centroids(vectors, 5)), np.arange(300.0))
-    assert likeness.min() == 0  # the first of each cluster has none before it
+    similarity = similarity_before(vectors, assign(vectors, train_centroids(vectors, 5)), np.arange(300.0))
+    assert similarity.min() == 0  # the first of each cluster has none before it
 
 
 def test_semdedup_in_random_order_keeps_no_pair_of_duplicates():
@@ -82,10 +84,10 @@ def test_semdedup_in_random_order_keeps_no_pair_of_duplicates():
 
 def test_semdedup_blocks_make_no_difference(monkeypatch):
     vectors = halves(bunches(np.random.default_rng(3)))
-    label, place = np.zeros(300, int), np.random.default_rng(0).normal(size=300)
-    whole = likeness_before(vectors, label, place)
+    label, sort_key = np.zeros(300, int), np.random.default_rng(0).normal(size=300)
+    whole = similarity_before(vectors, label, sort_key)
     monkeypatch.setattr("winnow.curation.filters.semdedup._BLOCK", 17)
-    assert np.allclose(likeness_before(vectors, label, place), whole, atol=1e-6)
+    assert np.allclose(similarity_before(vectors, label, sort_key), whole, atol=1e-6)
 
 
 def d2(vectors, scores, k, gamma_f, gamma_r, budget):
@@ -182,7 +184,7 @@ def test_negative_clip_loss_is_the_papers(monkeypatch):
     assert math.isclose(whole.mean(), -0.05 * float(loss), abs_tol=1e-5)
 
 
-def test_negative_clip_loss_stands_a_small_temperature_and_ranks_the_pool():
+def test_negative_clip_loss_is_stable_at_small_temperatures():
     rng = np.random.default_rng(8)
     image = sphere(rng, 40, 8)
     text = np.concatenate([image[:20], sphere(rng, 20, 8)])
@@ -221,7 +223,7 @@ def test_norm_sim_refuses_what_does_not_fit():
 
 @pytest.mark.parametrize("power", [0, 0.5, 1])
 @pytest.mark.parametrize("budget", [0, 1, 37, 250, 499, 500])
-def test_quotas_share_out_the_budget(power, budget):
+def test_quotas_sum_to_the_budget(power, budget):
     sizes = np.array([0, 3, 250, 47, 1, 199])
     quota = quotas(sizes, budget, power)
     assert quota.sum() == budget and (quota <= sizes).all() and (quota >= 0).all()
@@ -233,7 +235,7 @@ def test_quotas_share_out_the_budget(power, budget):
     assert (np.abs(quota - share) < 1 + 1e-6).all()
 
 
-def test_cluster_balanced_draws_as_much_of_the_rare(monkeypatch):
+def test_cluster_balanced_draws_evenly(monkeypatch):
     centroids = np.eye(8, dtype=np.float32)[:3]
     monkeypatch.setattr("winnow.curation.filters.cluster_balanced.train_centroids", lambda *args, **more: centroids)
     rng = np.random.default_rng(11)
@@ -248,16 +250,16 @@ def test_cluster_balanced_draws_as_much_of_the_rare(monkeypatch):
     assert kept(ClusterBalanced(clusters=3, fraction=0.5, power=1, seed=1), table).tolist() != mask.tolist()
 
 
-def test_random_draws_each_sample_by_itself():
+def test_random_draws_samples_independently():
     table = pa.table({"uid": uids(4000)})
-    tenth, third = RandomFraction(0.1).keep(table, {}), RandomFraction(0.3).keep(table, {})
+    tenth, third = RandomFraction(0.1).mask(table, {}), RandomFraction(0.3).mask(table, {})
     assert abs(tenth.sum() - 400) < 5 * math.sqrt(4000 * 0.1 * 0.9) and not (tenth & ~third).any()
-    assert RandomFraction(0.3).keep(table.slice(1000, 500), {}).tolist() == third[1000:1500].tolist()
-    both = (RandomFraction(0.3, seed=1).keep(table, {}) & third).sum()
+    assert RandomFraction(0.3).mask(table.slice(1000, 500), {}).tolist() == third[1000:1500].tolist()
+    both = (RandomFraction(0.3, seed=1).mask(table, {}) & third).sum()
     assert abs(both - 360) < 5 * math.sqrt(4000 * 0.09 * 0.91)
 
 
-def test_what_is_not_measured_is_dropped():
+def test_samples_without_values_are_dropped():
     rng = np.random.default_rng(12)
     vectors = sphere(rng, 20, 4)
     gone = [True, *[False] * 18, True]
@@ -298,5 +300,5 @@ def test_what_is_not_measured_is_dropped():
     ],
 )
 def test_refused(kind, params):
-    with pytest.raises(UsageError):
-        kind(**params)
+    with pytest.raises(ParameterError):
+        build(kind, params, kind.name)

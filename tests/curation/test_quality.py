@@ -17,13 +17,15 @@ from winnow.curation.columns.table import View
 from winnow.curation.measures.aesthetic import Aesthetic
 from winnow.curation.measures.base import Samples, with_upstream
 from winnow.curation.measures.caption_stats import CaptionStats
-from winnow.curation.measures.clip import Clip, as_matrix
+from winnow.curation.measures.clip import Clip
 from winnow.curation.measures.heads import apply_head, read_head
 from winnow.curation.measures.nsfw import Nsfw
 from winnow.curation.measures.quality import Quality
 from winnow.curation.measures.stage import MeasureStage
 from winnow.curation.measures.watermark import Watermark
 from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.io.arrow import as_matrix
+from winnow.infra.params import build
 from winnow.infra.pool.pool import Pool
 from winnow.infra.stages.executors import SerialExecutor
 from winnow.infra.stages.runner import execute
@@ -130,13 +132,13 @@ def test_heads_linear_and_deep(tmp_path):
         ("biased.npz", {"weight": np.ones((1, 4)), "bias": np.ones(3)}, "do not fit"),
     ],
 )
-def test_heads_that_are_none(name, arrays, says, tmp_path):
+def test_wrong_heads_are_refused(name, arrays, says, tmp_path):
     np.savez(tmp_path / name, **arrays)
     with pytest.raises(WinnowError, match=re.escape(says)):
         read_head(str(tmp_path / name))
 
 
-def test_other_files_are_no_heads(tmp_path):
+def test_other_files_are_refused_as_heads(tmp_path):
     for name, data in (("head.pth", b"x"), ("head.safetensors", b"not one"), ("head.npz", b"PK no")):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(WinnowError, match="head"):
@@ -147,7 +149,7 @@ def test_other_files_are_no_heads(tmp_path):
         read_head(str(tmp_path / "objects.npy"))
     np.save(tmp_path / "wide.npy", np.ones(7))
     table = pa.table({"clip.image": embeddings(sphere(np.random.default_rng(2), 2, 4))})
-    with pytest.raises(WinnowError, match="7 dimensions, the scorer's have 4"):
+    with pytest.raises(WinnowError, match="7 dimensions, these have 4"):
         Aesthetic(str(tmp_path / "wide.npy")).compute(Samples(table, []))
 
 
@@ -162,7 +164,7 @@ def measure(pool, measures, out):
 
 def test_prompts_are_a_softmax_over_each_pair(small_pool, spec, tmp_path):
     clip = Clip(spec, encoder_digest(spec), device="cpu")
-    local = Nsfw(yes=["bad", "worse"], no=["good", "better"], encoder=spec, digest=clip.digest)
+    local = Nsfw(yes=("bad", "worse"), no=("good", "better"), encoder=spec, digest=clip.digest)
     measure(small_pool, (local, clip, Watermark(encoder=spec, digest=clip.digest)), tmp_path)
     model = load_encoder(spec, device="cpu")
     yes, no = model.encode_texts(["bad", "worse"]), model.encode_texts(["good", "better"])
@@ -173,10 +175,10 @@ def test_prompts_are_a_softmax_over_each_pair(small_pool, spec, tmp_path):
         assert np.allclose(batch["nsfw.score"].to_numpy(), (a / (a + b)).mean(axis=1), atol=1e-4)
         assert batch["watermark.score"].null_count == 0
     with pytest.raises(UsageError, match="make no pairs"):
-        Nsfw(yes=["bad"], encoder=spec, digest="")
+        build(Nsfw, {"yes": ["bad"]}, "nsfw")
 
 
-def test_a_derived_measure_reads_the_other_and_follows_it(small_pool, spec, tmp_path):
+def test_a_derived_measure_reads_and_follows_the_other(small_pool, spec, tmp_path):
     np.save(tmp_path / "head.npy", np.arange(16) / 16)
     clip, head = Clip(spec, encoder_digest(spec), device="cpu"), Aesthetic(str(tmp_path / "head.npy"))
     with pytest.raises(UsageError, match='"aesthetic" reads "clip", which is not measured'):
@@ -186,7 +188,7 @@ def test_a_derived_measure_reads_the_other_and_follows_it(small_pool, spec, tmp_
     for batch in view.batches(["clip.image", "aesthetic.score"]):
         expected = as_matrix(batch["clip.image"])[0].astype(np.float32) @ (np.arange(16, dtype=np.float32) / 16)
         assert np.allclose(batch["aesthetic.score"].to_numpy(), expected, atol=1e-5)
-    # Another head computes itself alone; another scorer computes both, beside the old columns.
+    # Another head computes itself alone; another scorer computes both, next to the old columns.
     np.save(tmp_path / "other.npy", np.ones(16))
     stage = MeasureStage(small_pool, (Aesthetic(str(tmp_path / "other.npy")), clip), str(tmp_path / "columns"))
     units, done = pending_units(stage)
@@ -223,21 +225,19 @@ def test_a_recipe_measures_what_its_filters_read(spec, tmp_path):
     np.save(tmp_path / "head.npy", np.ones(16))
     text = RECIPE.format(folder=tmp_path, spec=spec)
     recipe = parse_recipe(text, "r.yaml", [])
-    assert list(recipe.measure_kinds()) == ["aesthetic", "clip", "image_hash", "nsfw"]
-    assert list(recipe.target_kinds(f"{tmp_path}/eval")) == ["image_hash"]
+    assert list(recipe.pool_measures()) == ["aesthetic", "clip", "image_hash", "nsfw"]
+    assert list(recipe.target_measures(f"{tmp_path}/eval")) == ["image_hash"]
     from winnow.infra.stages.progress import RunLog
 
     graph = Graph(recipe, str(tmp_path / "out"))
     manifests = graph.run(SerialExecutor(), RunLog(str(tmp_path / "out"), stream=None), until="curate")
     sizes = manifests["curate"].values["subsets"]
     assert sizes["none"] == 12 and sizes["fair"] == sizes["safe"] == 7 and sizes["clean"] <= 10
-    with pytest.raises(UsageError, match='measure "aesthetic" needs "head"'):
+    with pytest.raises(UsageError, match='aesthetic needs "head"'):
         parse_recipe(text.replace("measures:", "max_skipped: 0.1 #"), "r.yaml", [])
     with pytest.raises(UsageError, match="no scorer"):
         parse_recipe(text.replace("scorer:", "max_skipped: 0.1 #"), "r.yaml", [])
 
 
-def test_upstream_measures_are_taken_along():
-    from winnow.curation.measures import MEASURES
-
-    assert list(with_upstream(["nsfw", "caption"], MEASURES.load)) == ["caption", "clip", "nsfw"]
+def test_upstream_measures_are_included():
+    assert list(with_upstream(["nsfw", "caption"])) == ["caption", "clip", "nsfw"]

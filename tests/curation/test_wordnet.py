@@ -57,7 +57,7 @@ def test_first_synset_by_hand(word, tiny_wordnet):
     assert WordNet(str(tiny_wordnet)).first(word) == FIRST[word]
 
 
-def test_rules_are_applied_again_only_on_demand(tiny_wordnet):
+def test_rules_are_repeated_only_on_request(tiny_wordnet):
     assert WordNet(str(tiny_wordnet), repeat=False).first("dogss") is None
 
 
@@ -73,19 +73,19 @@ def test_first_synset_is_nltks(tmp_path, monkeypatch):
     nltk = pytest.importorskip("nltk", reason="NLTK is not installed")
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
-    place = real_dictionary(monkeypatch)
-    if place.endswith(".zip"):
-        zipfile.ZipFile(place).extractall(tmp_path)
-        place = str(tmp_path / "wordnet")
+    found = real_dictionary(monkeypatch)
+    if found.endswith(".zip"):
+        zipfile.ZipFile(found).extractall(tmp_path)
+        found = str(tmp_path / "wordnet")
     folder = tmp_path / "corpora"
-    shutil.copytree(place, folder)
+    shutil.copytree(found, folder)
     if not (folder / "lexnames").exists():  # Debian leaves it out; only Synset.lexname wants it
         (folder / "lexnames").write_text("".join(f"{i:02d}\tname.{i}\t1\n" for i in range(45)))
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     monkeypatch.setattr(WordNetCorpusReader, "map_wn", lambda self, version="wordnet": None)  # of other languages
     with pytest.warns(UserWarning, match="multilingual"):
         reader = WordNetCorpusReader(str(folder), None)
-    ours = WordNet(place, repeat=tuple(map(int, nltk.__version__.split(".")[:2])) < (3, 9))
+    ours = WordNet(found, repeat=tuple(map(int, nltk.__version__.split(".")[:2])) < (3, 9))
 
     rng = random.Random(0)
     lemmas = [lemma for pos in ORDER for lemma in ours._lemmas[pos]]
@@ -150,7 +150,7 @@ def test_entity_is_datacomps_rule(tiny_wordnet, synsets, monkeypatch):
         assert lexicon.named([text.split() if text else []]) == [bool(value)]
 
 
-def test_entity_is_named_by_content_not_by_place(tiny_wordnet, tmp_path, synsets):
+def test_entity_is_identified_by_content(tiny_wordnet, tmp_path, synsets):
     other = write_dictionary(tmp_path / "elsewhere" / "dict")
     assert Entity(str(tiny_wordnet), synsets).id == Entity(str(other.parent), synsets).id
     (tmp_path / "more.txt").write_text("n00000100\n")
@@ -161,7 +161,7 @@ def test_entity_is_named_by_content_not_by_place(tiny_wordnet, tmp_path, synsets
     assert Entity(str(other), synsets).id != Entity(str(tiny_wordnet), synsets).id
 
 
-def test_nltks_zip_is_read_as_it_is(tiny_wordnet, tmp_path):
+def test_the_zip_of_nltk_can_be_read(tiny_wordnet, tmp_path):
     with zipfile.ZipFile(tmp_path / "wordnet.zip", "w") as archive:
         for path in tiny_wordnet.iterdir():
             archive.write(path, f"wordnet/{path.name}")
@@ -172,7 +172,7 @@ def test_nltks_zip_is_read_as_it_is(tiny_wordnet, tmp_path):
         WordNet(str(tmp_path / "empty.zip"))
 
 
-def test_what_is_not_there_is_told_of(tmp_path, monkeypatch, tiny_wordnet):
+def test_missing_files_are_reported(tmp_path, monkeypatch, tiny_wordnet):
     with pytest.raises(WinnowError, match=r"has no index\.noun"):
         wordnet.find(str(tmp_path))
     monkeypatch.setattr(wordnet, "candidate_folders", lambda: iter([str(tmp_path)]))
@@ -195,7 +195,7 @@ def test_broken_files_are_refused(tmp_path):
     with pytest.raises(WinnowError, match=r"index\.verb, line 5: is not a line"):
         WordNet(str(broken))
     (tmp_path / "bad.txt").write_text("n01440764\ntench\n")
-    with pytest.raises(WinnowError, match=r'line 2: "tench" is no synset'):
+    with pytest.raises(WinnowError, match=r'line 2: "tench" is not a synset'):
         read_synsets(str(tmp_path / "bad.txt"))
     (tmp_path / "nothing.txt").write_text("\n")
     with pytest.raises(WinnowError, match="lists no synset"):

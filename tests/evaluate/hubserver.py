@@ -1,4 +1,4 @@
-"""A hub of one's own: a folder served by the requests that huggingface_hub makes for data sets."""
+"""A local hub: a folder served to the requests that huggingface_hub makes for data sets."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Hub(ThreadingHTTPServer):
     """Serves `root/OWNER/NAME/…` as the data set OWNER/NAME, whose branch `main` stands at `commit`.
 
     Attributes:
-        failures: how often a request (method and path) is still to be answered with `status`.
-        asked: how often each was made.
+        failures: how often a request (method and path) will still be answered with `status`.
+        asked: how often each request was made.
     """
 
     daemon_threads = True

@@ -12,6 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from tests.drawing import COLORS, draw_image, write_tar
+from winnow.evaluate.protocols.base import IMAGES, EvalSet
+from winnow.evaluate.sets.files import open_set
+from winnow.evaluate.sets.layout import FoundTask
+from winnow.infra.pool.sample import Sample
 
 CONFIG = {
     "embed_dim": 16,
@@ -185,3 +189,12 @@ def write_train(root: Path, n: int = 24, classes: int = 6, split: str = "train")
     samples = classification_samples(n, classes, first={"train": 1000, "val": 2000}[split])
     write_tar(root / split / "0.tar", samples)
     (root / split / "nshards.txt").write_text("1\n")
+
+
+def open_found(found: FoundTask) -> EvalSet:
+    return open_set(found.task, found.url)
+
+
+def image_of(sample: Sample) -> bytes:
+    """The encoded image of a sample."""
+    return next(data for ext, data in sample.members.items() if ext in IMAGES)

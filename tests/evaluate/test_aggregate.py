@@ -1,4 +1,4 @@
-"""The comparison's figures, by hand on small cases."""
+"""The comparison's values, by hand on small cases."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import pytest
 
 from winnow.evaluate.report.tables import comparison_csv, comparison_text
+from winnow.evaluate.sets.layout import extra_task
 from winnow.evaluate.statistics.aggregate import (
     Estimate,
     SubsetScores,
@@ -15,7 +16,7 @@ from winnow.evaluate.statistics.aggregate import (
     headline,
     significance,
 )
-from winnow.evaluate.tasks.task import datacomp_tasks, extra_task
+from winnow.evaluate.tasks.read import datacomp_tasks
 
 
 def facts(*tasks) -> dict:
@@ -95,17 +96,17 @@ def test_only_the_38_are_called_so() -> None:
     assert average_name(tasks, ["mnist"]) == "average over 1 task"
 
 
-def test_headline_says_who_and_how_sure() -> None:
+def test_headline_names_the_best_and_its_significance() -> None:
     low = subset("none", {0: {"mnist": (0.10, 0.01)}, 1: {"mnist": (0.10, 0.01)}})
     high = subset("clip", {0: {"mnist": (0.30, 0.01)}, 1: {"mnist": (0.30, 0.01)}})
     assert headline(compare([low, high], TASKS, "none")).startswith("clip beat none by 0.200 ± 0.014")
     assert "No subset beat clip" in headline(compare([low, high], TASKS, "clip"))
     near = subset("clip", {0: {"mnist": (0.101, 0.01)}, 1: {"mnist": (0.101, 0.01)}})
     assert "is ahead of none" in headline(compare([low, near], TASKS, "none"))
-    assert "cannot be told apart" in significance(0.001, 0.01)
+    assert "cannot be distinguished" in significance(0.001, 0.01)
 
 
-def test_tables_agree_with_the_figures() -> None:
+def test_tables_agree_with_the_values() -> None:
     none = subset("none", {0: {"mnist": (0.25, 0.03)}}, 40)
     clip = subset("a|b", {0: {"mnist": (0.5, 0.04)}})
     result = compare([none, clip], facts(ALL["mnist"]), "none")

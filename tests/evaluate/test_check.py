@@ -1,4 +1,4 @@
-"""What `winnow evaluate --check` says of sets that are whole, short, broken or not there."""
+"""What `winnow evaluate --check` says of sets that are complete, partial, broken or missing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.evaluate.sets import write_classification, write_packed_wino, write_retrieval
+from tests.evaluate.sets import open_found, write_classification, write_packed_wino, write_retrieval
 from winnow.evaluate.check import (
     COMPLETE,
     INCOMPLETE,
@@ -16,8 +16,9 @@ from winnow.evaluate.check import (
     check_table,
     check_tasks,
 )
-from winnow.evaluate.sets.layout import EvalSet, find_tasks
-from winnow.evaluate.tasks.task import datacomp_tasks
+from winnow.evaluate.sets.layout import find_tasks
+from winnow.evaluate.sets.shards import samples_of
+from winnow.evaluate.tasks.read import datacomp_tasks
 from winnow.infra.errors import UsageError
 
 TEN = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -80,7 +81,7 @@ def test_what_evaluating_would_find_wrong(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [100, 600, 1030, 1200, 2047, 2049, 2300, 2577])
-def test_a_tar_cut_anywhere(tmp_path: Path, size: int) -> None:
+def test_a_tar_truncated_anywhere(tmp_path: Path, size: int) -> None:
     root = write_classification(tmp_path, shards=1)
     tar = root / "test" / "0.tar"
     tar.write_bytes(tar.read_bytes()[:size])
@@ -92,5 +93,5 @@ def test_counts_what_is_read(real_data: Path) -> None:
     """Of real sets: as many samples as reading them yields."""
     for found in find_tasks(str(real_data / "eval"), ("mnist", "renderedsst2")):
         (check,) = check_tasks(str(real_data / "eval"), found.task.key)
-        assert check.samples == sum(1 for _ in EvalSet.open(found).samples())
+        assert check.samples == sum(1 for _ in samples_of(open_found(found)))
         assert check.state == PARTIAL and datacomp_tasks()[found.task.key].size > check.samples

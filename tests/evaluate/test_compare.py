@@ -16,12 +16,13 @@ import pytest
 from tests.drawing import write_pool
 from winnow.evaluate.report.compare import CompareStage, SubsetEntry
 from winnow.evaluate.report.pool_view import funnel_rows, look
-from winnow.evaluate.stage import SCHEMA
-from winnow.evaluate.tasks.task import datacomp_tasks
+from winnow.evaluate.scores import SCHEMA
+from winnow.evaluate.tasks.read import datacomp_tasks
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
-from winnow.infra.pool.pool import Pool, write_view
+from winnow.infra.pool.pool import Pool
 from winnow.infra.pool.uids import encode_uids, save_subset
+from winnow.infra.pool.views import write_view
 from winnow.infra.stages.executors import SerialExecutor
 from winnow.infra.stages.runner import execute
 from winnow.infra.stages.stage import MANIFEST, Manifest
@@ -179,7 +180,7 @@ def test_wrong_inputs(tmp_path: Path, stage: CompareStage) -> None:
     with pytest.raises(WinnowError, match=r'holds no scores of checkpoint "none/7"'):
         execute(CompareStage((entry,), stage.scores, str(tmp_path / "x")), SerialExecutor())
     (tmp_path / "s/none/funnel.json").write_text("[]")
-    with pytest.raises(WinnowError, match=r"funnel\.json: is no funnel"):
+    with pytest.raises(WinnowError, match=r"funnel\.json: is not a funnel"):
         execute(CompareStage(stage.subsets, stage.scores, str(tmp_path / "y")), SerialExecutor())
 
 

@@ -1,4 +1,4 @@
-"""Cutting sets into parts, and features that are computed once."""
+"""Splitting sets into parts, and features that are computed once."""
 
 from __future__ import annotations
 
@@ -19,22 +19,29 @@ from tests.drawing import COLORS, write_tar
 from tests.evaluate.sets import (
     CONFIG,
     classification_samples,
+    image_of,
+    open_found,
     write_classification,
     write_config,
     write_retrieval,
     write_train,
 )
 from winnow.evaluate.features.stage import EmbedStage
-from winnow.evaluate.protocols.base import PROTOCOLS, SEEDS
-from winnow.evaluate.sets.layout import EvalSet, TaskError, find_tasks
-from winnow.evaluate.sets.shards import read_images, read_part, split_into_parts
+from winnow.evaluate.protocols import PROTOCOLS
+from winnow.evaluate.protocols.base import IMAGES, load_protocol
+from winnow.evaluate.sets.files import split_tars
+from winnow.evaluate.sets.layout import find_tasks
+from winnow.evaluate.sets.shards import Wanted, read_part, read_samples, samples_of, split_into_parts
 from winnow.evaluate.stage import EvaluateStage, folder_of
+from winnow.evaluate.tasks.task import TaskError
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 from winnow.infra.stages.executors import SerialExecutor
 from winnow.infra.stages.runner import Budget, execute
 from winnow.infra.stages.stage import Manifest, pending_units, read_manifest
 from winnow.pretrain.encoder import encoder_digest, load_encoder
+
+WANTED = Wanted(IMAGES, ("cls",))
 
 
 def run(stage: EvaluateStage, budget: Budget | None = None) -> Manifest:
@@ -76,14 +83,16 @@ def decoded(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("size", [1, 4, 7, 100])
 def test_parts_are_the_whole(tmp_path: Path, size: int) -> None:
     root = write_classification(tmp_path, n=30)
-    test_set = EvalSet.open(find_tasks(str(tmp_path))[0])
+    test_set = open_found(find_tasks(str(tmp_path))[0])
     parts = split_into_parts(str(root), "test", size)
     assert len(parts) == 2 * math.ceil(15 / size) and len({part.name for part in parts}) == len(parts)
-    raws = [raw for part in parts for raw in read_part(part)]
-    whole = list(test_set.samples())
-    assert [(raw.key, raw.image) for raw in raws] == [(sample.key, sample.image) for sample in whole]
-    assert [test_set.sample("", raw.key, raw.members).label for raw in raws] == [sample.label for sample in whole]
-    assert read_images(parts, [29, 3, 3, 17]) == [whole[i].image for i in (29, 3, 3, 17)]
+    raws = [raw for part in parts for raw in read_part(part, WANTED)]
+    whole = list(samples_of(test_set))
+    assert [(raw.key, image_of(raw)) for raw in raws] == [(sample.key, image_of(sample)) for sample in whole]
+    assert [int(raw.member("cls")) for raw in raws] == [sample.label for sample in whole]
+    assert [image_of(one) for one in read_samples(test_set.tars, [29, 3, 3, 17], WANTED)] == [
+        image_of(whole[i]) for i in (29, 3, 3, 17)
+    ]
 
 
 def test_parts_of_an_object_store_are_its_shards(tmp_path: Path) -> None:
@@ -92,34 +101,65 @@ def test_parts_of_an_object_store_are_its_shards(tmp_path: Path) -> None:
         storage.write_bytes(f"memory://sets/{path.relative_to(tmp_path)}", path.read_bytes())
     parts = split_into_parts("memory://sets/wds_colors_test", "test", 4)
     assert len(parts) == 2
-    here = [raw.image for part in split_into_parts(str(root), "test") for raw in read_part(part)]
-    assert [raw.image for part in parts for raw in read_part(part)] == here
-    assert read_images(parts, [20]) == [here[20]]
+    here = [image_of(raw) for part in split_into_parts(str(root), "test") for raw in read_part(part, WANTED)]
+    assert [image_of(raw) for part in parts for raw in read_part(part, WANTED)] == here
+    assert image_of(read_samples(split_tars("memory://sets/wds_colors_test"), [20], WANTED)[0]) == here[20]
 
 
-def test_a_cut_tar_is_a_broken_task(tmp_path: Path) -> None:
+def test_a_truncated_tar_is_a_broken_task(tmp_path: Path) -> None:
     root = write_classification(tmp_path, n=30, shards=1)
     tar = root / "test" / "0.tar"
     tar.write_bytes(tar.read_bytes()[:-12000])
     with pytest.raises(TaskError, match=r"0\.tar: truncated tar"):
-        [list(read_part(part)) for part in split_into_parts(str(root), "test", 4)]
+        [list(read_part(part, WANTED)) for part in split_into_parts(str(root), "test", 4)]
 
 
 def test_features_are_the_encoders(tmp_path: Path, data: Path, specs: dict[str, str]) -> None:
-    """What is kept, read back by hand, is what the encoder makes of each image alone."""
+    """The stored features, read by hand, are those of each image alone."""
     from winnow.infra.io.images import decode_image
 
     stage = stage_of(specs, data, tmp_path / "out").embedding()
     execute(stage, SerialExecutor())
     encoder = load_encoder(specs["wide"], device="cpu")
     for found in find_tasks(str(data)):
-        for part in stage.parts(found, "test"):
+        for part in split_into_parts(found.url, "test", stage.part_samples):
             unit = stage.images_unit(part, encoder.digest, found)
             kept = np.load(stage.url(f"{unit.name}.npy"))
             assert kept.dtype == np.float32
-            for row, raw in zip(kept, read_part(part), strict=True):
-                image = encoder.preprocess(decode_image(raw.image or b""))[None]
+            for row, raw in zip(kept, read_part(part, WANTED), strict=True):
+                image = encoder.preprocess(decode_image(image_of(raw)))[None]
                 np.testing.assert_allclose(row, encoder.encode_images(image)[0], atol=1e-6)
+
+
+def test_evaluating_reads_typed_columns_that_the_manifest_lists(
+    tmp_path: Path, data: Path, specs: dict[str, str], monkeypatch
+) -> None:
+    """Without building the embed stage's units, which alone know how files are named."""
+    stage = stage_of(specs, data, tmp_path / "out", protocols=("zeroshot", "knn"))
+    embedding = stage.embedding()
+    manifest = execute(embedding, SerialExecutor())
+    listed = manifest.values["splits"]
+    assert {key: set(splits) for key, splits in listed.items()} == {
+        "colors": {"test", "train"},
+        "retrieval-colors": {"test"},
+    }
+    files = {file for unit in manifest.values["units"].values() for file in unit["files"]}
+    assert files == set(manifest.files)
+    labels, captions = [], []
+    for key, found in (("colors", labels), ("retrieval-colors", captions)):
+        for part in listed[key]["test"]["parts"]:
+            (file,) = manifest.values["units"][part["samples"]]["files"]
+            table = pq.read_table(embedding.url(file))
+            assert [str(table.schema.field(name).type) for name in ("label", "captions", "metadata")] == [
+                "int64",
+                "list<element: string>",
+                "list<element: double>",
+            ]
+            found += table["label" if found is labels else "captions"].to_pylist()
+    assert sorted(labels) == sorted(i * 5 % 6 for i in range(30)) and [len(one) for one in captions] == [1, 2, 3] * 3
+    for method in ("plan", "samples_unit", "images_unit", "prompt_units"):
+        monkeypatch.setattr(EmbedStage, method, lambda *_: pytest.fail("rebuilt the embed stage"))
+    execute(stage, SerialExecutor())
 
 
 def test_each_image_is_decoded_once_and_nothing_twice(
@@ -178,12 +218,13 @@ def test_protocols_seeds_and_what_does_not_apply(
     write_classification(data, "wds_untrained_test", n=12)
     write_train(data / "wds_colors_test", n=12, split="val")
     monkeypatch.setattr("winnow.evaluate.protocols.fine_tune.MIN_STEPS", 3)
+    names = tuple(name for name in PROTOCOLS.table if "sampler" not in load_protocol(name).needs)
     monkeypatch.setattr("winnow.evaluate.protocols.fine_tune.EPOCHS", {0.01: 1, 0.1: 1})
-    stage = stage_of({"tiny": specs["tiny"]}, data, tmp_path / "out", protocols=tuple(PROTOCOLS))
+    stage = stage_of({"tiny": specs["tiny"]}, data, tmp_path / "out", protocols=names)
     manifest = run(stage)
     rows = pq.read_table(stage.url("scores.parquet")).to_pylist()
-    seeds = {name: {r["seed"] for r in rows if r["protocol"] == name and r["task"] == "colors"} for name in PROTOCOLS}
-    assert seeds == {name: set(SEEDS.get(name, (0,))) for name in PROTOCOLS}
+    seeds = {name: {r["seed"] for r in rows if r["protocol"] == name and r["task"] == "colors"} for name in names}
+    assert seeds == {name: set(load_protocol(name).seeds or (0,)) for name in names}
     assert {r["protocol"] for r in rows if r["task"] != "colors"} == {"zeroshot"}
     assert {r["n"] for r in rows if r["task"] == "colors"} == {30}
     unfit = {(e["task"], e["protocol"]): e["reason"] for e in manifest.values["not_applicable"]}
@@ -213,7 +254,7 @@ def test_a_broken_train_split_leaves_zero_shot_alone(tmp_path: Path, data: Path,
     assert reasons["colors", "knn"].startswith("wds_colors_test/train/0.tar: truncated tar")
 
 
-def test_a_part_that_fails_is_tried_again_and_hides_nothing(
+def test_a_failing_part_is_retried_and_affects_no_other_set(
     tmp_path: Path, data: Path, specs: dict[str, str], monkeypatch
 ) -> None:
     write_classification(data, "wds_other_test", n=10)
@@ -237,7 +278,7 @@ def test_a_part_that_fails_is_tried_again_and_hides_nothing(
     assert set(run(stage).values["tasks"]) == {"other", "retrieval-colors", "colors"}
 
 
-def test_a_checkpoint_that_cannot_be_loaded_hides_nothing(tmp_path: Path, data: Path, specs: dict[str, str]) -> None:
+def test_a_checkpoint_that_cannot_be_loaded_affects_no_other(tmp_path: Path, data: Path, specs: dict[str, str]) -> None:
     (tmp_path / "bad.pt").write_bytes(b"no weights")
     config = specs["tiny"].rpartition(":")[0]
     checkpoints = specs | {"bad": f"{config}:{tmp_path}/bad.pt"}
@@ -257,7 +298,7 @@ def test_an_encoder_without_text_is_probed(tmp_path: Path, data: Path, specs: di
     blind = winnow.pretrain.encoder.load_encoder(specs["tiny"])
     monkeypatch.setattr(blind, "has_text", False)
     monkeypatch.setattr(winnow.pretrain.encoder, "load_encoder", lambda *_, **__: blind)
-    monkeypatch.setattr("winnow.evaluate.features.stage._ENCODERS", {})
+    monkeypatch.setattr("winnow.pretrain.encoder._together", {})
     stage = stage_of({"blind": specs["tiny"]}, data, tmp_path / "out", protocols=("zeroshot", "knn"))
     manifest = run(stage)
     rows = pq.read_table(stage.url("scores.parquet")).to_pylist()
@@ -276,7 +317,7 @@ def test_reasons_name_tasks_and_checkpoints_once() -> None:
     assert _reasons(entries, names, "Left out") == ["Left out: knn of a, b for X, Y; c for Z; d (no split)."]
 
 
-def test_what_lies_under_transparency_is_seen_as_open_clip_sees_it(tmp_path: Path, specs: dict[str, str]) -> None:
+def test_transparency_is_handled_as_in_open_clip(tmp_path: Path, specs: dict[str, str]) -> None:
     """webdataset's decoder and open_clip's transform both convert to RGB, which drops the alpha channel."""
     rng = np.random.default_rng(0)
     root = write_classification(tmp_path / "data", n=2, shards=1)
@@ -294,12 +335,12 @@ def test_what_lies_under_transparency_is_seen_as_open_clip_sees_it(tmp_path: Pat
     stage = stage_of({"tiny": specs["tiny"]}, tmp_path / "data", tmp_path / "out").embedding()
     execute(stage, SerialExecutor())
     (found,) = find_tasks(str(tmp_path / "data"))
-    (part,) = stage.parts(found, "test")
+    (part,) = split_into_parts(found.url, "test", stage.part_samples)
     kept = np.load(stage.url(f"{stage.images_unit(part, encoder.digest, found).name}.npy"))
     np.testing.assert_allclose(kept, expected, atol=1e-6)
 
 
-def test_each_precision_has_features_of_its_own(tmp_path: Path, data: Path, specs: dict[str, str]) -> None:
+def test_each_precision_has_separate_features(tmp_path: Path, data: Path, specs: dict[str, str]) -> None:
     """bfloat16 keeps 8 bits: near float32's features, and not equal to them."""
     made = {}
     for precision in ("float32", "bfloat16"):
@@ -308,7 +349,10 @@ def test_each_precision_has_features_of_its_own(tmp_path: Path, data: Path, spec
         embedding = stage.embedding()
         (found,) = find_tasks(str(data), "colors")
         digest = stage.checkpoints[0][2]
-        files = [embedding.images_unit(part, digest, found).name for part in embedding.parts(found, "test")]
+        files = [
+            embedding.images_unit(part, digest, found).name
+            for part in split_into_parts(found.url, "test", embedding.part_samples)
+        ]
         made[precision] = np.concatenate([np.load(embedding.url(f"{file}.npy")) for file in files])
     difference = np.abs(made["float32"] - made["bfloat16"]).max()
     assert 1e-5 < difference < 0.05
@@ -326,7 +370,7 @@ def test_a_thin_image_is_left_out(tmp_path: Path, specs: dict[str, str]) -> None
     assert manifest.values["tasks"]["colors"]["n"] == 29
 
 
-def test_equal_broken_shards_are_each_told_of(tmp_path: Path, data: Path, specs: dict[str, str]) -> None:
+def test_equal_broken_shards_are_each_reported(tmp_path: Path, data: Path, specs: dict[str, str]) -> None:
     for name in ("wds_a_test", "wds_b_test"):
         root = write_classification(data, name)
         (root / "test" / "1.tar").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""All 40 entries in DataComp's own forms, tiny, through the stages: each has its figures, and DataComp's aggregation
+"""All 40 entries in DataComp's forms, tiny, through the stages: each has its scores, and DataComp's aggregation
 reads what is written."""
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import pytest
 from tests.drawing import COLORS, draw_image
 from tests.evaluate.sets import (
     add_metadata,
+    open_found,
     write_classification,
     write_config,
     write_faces,
@@ -22,8 +23,9 @@ from tests.evaluate.sets import (
 from tests.evaluate.test_packed import write_arrow
 from winnow.evaluate.report.tables import partial_note
 from winnow.evaluate.sets.layout import find_tasks
+from winnow.evaluate.sets.shards import samples_of
 from winnow.evaluate.stage import EvaluateStage
-from winnow.evaluate.tasks.task import datacomp_tasks
+from winnow.evaluate.tasks.read import datacomp_tasks
 from winnow.infra.stages.executors import SerialExecutor
 from winnow.infra.stages.runner import execute
 from winnow.pretrain.encoder import encoder_digest
@@ -76,7 +78,7 @@ def evaluated(tmp_path_factory) -> tuple[Path, dict]:
     return folder, manifest.values
 
 
-def test_every_entry_has_its_figures(evaluated) -> None:
+def test_every_entry_has_its_scores(evaluated) -> None:
     folder, values = evaluated
     assert values["missing"] == [] and values["not_applicable"] == []
     assert set(values["tasks"]) == set(TASKS)
@@ -118,10 +120,10 @@ def test_group_metadata_that_is_missing_is_named(evaluated, tmp_path: Path) -> N
         names = [f"class {i}" for i in range(task.classes)]
         write_classification(tmp_path / "data", task.data_folder, n=N, names=names)
         (found,) = find_tasks(str(tmp_path / "data"), key)
-        from winnow.evaluate.sets.layout import EvalSet, TaskError
+        from winnow.evaluate.tasks.task import TaskError
 
         if fails:
             with pytest.raises(TaskError, match=r"0\.tar, sample s0000000: no metadata \(\.npy\)"):
-                list(EvalSet.open(found).samples())
+                list(samples_of(open_found(found)))
         else:
-            assert len(list(EvalSet.open(found).samples())) == N
+            assert len(list(samples_of(open_found(found)))) == N

@@ -1,4 +1,4 @@
-"""Sets on a hub: fetched once, tried again, pinned; against a local server that speaks the hub's requests."""
+"""Sets on a hub: downloaded once, retried, pinned; against a local server that answers the hub's requests."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 
 from tests.evaluate.hubserver import Hub, serving
-from tests.evaluate.sets import TEMPLATES, write_classification, write_config, write_packed_retrieval
+from tests.evaluate.sets import TEMPLATES, open_found, write_classification, write_config, write_packed_retrieval
 from winnow.evaluate.check import COMPLETE, INCOMPLETE, MISSING, check_tasks
+from winnow.evaluate.protocols.base import EvalSet
 from winnow.evaluate.sets import hub
-from winnow.evaluate.sets.layout import EvalSet, TaskError, data_digest, find_tasks
-from winnow.evaluate.tasks.task import datacomp_tasks
+from winnow.evaluate.sets.files import data_digest
+from winnow.evaluate.sets.layout import find_tasks
+from winnow.evaluate.sets.shards import samples_of
+from winnow.evaluate.tasks.read import datacomp_tasks
+from winnow.evaluate.tasks.task import TaskError
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
 
@@ -24,44 +28,49 @@ def server(tmp_path: Path, monkeypatch):
     root = tmp_path / "hub"
     write_classification(root / "djghosh", "wds_cifar10_test", names=TEN, n=20)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hub, "WAITS", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(hub, "DELAYS", (0.01, 0.01, 0.01))
     with serving(root, COMMIT) as running:
         monkeypatch.setenv("HF_ENDPOINT", running.url)
         yield running
+
+
+def content(test_set: EvalSet) -> list[tuple]:
+    """What the samples of a set hold."""
+    return [(sample.key, sample.label, sample.texts, sample.members) for sample in samples_of(test_set)]
 
 
 def resolve(path: str, repo: str = "djghosh/wds_cifar10_test", revision: str = COMMIT) -> str:
     return f"/datasets/{repo}/resolve/{revision}/{path}"
 
 
-def test_a_set_is_read_and_then_kept(server: Hub) -> None:
+def test_a_set_is_read_and_cached(server: Hub) -> None:
     (found,) = find_tasks("hf://datasets/djghosh@main", "cifar10")
     assert found.url == f"hub://djghosh/wds_cifar10_test@{COMMIT}"  # the branch became a commit
-    test_set = EvalSet.open(found)
+    test_set = open_found(found)
     assert test_set.classnames == tuple(TEN) and test_set.templates == TEMPLATES
     local = next(iter((server.root / "djghosh").iterdir()))
-    samples = list(test_set.samples())
-    assert samples == list(EvalSet.open(find_tasks(str(local.parent), "cifar10")[0]).samples())
+    samples = content(test_set)
+    assert samples == content(open_found(find_tasks(str(local.parent), "cifar10")[0]))
     before = sum(server.asked.values())
-    assert list(EvalSet.open(found).samples()) == samples
+    assert content(open_found(found)) == samples
     assert sum(server.asked.values()) == before  # a commit does not change: nothing is asked for twice
 
 
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
-def test_requests_that_fail_are_made_again(server: Hub, method: str) -> None:
+def test_failing_requests_are_retried(server: Hub, method: str) -> None:
     (found,) = find_tasks("hf://datasets/djghosh@main", "cifar10")
     server.failures[f"{method} {resolve('test/1.tar')}"] = 2
     server.failures[f"GET /api/datasets/djghosh/wds_cifar10_test/tree/{COMMIT}"] = 1
-    assert len(list(EvalSet.open(found).samples())) == 20
+    assert len(list(samples_of(open_found(found)))) == 20
     assert server.asked[f"{method} {resolve('test/1.tar')}"] >= 3
 
 
 def test_a_hub_that_keeps_failing(server: Hub) -> None:
     (found,) = find_tasks("hf://datasets/djghosh@main", "cifar10")
-    test_set = EvalSet.open(found)
+    test_set = open_found(found)
     server.failures[f"GET {resolve('test/0.tar')}"] = 99
     with pytest.raises(WinnowError, match=r"wds_cifar10_test.*test/0\.tar: cannot be fetched from the hub"):
-        list(test_set.samples())
+        list(samples_of(test_set))
 
 
 def test_pinned_revisions(server: Hub) -> None:
@@ -78,7 +87,7 @@ def test_pinned_revisions(server: Hub) -> None:
     (found,) = find_tasks("hf://datasets/somebody", "cifar10")
     assert found.url == "hub://somebody/wds_cifar10_test@main"
     with pytest.raises(TaskError, match="no such file"):
-        EvalSet.open(found)
+        open_found(found)
     with pytest.raises(UsageError, match="names no owner"):
         find_tasks("hf://datasets/")
     with pytest.raises(UsageError, match=r'unknown task "cifar11"'):
@@ -97,13 +106,13 @@ def test_the_digest_follows_content(server: Hub, tmp_path: Path) -> None:
 
 def test_what_is_in_the_cache_needs_no_hub(server: Hub) -> None:
     (found,) = find_tasks("hf://datasets/djghosh@main", "cifar10")
-    samples, digest = list(EvalSet.open(found).samples()), data_digest(found.url)
+    samples, digest = content(open_found(found)), data_digest(found.url)
     tar = storage.join(found.url, "test", "0.tar")
     sizes = storage.size_of(tar), len(storage.read_bytes(tar))
     server.shutdown()
     server.server_close()
     hub._listing.cache_clear()
-    assert list(EvalSet.open(found).samples()) == samples
+    assert content(open_found(found)) == samples
     assert data_digest(found.url) == digest
     assert sizes == (storage.size_of(tar), len(storage.read_bytes(tar)))
 
@@ -126,7 +135,7 @@ def test_a_hub_that_cannot_be_reached_is_no_missing_file(server: Hub, monkeypatc
     server.failures[f"GET /api/datasets/djghosh/wds_cifar10_test/tree/{COMMIT}"] = 99
     server.status = 403
     with pytest.raises(WinnowError, match="cannot be fetched") as caught:
-        EvalSet.open(found)
+        open_found(found)
     assert not isinstance(caught.value, TaskError)  # so that it is tried again
     (row,) = check_tasks("hf://datasets/djghosh@main", "cifar10")
     assert row.state == INCOMPLETE and "cannot be fetched" in row.note
@@ -157,5 +166,5 @@ def test_a_packed_set_from_the_hub(server: Hub, tmp_path: Path, monkeypatch) -> 
     folder = server.root / "nlphuji" / "flickr_1k_test_image_text_retrieval"
     captions = write_packed_retrieval(folder)
     (found,) = find_tasks("hf://datasets/djghosh@main", "Flickr")
-    samples = list(EvalSet.open(found).samples())
-    assert {sample.key: list(sample.captions) for sample in samples} == captions
+    samples = list(samples_of(open_found(found)))
+    assert {sample.key: list(sample.texts) for sample in samples} == captions

@@ -11,14 +11,17 @@ from sklearn import metrics as sk
 from tests.evaluate.sets import (
     FACE_NAMES,
     FACE_TEMPLATES,
+    open_found,
     wino_rows,
     write_classification,
     write_faces,
     write_packed_wino,
 )
-from winnow.evaluate.protocols.base import Features, Row, kind_of
-from winnow.evaluate.sets.layout import EvalSet, FoundTask
-from winnow.evaluate.tasks.task import Task, datacomp_tasks, extra_task
+from winnow.evaluate.protocols.base import EvalSet, Features, Row, SetTexts, load_kind, load_protocol
+from winnow.evaluate.sets.layout import FoundTask, extra_task
+from winnow.evaluate.sets.shards import samples_of
+from winnow.evaluate.tasks.read import datacomp_tasks
+from winnow.evaluate.tasks.task import Task
 
 TASKS = datacomp_tasks()
 
@@ -28,7 +31,7 @@ def unit(array: np.ndarray) -> np.ndarray:
 
 
 class Texts:
-    """An encoder of texts: each gets a direction of its own, always the same."""
+    """An encoder of texts: each has its fixed direction."""
 
     def __init__(self, dim: int = 6) -> None:
         self.dim, self.seen = dim, []
@@ -42,13 +45,11 @@ class Texts:
 
 
 def set_of(task: Task, classnames: tuple[str, ...], templates: tuple[str, ...] = ("a {c}", "the {c}")) -> EvalSet:
-    return EvalSet(task, "nowhere", classnames, templates, ())
+    return EvalSet(task, "nowhere", load_kind(task.kind), SetTexts(classnames, templates))
 
 
 def rows_of(features: Features, test_set: EvalSet) -> dict[str, Row]:
-    kind = kind_of("zeroshot", test_set.task.kind)
-    assert kind is not None
-    rows = kind(features, test_set)
+    rows = load_protocol("zeroshot").run(features, test_set)
     assert len({row.metric for row in rows}) == len(rows)
     assert all(type(row.value) is float and 0 <= row.value <= 1 and row.stderr >= 0 for row in rows)
     return {row.metric: row for row in rows}
@@ -104,7 +105,7 @@ def test_iwildcam() -> None:
     assert rows["mean_per_class_recall"].value == pytest.approx(recall)
 
 
-def test_metadata_that_is_not_there_leaves_the_other_figures() -> None:
+def test_missing_metadata_leaves_the_other_scores() -> None:
     features, test_set, _ = classified("wilds/camelyon17")
     rows = rows_of(Features(features.images, features.labels, Texts(), metadata=features.metadata * np.nan), test_set)
     assert set(rows) == {"acc1", "acc5", "mean_per_class_recall"}
@@ -141,8 +142,8 @@ def test_images_of_other_classes_do_not_count() -> None:
 def test_faces(tmp_path: Path) -> None:
     """DataComp's tables, an image at a time."""
     write_faces(tmp_path, n=60)
-    test_set = EvalSet.open(FoundTask(TASKS["fairness/fairface"], str(tmp_path / "wds_fairface_test")))
-    metadata = np.array([sample.metadata for sample in test_set.samples()])
+    test_set = open_found(FoundTask(TASKS["fairness/fairface"], str(tmp_path / "wds_fairface_test")))
+    metadata = np.array([sample.columns["metadata"] for sample in samples_of(test_set)])
     texts, rng = Texts(), np.random.default_rng(1)
     images = unit(rng.normal(size=(60, 6)))
     rows = rows_of(Features(images, np.full(60, -1), texts, metadata=metadata), test_set)
@@ -187,8 +188,8 @@ def test_winogavil(tmp_path: Path, monkeypatch) -> None:
     """DataComp's loop over instances, with scikit-learn's Jaccard index."""
     monkeypatch.setenv("WINNOW_CACHE", str(tmp_path / "cache"))
     write_packed_wino(tmp_path / "wds_misc-winogavil_test")
-    test_set = EvalSet.open(FoundTask(TASKS["misc/winogavil"], str(tmp_path / "wds_misc-winogavil_test")))
-    keys, texts = [sample.key for sample in test_set.samples()], Texts()
+    test_set = open_found(FoundTask(TASKS["misc/winogavil"], str(tmp_path / "wds_misc-winogavil_test")))
+    keys, texts = [sample.key for sample in samples_of(test_set)], Texts()
     images = unit(np.random.default_rng(2).normal(size=(len(keys), 6)))
     rows = rows_of(Features(images, np.full(len(keys), -1), texts, keys=keys), test_set)
     assert "An owl 0" in texts.seen and "A cat 1" in texts.seen and "A bee 4" in texts.seen
@@ -234,17 +235,17 @@ def test_multilabel() -> None:
 
 @pytest.mark.parametrize("names", [[f"thing {i}" for i in range(313)]])
 def test_objectnet_mapping(tmp_path: Path, names: list[str]) -> None:
-    """A set in ObjectNet's own 313 classes, with the mapping file of its release."""
+    """A set with all of ObjectNet's 313 classes, with the mapping file of its release."""
     import json
 
     root = write_classification(tmp_path, "wds_objectnet_test", n=60, names=names)
     kept = [name for i, name in enumerate(names) if i % 3 == 0 or i < 12][:113]
     mapping = {name.capitalize(): f"{name} of ImageNet; another" for name in reversed(kept)}
     (root / "objectnet_to_imagenet_1k.json").write_text(json.dumps(mapping))
-    test_set = EvalSet.open(FoundTask(TASKS["objectnet"], str(root)))
+    test_set = open_found(FoundTask(TASKS["objectnet"], str(root)))
     assert list(test_set.classnames) == kept
-    whole = EvalSet.open(FoundTask(extra_task("wds_objectnet_test", "zeroshot_classification", 313), str(root)))
-    for mine, reference in zip(test_set.samples(), whole.samples(), strict=True):
+    whole = open_found(FoundTask(extra_task("wds_objectnet_test", "zeroshot_classification", 313), str(root)))
+    for mine, reference in zip(samples_of(test_set), samples_of(whole), strict=True):
         name = names[reference.label]
         assert mine.label == (kept.index(name) if name in kept else -1)
-    assert {sample.label >= 0 for sample in test_set.samples()} == {True, False}
+    assert {sample.label >= 0 for sample in samples_of(test_set)} == {True, False}

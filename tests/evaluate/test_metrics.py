@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 import pytest
+import scipy.linalg
+import torch
 from sklearn import metrics as sk
 
 from winnow.evaluate import metrics
@@ -141,3 +143,22 @@ def test_bootstraps_against_plain_resampling() -> None:
     fraction = correct.mean()
     closed = metrics.binomial_stderr(fraction, n)
     assert metrics.worst_group_stderr(correct, np.zeros(n, int)) == pytest.approx(closed, rel=0.1)
+
+
+def test_frechet_distance_is_heusel_et_als() -> None:
+    """Against the formula with scipy's matrix root, torchmetrics', and closed forms."""
+    from torchmetrics.image.fid import _compute_fid
+
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(300, 6)) @ rng.normal(size=(6, 6)), rng.normal(size=(200, 6)) + 1
+    (mu1, cov1), (mu2, cov2) = metrics.moments(a), metrics.moments(b)
+    np.testing.assert_allclose(cov1, (a - mu1).T @ (a - mu1) / 299)
+    plain = np.sum((mu1 - mu2) ** 2) + np.trace(cov1 + cov2 - 2 * scipy.linalg.sqrtm(cov1 @ cov2).real)
+    found = metrics.frechet_distance(mu1, cov1, mu2, cov2)
+    assert found == pytest.approx(plain, rel=1e-9)
+    assert found == pytest.approx(float(_compute_fid(*map(torch.from_numpy, (mu1, cov1, mu2, cov2)))), rel=1e-6)
+    assert found == pytest.approx(metrics.frechet_distance(mu2, cov2, mu1, cov1))
+    assert metrics.frechet_distance(mu1, cov1, mu1, cov1) == pytest.approx(0, abs=1e-6)
+    # Diagonal covariances commute: Σ (σ₁ − σ₂)².
+    found = metrics.frechet_distance(np.zeros(2), np.diag([4.0, 9.0]), np.ones(2), np.diag([1.0, 0.0]))
+    assert found == pytest.approx(2 + 1 + 9)

@@ -1,4 +1,4 @@
-"""Sets kept as a table with images: as in the hub's repositories, and as the datasets library caches them."""
+"""Sets distributed as a table with images: as in the hub's repositories, and as the datasets library caches them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 
 from tests.drawing import COLORS, draw_image
 from tests.evaluate.sets import (
+    image_of,
+    open_found,
     wino_images,
     wino_rows,
     write_csv,
@@ -17,8 +19,12 @@ from tests.evaluate.sets import (
     write_packed_wino,
     write_zip,
 )
-from winnow.evaluate.sets.layout import EvalSet, FoundTask, TaskError, data_digest, find_tasks
-from winnow.evaluate.tasks.task import datacomp_tasks
+from winnow.evaluate.protocols.base import EvalSet
+from winnow.evaluate.sets.files import data_digest
+from winnow.evaluate.sets.layout import FoundTask, find_tasks
+from winnow.evaluate.sets.shards import samples_of
+from winnow.evaluate.tasks.read import datacomp_tasks
+from winnow.evaluate.tasks.task import TaskError
 
 FLICKR = datacomp_tasks()["retrieval/flickr_1k_test_image_text_retrieval"]
 WINO = datacomp_tasks()["misc/winogavil"]
@@ -32,28 +38,28 @@ def cache(tmp_path: Path, monkeypatch) -> Path:
 
 def opened(data: Path) -> EvalSet:
     (found,) = find_tasks(str(data))
-    return EvalSet.open(found)
+    return open_found(found)
 
 
 @pytest.mark.parametrize("python_lists", [False, True])
 def test_table_and_zip(tmp_path: Path, cache: Path, python_lists: bool) -> None:
     captions = write_packed_retrieval(tmp_path / "data" / FLICKR.data_folder, python_lists)
-    samples = list(opened(tmp_path / "data").samples())
-    assert {sample.key: list(sample.captions) for sample in samples} == captions
+    samples = list(samples_of(opened(tmp_path / "data")))
+    assert {sample.key: list(sample.texts) for sample in samples} == captions
     assert [sample.key for sample in samples] == list(captions)  # in the table's order
-    assert samples[1].image == draw_image(list(COLORS.values())[1], 801)
-    list(opened(tmp_path / "data").samples())
+    assert image_of(samples[1]) == draw_image(list(COLORS.values())[1], 801)
+    list(samples_of(opened(tmp_path / "data")))
     assert len(list(cache.iterdir())) == 1
 
 
-def test_a_changed_table_is_unpacked_anew(tmp_path: Path) -> None:
+def test_a_changed_table_is_unpacked_again(tmp_path: Path) -> None:
     root = tmp_path / "data" / FLICKR.data_folder
     write_packed_retrieval(root)
-    assert len(list(opened(tmp_path / "data").samples())) == 7
+    assert len(list(samples_of(opened(tmp_path / "data")))) == 7
     before = data_digest(str(root))
     write_csv(root / "test_1k_flickr.csv", [{"raw": '["one"]', "split": "test", "filename": "1003.jpg"}])
-    (sample,) = opened(tmp_path / "data").samples()
-    assert sample.captions == ("one",) and data_digest(str(root)) != before
+    (sample,) = samples_of(opened(tmp_path / "data"))
+    assert sample.texts == ("one",) and data_digest(str(root)) != before
 
 
 def test_names_with_dots_are_different_images(tmp_path: Path) -> None:
@@ -66,8 +72,8 @@ def test_names_with_dots_are_different_images(tmp_path: Path) -> None:
     files = {name: draw_image((40 * i, 9, 9), i) for i, name in enumerate(shown)}
     write_zip(root / "winogavil_images.zip", {f"images/{name}.jpg": data for name, data in files.items()})
     test_set = opened(tmp_path / "data")
-    images = {sample.key: sample.image for sample in test_set.samples()}
-    (one,) = test_set.associations()
+    images = {sample.key: image_of(sample) for sample in samples_of(test_set)}
+    (one,) = test_set.texts.extra
     assert [images[key] for key in one.candidates] == list(files.values())
     assert [images[key] for key in one.selected] == [files["dr. b"]]
 
@@ -76,10 +82,10 @@ def test_winogavil(tmp_path: Path) -> None:
     rows = write_packed_wino(tmp_path / "data" / WINO.data_folder)
     test_set = opened(tmp_path / "data")
     images = wino_images()
-    assert {sample.key: sample.image for sample in test_set.samples()} == {
+    assert {sample.key: image_of(sample) for sample in samples_of(test_set)} == {
         name: images[name] for row in rows for name in row["candidates"]
     }
-    found = [(one.cue, list(one.candidates), sorted(one.selected)) for one in test_set.associations()]
+    found = [(one.cue, list(one.candidates), sorted(one.selected)) for one in test_set.texts.extra]
     assert found == [(row["cue"], row["candidates"], sorted(row["associations"])) for row in rows]
 
 
@@ -109,11 +115,11 @@ def test_datasets_cache(tmp_path: Path) -> None:
     write_arrow(cache / f"nlphuji___{name}" / "TEST" / "1.1.0" / "abc" / f"{name}-test.arrow", [row])
     found = {entry.task.key: entry for entry in find_tasks(str(tmp_path / "data"))}
     assert list(found) == [WINO.key, FLICKR.key]
-    wino = EvalSet.open(found[WINO.key])
-    assert [one.cue for one in wino.associations()] == [row["cue"] for row in rows]
-    assert all(sample.image == images[sample.key] for sample in wino.samples())
-    (sample,) = EvalSet.open(found[FLICKR.key]).samples()
-    assert (sample.key, sample.image, sample.captions) == ("1", extracted.read_bytes(), ("one", "two"))
+    wino = open_found(found[WINO.key])
+    assert [one.cue for one in wino.texts.extra] == [row["cue"] for row in rows]
+    assert all(image_of(sample) == images[sample.key] for sample in samples_of(wino))
+    (sample,) = samples_of(open_found(found[FLICKR.key]))
+    assert (sample.key, image_of(sample), sample.texts) == ("1", extracted.read_bytes(), ("one", "two"))
 
 
 def test_a_path_outside_the_cache_is_not_read(tmp_path: Path) -> None:
@@ -123,7 +129,7 @@ def test_a_path_outside_the_cache_is_not_read(tmp_path: Path) -> None:
         row = {"image": {"bytes": None, "path": path}, "caption": ["one"]}
         folder = tmp_path / "data" / "hf_cache" / "nlphuji___flickr_1k_test_image_text_retrieval"
         write_arrow(folder / "TEST" / "1.1.0" / "a" / "x-test.arrow", [row])
-        with pytest.raises(TaskError, match="neither there nor in hf_cache"):
+        with pytest.raises(TaskError, match="neither embedded nor in hf_cache"):
             opened(tmp_path / "data")
 
 
@@ -131,8 +137,8 @@ def test_a_path_outside_the_cache_is_not_read(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ({"raw": '["a"]', "filename": "nowhere.jpg"}, r'images_flickr_1k_test\.zip: holds no image "nowhere\.jpg"'),
-        ({"raw": "__import__('os')", "filename": "1000.jpg"}, r"test_1k_flickr\.csv:2: .*is no list of strings"),
-        ({"raw": "[1]", "filename": "1000.jpg"}, r"test_1k_flickr\.csv:2: .*is no list of strings"),
+        ({"raw": "__import__('os')", "filename": "1000.jpg"}, r"test_1k_flickr\.csv:2: .*is not a list of strings"),
+        ({"raw": "[1]", "filename": "1000.jpg"}, r"test_1k_flickr\.csv:2: .*is not a list of strings"),
         ({"text": "a", "filename": "1000.jpg"}, r'test_1k_flickr\.csv: has no column "raw"'),
     ],
 )
@@ -151,4 +157,4 @@ def test_a_broken_zip(tmp_path: Path) -> None:
     archive = root / "images_flickr_1k_test.zip"
     archive.write_bytes(archive.read_bytes()[:900])
     with pytest.raises(TaskError, match=r"images_flickr_1k_test\.zip: cannot be read"):
-        EvalSet.open(FoundTask(FLICKR, str(root)))
+        open_found(FoundTask(FLICKR, str(root)))

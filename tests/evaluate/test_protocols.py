@@ -11,18 +11,20 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from tests.drawing import COLORS
-from tests.evaluate.sets import classification_samples, write_classification, write_config
+from tests.evaluate.sets import classification_samples, image_of, open_found, write_classification, write_config
+from winnow.evaluate.protocols import PROTOCOLS, linear, logistic, sgd
 from winnow.evaluate.protocols import fine_tune as finetune
-from winnow.evaluate.protocols import linear, sgd
-from winnow.evaluate.protocols.base import PROTOCOLS, Features, Split, kind_of
+from winnow.evaluate.protocols.base import IMAGES, EvalSet, Features, Split, load_protocol
 from winnow.evaluate.protocols.few_labels import few_labels
 from winnow.evaluate.protocols.knn import votes
-from winnow.evaluate.sets.layout import EvalSet, TaskError, find_tasks
-from winnow.evaluate.sets.shards import read_part, split_into_parts
+from winnow.evaluate.sets.layout import find_tasks
+from winnow.evaluate.sets.shards import Wanted, read_part, split_into_parts
+from winnow.evaluate.tasks.task import TaskError
 from winnow.infra.io.images import decode_image
+from winnow.infra.pool.sample import Sample
 from winnow.pretrain.encoder import load_encoder
 
-TRAINED = sorted(set(PROTOCOLS) - {"zeroshot"})
+TRAINED = [name for name in PROTOCOLS.names() if "train" in load_protocol(name).needs]
 
 
 def clusters(n: int, dim: int, classes: int, seed: int = 0, noise: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
@@ -37,13 +39,15 @@ def clusters(n: int, dim: int, classes: int, seed: int = 0, noise: float = 2.0) 
 @pytest.mark.parametrize("l2", [1e-3, 0.1, 1.0, 1e4])
 def test_logistic_regression_is_scikit_learns(l2: float) -> None:
     x, y = clusters(150, 6, 4)
-    w, b = linear.fit(linear.to_torch(x, "cpu"), torch.as_tensor(y), 4, l2, tolerance=1e-9)
+    w, b = logistic.fit(logistic.to_torch(x, "cpu"), torch.as_tensor(y), 4, l2, tolerance=1e-9)
     reference = LogisticRegression(C=1 / l2, tol=1e-10, max_iter=50_000).fit(x.astype(float), y)
     # The softmax is the same when every class's weights are shifted alike.
     np.testing.assert_allclose(w - w.mean(dim=0), reference.coef_ - reference.coef_.mean(axis=0), atol=2e-3)
     np.testing.assert_allclose(b - b.mean(), reference.intercept_ - reference.intercept_.mean(), atol=2e-3)
     # At the tolerance that is used the scores are those, too.
-    ours = linear.logits_of(linear.fit(linear.to_torch(x, "cpu"), torch.as_tensor(y), 4, l2), linear.to_torch(x, "cpu"))
+    ours = logistic.logits_of(
+        logistic.fit(logistic.to_torch(x, "cpu"), torch.as_tensor(y), 4, l2), logistic.to_torch(x, "cpu")
+    )
     assert (ours.argmax(axis=1) == reference.predict(x)).mean() > 0.99
 
 
@@ -52,15 +56,15 @@ def test_more_dimensions_than_samples(rank: int) -> None:
     """Features that fill a part of their space only, as few samples do: scikit-learn's weights in all of it."""
     x, y = clusters(12, 20, 3)
     x[:, rank:] = x[:, :1]
-    w, b = linear.fit(linear.to_torch(x, "cpu"), torch.as_tensor(y), 3, 0.1, tolerance=1e-9)
+    w, b = logistic.fit(logistic.to_torch(x, "cpu"), torch.as_tensor(y), 3, 0.1, tolerance=1e-9)
     reference = LogisticRegression(C=10, tol=1e-10, max_iter=50_000).fit(x.astype(float), y)
     np.testing.assert_allclose(w, reference.coef_ - reference.coef_.mean(axis=0), atol=2e-3)
     np.testing.assert_allclose(b - b.mean(), reference.intercept_ - reference.intercept_.mean(), atol=2e-3)
 
 
-def test_features_that_are_all_the_same_leave_the_share_of_each_class() -> None:
+def test_identical_features_give_the_frequency_of_each_class() -> None:
     x = torch.full((4, 3), 0.5, dtype=torch.float64)
-    w, b = linear.fit(x, torch.tensor([0, 0, 0, 1]), 2, 1.0, tolerance=1e-9)
+    w, b = logistic.fit(x, torch.tensor([0, 0, 0, 1]), 2, 1.0, tolerance=1e-9)
     assert not w.any()
     np.testing.assert_allclose(torch.softmax(b, dim=0), [0.75, 0.25], atol=1e-6)
 
@@ -68,7 +72,7 @@ def test_features_that_are_all_the_same_leave_the_share_of_each_class() -> None:
 def test_two_classes_are_the_binomial_regression() -> None:
     """l2/2 (|w0|² + |w1|²) with w1 = -w0 = v/2 is l2/4 |v|², and scikit-learn's penalty |v|²/(2C)."""
     x, y = clusters(80, 5, 2)
-    w, b = linear.fit(linear.to_torch(x, "cpu"), torch.as_tensor(y), 2, 0.5, tolerance=1e-9)
+    w, b = logistic.fit(logistic.to_torch(x, "cpu"), torch.as_tensor(y), 2, 0.5, tolerance=1e-9)
     reference = LogisticRegression(C=2 / 0.5, tol=1e-10, max_iter=50_000).fit(x.astype(float), y)
     np.testing.assert_allclose(w[1] - w[0], reference.coef_[0], atol=1e-3)
     np.testing.assert_allclose(b[1] - b[0], reference.intercept_[0], atol=1e-3)
@@ -76,11 +80,11 @@ def test_two_classes_are_the_binomial_regression() -> None:
 
 def test_where_a_fit_starts_does_not_matter_and_an_absent_class_is_never_predicted() -> None:
     x, y = clusters(100, 5, 3)
-    xs, ys = linear.to_torch(x, "cpu"), torch.as_tensor(y)
+    xs, ys = logistic.to_torch(x, "cpu"), torch.as_tensor(y)
     start = (torch.randn(5, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64))
-    plain, warm = linear.fit(xs, ys, 5, 0.1, tolerance=1e-9), linear.fit(xs, ys, 5, 0.1, start, tolerance=1e-9)
+    plain, warm = logistic.fit(xs, ys, 5, 0.1, tolerance=1e-9), logistic.fit(xs, ys, 5, 0.1, start, tolerance=1e-9)
     np.testing.assert_allclose(plain[0], warm[0], atol=1e-3)
-    assert linear.logits_of(plain, xs).argmax(axis=1).max() == 2
+    assert logistic.logits_of(plain, xs).argmax(axis=1).max() == 2
 
 
 @pytest.mark.parametrize("peak", [-6.0, -5.875, -3.2, 0.0, 0.125, 2.6, 5.9, 6.0])
@@ -97,7 +101,7 @@ def test_sweep_finds_the_peak_of_the_96_values(peak: float) -> None:
     assert len(looked) == len(set(looked)) <= 15
 
 
-def test_carve_takes_a_fifth_of_each_class() -> None:
+def test_split_labels_takes_a_fifth_of_each_class() -> None:
     labels = np.repeat([0, 1, 2, 5], [50, 10, 2, 1])
     local, held = linear.split_labels(labels)
     assert sorted([*local, *held]) == list(range(len(labels)))
@@ -131,7 +135,7 @@ def test_probe_is_the_best_of_scikit_learns_on_validation() -> None:
 
 
 def test_a_validation_split_of_one_class_chooses_nothing() -> None:
-    """Any strength is as good on it; the classes are told apart all the same."""
+    """Any strength is as good on it; the classes are separated all the same."""
     rng = np.random.default_rng(1)
     labels = np.repeat(np.arange(4), 30)
     images = np.float32(np.eye(4)[labels] + rng.normal(scale=0.3, size=(120, 4)))
@@ -167,7 +171,7 @@ def test_sgd_is_the_update_rule(monkeypatch) -> None:
     monkeypatch.setattr(sgd, "EPOCHS", 1)
     monkeypatch.setattr(sgd, "BATCH", 16)
     x, y = clusters(40, 3, 3)
-    w, b = sgd.fit_sgd(linear.to_torch(x, "cpu"), torch.as_tensor(y), 3, seed=4, rate=2.0)
+    w, b = sgd.fit_sgd(logistic.to_torch(x, "cpu"), torch.as_tensor(y), 3, seed=4, rate=2.0)
     rng, order = np.random.default_rng(4), []
     theta, v = np.zeros((4, 3)), np.zeros((4, 3))
     full = np.concatenate([x.astype(float), np.ones((40, 1))], axis=1)
@@ -191,21 +195,20 @@ def spec(tmp_path_factory) -> str:
 def colors(tmp_path_factory) -> EvalSet:
     folder = tmp_path_factory.mktemp("data")
     write_classification(folder, n=12)
-    return EvalSet.open(find_tasks(str(folder))[0])
+    return open_found(find_tasks(str(folder))[0])
 
 
 def split_of(n: int, first: int) -> Split:
     """Images of colours, with a clear embedding of the colour."""
     samples = classification_samples(n, first=first)
-    image_bytes = [next(data for ext, data in s["members"].items() if ext != "cls") for s in samples]
     labels = np.array([int(s["members"]["cls"]) for s in samples])
     images = np.eye(6)[labels] + 0.1 * np.random.default_rng(first).normal(size=(n, 6))
     images = (images / np.linalg.norm(images, axis=1, keepdims=True)).astype(np.float32)
-    return Split(images, labels, lambda indices: [image_bytes[i] for i in indices])
+    return Split(images, labels, lambda indices: [Sample(members=samples[i]["members"]) for i in indices])
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_every_protocol_tells_colours_apart(name: str, spec: str, colors: EvalSet) -> None:
+def test_every_protocol_separates_colours(name: str, spec: str, colors: EvalSet) -> None:
     train, test = split_of(120, 0), split_of(30, 5000)
     features = Features(
         images=test.images,
@@ -215,23 +218,21 @@ def test_every_protocol_tells_colours_apart(name: str, spec: str, colors: EvalSe
         encoder=lambda: load_encoder(spec, device="cpu"),
         seed=1,
     )
-    kind = kind_of(name, "zeroshot_classification")
-    assert kind is not None
+    kind = load_protocol(name).run
     rows = {row.metric: row for row in kind(features, colors)}
     assert rows["acc1"].n == 30 and set(rows) == {"acc1", "acc5", "mean_per_class_recall"}
     assert rows["acc1"].value > (0.6 if name.startswith("finetune") else 0.95), name
-    blind = Split(train.images, np.zeros_like(train.labels), train.image_bytes)
+    blind = Split(train.images, np.zeros_like(train.labels), train.samples)
     with pytest.raises(TaskError, match="train: holds fewer than two classes"):
         kind(Features(test.images, test.labels, lambda _: [], splits={"train": blind, "test": test}), colors)
 
 
-def test_figures_are_scikit_learns(colors: EvalSet) -> None:
+def test_scores_are_scikit_learns(colors: EvalSet) -> None:
     """The rows of a protocol against scikit-learn's metrics on the same scores."""
     train, labels = clusters(90, 6, len(COLORS), seed=5, noise=4)
     test, truth = clusters(50, 6, len(COLORS), seed=6, noise=4)
     splits = {"train": Split(train, labels, lambda _: [])}
-    kind = kind_of("knn", "zeroshot_classification")
-    assert kind is not None
+    kind = load_protocol("knn").run
     rows = {r.metric: r.value for r in kind(Features(test, truth, lambda _: [], splits=splits), colors)}
     scores = votes(test, train, labels, len(COLORS))
     for k in (1, 5):
@@ -254,7 +255,7 @@ def test_fine_tuning_leaves_the_encoder_as_it_was(spec: str) -> None:
 
 
 def decoded(split: Split) -> list:
-    return [decode_image(data) for data in split.image_bytes(range(len(split.labels)))]
+    return [sample.image() for sample in split.samples(range(len(split.labels)))]
 
 
 def test_a_probe_on_raw_pixels_of_real_digits(real_data: Path) -> None:
@@ -264,9 +265,9 @@ def test_a_probe_on_raw_pixels_of_real_digits(real_data: Path) -> None:
         raws = [
             raw
             for part in split_into_parts(str(real_data / "eval" / "wds_mnist_test"), split)
-            for raw in read_part(part)
+            for raw in read_part(part, Wanted(IMAGES, ("cls",)))
         ]
-        images = [decode_image(raw.image or b"").convert("L").resize((10, 10)) for raw in raws[:limit]]
+        images = [decode_image(image_of(raw)).convert("L").resize((10, 10)) for raw in raws[:limit]]
         labels = np.array([int(raw.members["cls"]) for raw in raws[:limit]])
         return np.stack([np.asarray(image) / 255 for image in images]).reshape(-1, 100).astype(np.float32), labels
 

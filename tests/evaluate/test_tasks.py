@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from winnow.evaluate.protocols.base import PROTOCOLS, kind_of
-from winnow.evaluate.tasks.task import datacomp_tasks, find_task, folder_of, read_task, read_tasks
+from winnow.evaluate.protocols import KINDS, PROTOCOLS
+from winnow.evaluate.protocols.base import load_kind, load_protocol
+from winnow.evaluate.tasks.read import datacomp_tasks, find_task, read_task, read_tasks
+from winnow.evaluate.tasks.task import folder_of
 from winnow.infra.errors import UsageError, WinnowError
 
 GOOD = "name: A\nkey: a/b\nkind: retrieval\nmetric: mean_recall@1\ngroup: retrieval\nversion: 1\n"
@@ -66,29 +70,41 @@ def test_folders() -> None:
     ("text", "line", "message"),
     [
         (GOOD + "grup: vtab\n", 7, 'unknown key "grup".*Did you mean "group"'),
-        (GOOD.replace("version: 1", "version: one"), 6, "version: .*here 'one'"),
-        (GOOD.replace("group: retrieval", "group: vtap"), 5, "group: .*vtap"),
+        (GOOD.replace("version: 1", "version: one"), 6, "version must be a whole number, not 'one'"),
+        (GOOD.replace("group: retrieval", "group: vtap"), 5, "group must be one of .*vtap"),
         (GOOD + "name: B\n", 7, '"name" is given twice'),
-        (GOOD.replace("kind: retrieval", "kind: [retrieval"), 4, "is not valid YAML"),
+        (GOOD.replace("kind: retrieval", "kind: retreival"), 3, 'unknown kind "retreival". Did you mean "retrieval"'),
         (GOOD.replace("key: a/b", "key: ../b c"), 2, "key: "),
     ],
 )
 def test_faults_name_file_and_line(tmp_path: Path, text: str, line: int, message: str) -> None:
     path = tmp_path / "task.yaml"
     path.write_text(text)
-    with pytest.raises(WinnowError, match=f"task.yaml:{line}: {message}"):
-        read_task(path)
+    with pytest.raises(WinnowError, match=f"task.yaml, line {line}: {message}"):
+        read_task(str(path))
+
+
+def test_a_file_that_is_not_yaml(tmp_path: Path) -> None:
+    (tmp_path / "task.yaml").write_text(GOOD.replace("kind: retrieval", "kind: [retrieval"))
+    with pytest.raises(WinnowError, match=r"task\.yaml: is not valid YAML .*line 4"):
+        read_task(str(tmp_path / "task.yaml"))
+
+
+def test_a_grouped_task_needs_groups(tmp_path: Path) -> None:
+    (tmp_path / "task.yaml").write_text(GOOD.replace("kind: retrieval", "kind: grouped_classification"))
+    with pytest.raises(WinnowError, match=r"task\.yaml: a grouped_classification task needs group_by"):
+        read_task(str(tmp_path / "task.yaml"))
 
 
 def test_missing_key_and_duplicate_task(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(GOOD)
-    assert read_tasks(tmp_path)["a/b"].name == "A"
+    assert read_tasks(str(tmp_path))["a/b"].name == "A"
     (tmp_path / "b.yaml").write_text(GOOD)
-    with pytest.raises(WinnowError, match=r'b.yaml: key "a/b" is that of another file'):
-        read_tasks(tmp_path)
+    with pytest.raises(WinnowError, match=r'b.yaml: another file has the key "a/b"'):
+        read_tasks(str(tmp_path))
     (tmp_path / "b.yaml").write_text(GOOD.replace("metric: mean_recall@1\n", ""))
     with pytest.raises(WinnowError, match=r'b.yaml: "metric" is missing'):
-        read_tasks(tmp_path)
+        read_tasks(str(tmp_path))
 
 
 def test_unknown_names() -> None:
@@ -96,10 +112,24 @@ def test_unknown_names() -> None:
     with pytest.raises(UsageError, match=r'unknown task "cifar11".*Did you mean "cifar10"'):
         find_task("cifar11", datacomp_tasks())
     with pytest.raises(UsageError, match=r'unknown protocol "zeroshoot".*"zeroshot"'):
-        kind_of("zeroshoot", "retrieval")
+        load_protocol("zeroshoot")
 
 
-def test_every_registered_kind_loads() -> None:
-    for protocol, registry in PROTOCOLS.items():
-        for kind in registry.names():
-            assert callable(kind_of(protocol, kind))
+def test_every_registered_protocol_and_kind_loads() -> None:
+    kinds = {name: load_kind(name) for name in KINDS.table}
+    assert all(name == kind.names[0] for name, kind in kinds.items())
+    for name in PROTOCOLS.table:
+        protocol = load_protocol(name)
+        assert protocol.name == name and protocol.kinds <= set(KINDS.table)
+        assert callable(protocol.run) and any(protocol.applies(kind) for kind in kinds.values())
+    assert not load_protocol("zeroshot").applies(kinds["images"])
+
+
+def test_listing_and_planning_import_no_torch() -> None:
+    code = (
+        "import sys, winnow.evaluate.stage; from winnow.evaluate.protocols.base import *\n"
+        "[load_protocol(name) for name in PROTOCOLS.table], [load_kind(name) for name in KINDS.table]\n"
+        "print(sorted({'torch', 'ray', 'open_clip', 'matplotlib'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

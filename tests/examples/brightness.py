@@ -1,15 +1,15 @@
 """How bright an image is."""
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import pyarrow as pa
 from PIL import ImageStat
 
 from winnow.curation.measures.base import Measure
+from winnow.infra.params import params
 
 
-@dataclass(frozen=True)
+@params
 class Brightness(Measure):
     """`brightness.mean`: mean luma of the image, 0 to 255, float32."""
 

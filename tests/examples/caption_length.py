@@ -1,12 +1,12 @@
 """Keep captions of a wanted length."""
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from winnow.curation.filters.base import Filter, numbers
+from winnow.infra.params import params
 
 
-@dataclass(frozen=True)
+@params
 class CaptionLength(Filter):
     """Keep captions of at least `least` and at most `most` words."""
 
@@ -22,6 +22,6 @@ class CaptionLength(Filter):
     def numeric(self):
         return ("caption.words",)  # null never passes, and is counted
 
-    def keep(self, batch, state):
+    def mask(self, batch, state):
         words = numbers(batch["caption.words"])
         return (words >= self.least) & (words <= self.most)

@@ -1,20 +1,24 @@
-"""The index against what `tarfile`, webdataset and plain reading say, and against every kind of broken input."""
+"""The index against `tarfile`, webdataset and plain reading, and on every kind of broken input."""
 
-import gzip
+import contextlib
 import io
+import shutil
 import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 from PIL import Image
 
 from tests.drawing import draw_image, sample, uid_of, write_parquet, write_pool, write_tar
 from winnow.infra.errors import UsageError, WinnowError
-from winnow.infra.pool.index import IndexStage, tar_samples
-from winnow.infra.pool.pool import Pool, read_members
+from winnow.infra.pool.index import IndexStage
+from winnow.infra.pool.members import read_members
+from winnow.infra.pool.pool import Pool
 from winnow.infra.stages.executors import SerialExecutor
 from winnow.infra.stages.runner import Budget, execute
 
@@ -27,7 +31,7 @@ def reasons(manifest):
     return manifest.skipped["reasons"]
 
 
-def test_offsets_are_tarfiles(tmp_path):
+def test_offsets_agree_with_tarfile(tmp_path):
     write_pool(tmp_path / "shards", shards=2, per_shard=5)
     index(tmp_path / "shards", tmp_path / "pool")
     pool = Pool.open(str(tmp_path / "pool"))
@@ -42,7 +46,7 @@ def test_offsets_are_tarfiles(tmp_path):
                 assert (row["json_offset"], row["json_size"]) == members[f"{row['key']}.json"]
 
 
-def test_samples_are_webdatasets(tmp_path):
+def test_samples_agree_with_webdataset(tmp_path):
     write_pool(tmp_path / "shards", shards=1, per_shard=7)
     index(tmp_path / "shards", tmp_path / "pool")
     shard = Pool.open(str(tmp_path / "pool")).shards[0]
@@ -53,22 +57,6 @@ def test_samples_are_webdatasets(tmp_path):
     assert read_members(shard.tars, table, "text") == [item["txt"] for item in expected]
     backwards = table.take(pa.array([3, 1, 2]))
     assert shard.image_bytes(backwards) == [expected[i]["jpg"] for i in (3, 1, 2)]
-
-
-def test_columns_of_the_parquet_are_kept(tmp_path):
-    samples = [sample(i) for i in range(3)]
-    for i, item in enumerate(samples):
-        item["row"] |= {"clip_b32_similarity_score": 0.1 * i, "status": "success", "url": f"u{i}"}
-    write_tar(tmp_path / "shards" / "00000.tar", samples)
-    failed = {"row": samples[0]["row"] | {"key": "000000009", "uid": uid_of(9), "status": "failed_to_download"}}
-    write_parquet(tmp_path / "shards" / "00000.parquet", [*samples, failed])
-    manifest = index(tmp_path / "shards", tmp_path / "pool")
-    assert manifest.skipped["count"] == 0  # img2dataset lists failed downloads; they are no disagreement
-    table = Pool.open(str(tmp_path / "pool")).shards[0].table()
-    assert table["clip_b32_similarity_score"].to_pylist() == pytest.approx([0.0, 0.1, 0.2])
-    assert table["original_width"].to_pylist() == [240, 241, 242]
-    assert table["url"].to_pylist() == ["u0", "u1", "u2"]
-    assert "status" not in table.column_names
 
 
 def test_bare_tars_get_uids_sizes_and_captions(tmp_path):
@@ -88,9 +76,9 @@ def test_bare_tars_get_uids_sizes_and_captions(tmp_path):
     assert Pool.open(str(tmp_path / "b")).shards[0].table()["uid"].to_pylist() == uids
 
 
-def test_every_kind_of_broken_sample_is_skipped_and_nothing_else_lost(tmp_path):
+def test_every_kind_of_broken_sample_is_skipped_and_no_other(tmp_path):
     samples = [sample(i) for i in range(8)]
-    samples[1]["members"]["jpg"] = b"no image at all"
+    samples[1]["members"]["jpg"] = b"not an image"
     del samples[2]["members"]["txt"]
     samples[3]["members"]["txt"] = b"caf\xe9"
     del samples[4]["members"]["jpg"]
@@ -110,12 +98,13 @@ def test_every_kind_of_broken_sample_is_skipped_and_nothing_else_lost(tmp_path):
     assert manifest.state == "complete with 6 skipped"
 
 
-def test_images_without_captions_are_a_pool_when_asked_for(tmp_path):
+def test_captions_are_optional_on_request(tmp_path):
     samples = [{"key": f"s{i}", "members": {"jpg": draw_image((9, 9, 9), i), "cls": b"3"}} for i in range(3)]
     write_tar(tmp_path / "shards" / "0.tar", samples)
     with pytest.raises(WinnowError, match="missing caption: 3"):
         index(tmp_path / "shards", tmp_path / "pool", budget=0.5)
-    index(tmp_path / "shards", tmp_path / "pool", captions=False)
+    manifest = index(tmp_path / "shards", tmp_path / "pool", captions=False)
+    assert manifest.params == {"captions": False, "require": ["image"]}
     table = Pool.open(str(tmp_path / "pool")).shards[0].table()
     assert table["text"].null_count == 3
     assert [row[0]["ext"] for row in table["other"].to_pylist()] == ["cls"] * 3
@@ -144,7 +133,7 @@ def test_labels_are_whole_numbers_of_cls_or_json(tmp_path):
 
 
 @pytest.mark.parametrize("cut", ["in an image", "in a header", "to nothing"])
-def test_truncated_tar_keeps_its_whole_samples(tmp_path, cut):
+def test_a_truncated_tar_keeps_its_complete_samples(tmp_path, cut):
     samples = [sample(i) for i in range(5)]
     path = tmp_path / "shards" / "00000.tar"
     write_tar(path, samples)
@@ -157,7 +146,7 @@ def test_truncated_tar_keeps_its_whole_samples(tmp_path, cut):
     manifest = index(tmp_path / "shards", tmp_path / "pool")
     assert list(reasons(manifest)) == ["empty file" if cut == "to nothing" else "truncated tar"]
     pool = Pool.open(str(tmp_path / "pool"))
-    # The last whole sample before the cut can only be told from a cut one by what follows it, so it may be lost.
+    # The last sample before the cut is known to be complete only by what follows it, so it may be lost.
     kept = pool.shards[0].table()["uid"].to_pylist()
     whole_samples = [] if cut == "to nothing" else [uid_of(0), uid_of(1)]
     assert kept[:2] == whole_samples
@@ -165,7 +154,7 @@ def test_truncated_tar_keeps_its_whole_samples(tmp_path, cut):
     assert pool.shards[1].table()["uid"].to_pylist() == [uid_of(10)]
 
 
-def test_an_empty_shard_is_no_fault(tmp_path):
+def test_an_empty_shard_is_valid(tmp_path):
     write_pool(tmp_path / "shards", shards=1, per_shard=2)
     write_tar(tmp_path / "shards" / "00001.tar", [])
     manifest = index(tmp_path / "shards", tmp_path / "pool")
@@ -173,8 +162,8 @@ def test_an_empty_shard_is_no_fault(tmp_path):
     assert manifest.skipped["count"] == 0
 
 
-def test_members_that_webdataset_passes_over(tmp_path):
-    """Names without a key or without an extension, wherever they stand."""
+def test_members_that_webdataset_ignores(tmp_path):
+    """Names without a key or without an extension, at any position."""
     path = tmp_path / "shards" / "0.tar"
     path.parent.mkdir()
     data = sample(1)["members"]["jpg"]
@@ -190,22 +179,7 @@ def test_members_that_webdataset_passes_over(tmp_path):
     assert reference - {"sub/"} == {"a", "sub/b"} and reasons(manifest) == {} and manifest.items == 2
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (gzip.compress(bytes(5000)), "compressed; shards are plain tars"),
-        (b"<html>" * 200, "no tar"),
-        (b"", "empty file"),
-    ],
-)
-def test_what_is_no_tar_is_called_so(tmp_path, content, words):
-    (tmp_path / "0.tar").write_bytes(content)
-    with (tmp_path / "0.tar").open("rb") as file, pytest.raises(WinnowError) as caught:
-        list(tar_samples(file, ()))
-    assert caught.value.what == words
-
-
-def test_a_uid_met_in_an_earlier_shard_is_dropped(tmp_path):
+def test_a_uid_of_an_earlier_shard_is_dropped(tmp_path):
     write_tar(tmp_path / "shards" / "00000.tar", [sample(i) for i in range(3)])
     write_tar(tmp_path / "shards" / "00001.tar", [sample(i) for i in (4, 1, 5)])
     manifest = index(tmp_path / "shards", tmp_path / "pool")
@@ -215,48 +189,6 @@ def test_a_uid_met_in_an_earlier_shard_is_dropped(tmp_path):
     assert pool.shards[1].table(["uid"])["uid"].to_pylist() == [uid_of(4), uid_of(5)]
     assert len(np.unique(pool.uids())) == len(pool) == 5
     assert manifest.items == 5
-
-
-def test_parquet_that_disagrees_with_its_tar(tmp_path):
-    samples = [sample(i) for i in range(6)]
-    write_tar(tmp_path / "shards" / "00000.tar", samples[:5])
-    rows = [samples[0], samples[2], samples[3], samples[4], samples[5]]  # 1 is missing, 5 is too many
-    rows[1]["row"]["uid"] = uid_of(77)
-    rows[2]["row"]["text"] = "something else"
-    write_parquet(tmp_path / "shards" / "00000.parquet", rows)
-    manifest = index(tmp_path / "shards", tmp_path / "pool")
-    assert reasons(manifest) == {
-        "in the tar but not in the parquet": 1,
-        "in the parquet but not in the tar (by key)": 1,
-        "uid differs between tar and parquet": 1,
-        "caption differs between tar and parquet": 1,
-    }
-    assert Pool.open(str(tmp_path / "pool")).shards[0].table()["uid"].to_pylist() == [uid_of(0), uid_of(4)]
-
-
-def test_parquet_joined_by_uid_and_by_order(tmp_path):
-    samples = [sample(i) for i in range(4)]
-    write_tar(tmp_path / "uid" / "00000.tar", samples)
-    table = pa.Table.from_pylist([item["row"] for item in reversed(samples)]).drop_columns(["key"])
-    table = table.append_column("mark", pa.array([3, 2, 1, 0]))
-    pq.write_table(table, tmp_path / "uid" / "00000.parquet")
-    index(tmp_path / "uid", tmp_path / "pool")
-    assert Pool.open(str(tmp_path / "pool")).shards[0].table()["mark"].to_pylist() == [0, 1, 2, 3]
-
-    for item in samples:
-        item["members"]["json"] = b"{}"
-    write_tar(tmp_path / "order" / "00000.tar", samples)
-    pq.write_table(table.take(pa.array([3, 2, 1, 0])), tmp_path / "order" / "00000.parquet")
-    index(tmp_path / "order", tmp_path / "pool2")
-    assert Pool.open(str(tmp_path / "pool2")).shards[0].table()["uid"].to_pylist() == [uid_of(i) for i in range(4)]
-
-
-def test_unreadable_parquet_leaves_the_tar(tmp_path):
-    write_pool(tmp_path / "shards", shards=1, per_shard=3)
-    (tmp_path / "shards" / "00000.parquet").write_bytes(b"PAR1 nonsense")
-    manifest = index(tmp_path / "shards", tmp_path / "pool")
-    assert reasons(manifest) == {"unreadable parquet": 1}
-    assert len(Pool.open(str(tmp_path / "pool"))) == 3
 
 
 def test_a_bomb_is_not_decoded(tmp_path):
@@ -296,9 +228,111 @@ def test_the_pools_digest_is_of_its_content(tmp_path):
     assert Pool.open(str(tmp_path / "pool-b")).digest != a.digest
 
 
-def test_no_shards(tmp_path):
-    with pytest.raises(UsageError, match="no such folder"):
-        IndexStage((str(tmp_path / "nowhere"),), str(tmp_path / "pool")).plan()
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match=r"no \.tar shard"):
-        IndexStage((str(tmp_path / "empty"),), str(tmp_path / "pool")).plan()
+def write_audio(path, n=4):
+    """Samples of two recordings and a class; the last has no recording."""
+    members = [{"wav": b"RIFF" + bytes([i]) * i, "left.wav": b"L%d" % i, "cls": b"%d" % i} for i in range(n)]
+    del members[-1]["wav"]
+    write_tar(path, [{"key": f"a{i}", "members": item} for i, item in enumerate(members)])
+    return members
+
+
+def test_audio_is_indexed_where_no_image_is_required(tmp_path):
+    members = write_audio(tmp_path / "shards" / "0.tar")
+    options = {"captions": False, "require": frozenset({"wav"})}
+    manifest = index(tmp_path / "shards", tmp_path / "pool", **options)
+    assert reasons(manifest) == {"no .wav": 1}
+    shard = Pool.open(str(tmp_path / "pool")).shards[0]
+    table = shard.table()
+    assert table["label"].to_pylist() == [0, 1, 2] and table["image_ext"].null_count == 3
+    for ext in ("wav", "left.wav", "cls"):
+        assert shard.member_bytes(table, ext) == [item[ext] for item in members[:3]]
+    assert shard.image_bytes(table) == [b"", b"", b""]
+    samples = list(shard.samples(table))
+    assert not samples[0].has_image and [sample.member("wav") for sample in samples] == [m["wav"] for m in members[:3]]
+
+
+def test_a_sample_must_have_what_is_required(tmp_path):
+    write_audio(tmp_path / "shards" / "0.tar")
+    with pytest.raises(WinnowError, match="no image: 4"):
+        index(tmp_path / "shards", tmp_path / "pool", captions=False)
+    with pytest.raises(WinnowError, match="missing caption: 4"):
+        index(tmp_path / "shards", tmp_path / "pool", require=frozenset({"text"}))
+    assert index(tmp_path / "shards", tmp_path / "pool", require=frozenset()).items == 4
+
+
+def test_samples_know_their_source(tmp_path):
+    write_pool(tmp_path / "a" / "shards", shards=1, per_shard=2)
+    samples = [sample(i) for i in (50, 51, 52)]
+    for item, source in zip(samples, ("cc12m", None, "laion"), strict=True):
+        item["row"]["source"] = source
+    write_tar(tmp_path / "b" / "shards" / "0.tar", samples)
+    write_parquet(tmp_path / "b" / "shards" / "0.parquet", samples)
+    stage = IndexStage((str(tmp_path / "a" / "shards"), str(tmp_path / "b" / "shards")), str(tmp_path / "pool"))
+    execute(stage, SerialExecutor())
+    shards = Pool.open(str(tmp_path / "pool")).shards
+    column = shards[0].table(["source"])["source"]
+    assert pa.types.is_dictionary(column.type) and column.to_pylist() == ["a/shards"] * 2
+    assert shards[1].table(["source"])["source"].to_pylist() == ["cc12m", "b/shards", "laion"]
+    index(tmp_path / "a" / "shards", tmp_path / "single")
+    assert Pool.open(str(tmp_path / "single")).column("source").to_pylist() == ["shards"] * 2
+
+
+class Plain(BaseHTTPRequestHandler):
+    """Serves files whole, whatever range is asked for."""
+
+    folder: Path
+
+    def do_GET(self):
+        path = self.folder / self.path.lstrip("/")
+        if not path.is_file():
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(path.stat().st_size))
+        self.end_headers()
+        if self.command == "GET":
+            with contextlib.suppress(ConnectionError):
+                self.wfile.write(path.read_bytes())
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        return
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setattr(Plain, "folder", tmp_path / "shards", raising=False)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Plain) as running:
+        threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "http"])
+def test_a_source_without_random_access_is_copied(tmp_path, server, kind):
+    write_pool(tmp_path / "shards", shards=1, per_shard=5)
+    index(tmp_path / "shards", tmp_path / "direct")
+    source = {"pipe": f"pipe:cat {tmp_path}/shards/00000.tar", "http": f"{server}/00000.tar"}[kind]
+    manifest = index(source, tmp_path / "pool")
+    direct, copy = (Pool.open(str(tmp_path / name)).shards[0] for name in ("direct", "pool"))
+    assert copy.name == "00000" and manifest.items == 5 and copy.tars == (str(tmp_path / "pool" / "00000.tar"),)
+    for ext in ("jpg", "txt", "json"):
+        assert copy.member_bytes(copy.table(), ext) == direct.member_bytes(direct.table(), ext)
+    assert copy.table()["uid"].equals(direct.table()["uid"])
+    shutil.rmtree(tmp_path / "shards")
+    assert len(copy.image_bytes(copy.table())) == 5
+
+
+def test_streams_that_fail_or_are_truncated(tmp_path, server):
+    write_pool(tmp_path / "shards", shards=1, per_shard=5)
+    path = tmp_path / "shards" / "00000.tar"
+    manifest = index(f"pipe:head -c 7000 {path}", tmp_path / "cut")
+    assert reasons(manifest) == {"truncated tar": 1} and 0 < manifest.items < 5
+    with pytest.raises(WinnowError, match=r"the stream failed .exit status 3"):
+        index(f"pipe:cat {path}; exit 3", tmp_path / "failed")
+    assert not (tmp_path / "failed" / "00000.tar").exists()
+    with pytest.raises(UsageError, match="no such file"):
+        IndexStage((f"{server}/none.tar",), str(tmp_path / "none")).plan()

@@ -13,7 +13,7 @@ from winnow.infra.pool.uids import decode_uids, derived_uid
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two parquets of 5 and 3 rows; the first with features beside it."""
+    """Two parquets of 5 and 3 rows; the first with features next to it."""
     folder, rng = tmp_path / "metadata", np.random.default_rng(0)
     folder.mkdir()
     for stem, rows in (("b", range(5)), ("a", range(5, 8))):
@@ -51,7 +51,7 @@ def test_a_changed_file_is_another_pool(folder):
     assert before.digest != after.digest and before.shards[1].digest == after.shards[1].digest
 
 
-def test_what_is_no_metadata_folder(folder, tmp_path):
+def test_folders_that_are_not_metadata(folder, tmp_path):
     assert is_metadata(str(folder))
     (folder / "0.tar").touch()
     assert not is_metadata(str(folder)) and not is_metadata(str(tmp_path)) and not is_metadata(str(tmp_path / "none"))
@@ -60,8 +60,8 @@ def test_what_is_no_metadata_folder(folder, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda f: (f / "b.npz").unlink(), "b.npz is missing.*Fetch"),
-        (lambda f: np.savez(f / "b.npz", l14_img=np.ones((4, 3), np.float16)), "4 rows, the parquet beside it 5"),
+        (lambda f: (f / "b.npz").unlink(), "b.npz is missing.*Download"),
+        (lambda f: np.savez(f / "b.npz", l14_img=np.ones((4, 3), np.float16)), "4 rows, the parquet next to it 5"),
         (lambda f: np.savez(f / "b.npz", l14_img=np.ones(5, np.float16)), "not a matrix"),
         (lambda f: np.savez(f / "b.npz", l14_img=np.array([[{}]], object)), "not a matrix"),
         (lambda f: np.savez(f / "b.npz", other=np.ones((5, 2))), 'holds no array "l14_img".*It holds: other'),
@@ -69,12 +69,12 @@ def test_what_is_no_metadata_folder(folder, tmp_path):
         (lambda f: (f / "b.parquet").write_bytes(b"PAR1" * 9), "not a readable parquet"),
     ],
 )
-def test_damage_is_told_of(folder, damage, words):
+def test_damage_is_reported(folder, damage, words):
     damage(folder)
     with pytest.raises(WinnowError, match=words):
         Pool.open(str(folder)).shard("b").table(["l14_img"])
 
 
-def test_a_column_that_is_not_there(folder):
+def test_a_missing_column(folder):
     with pytest.raises(WinnowError, match='no column "clip_l14_similarity_score"'):
         Pool.open(str(folder)).shard("a").table(["clip_l14_similarity_score"])

@@ -1,4 +1,4 @@
-"""Reading parquet files: what is read, and what is said of what cannot be."""
+"""Reading parquet files, and the errors for those that cannot be read."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +17,7 @@ def test_the_whole_file_and_some_columns(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [3, 60, None])
-def test_what_is_none(tmp_path, cut):
+def test_files_that_are_not_parquet(tmp_path, cut):
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table({"a": list(range(1000))}), path)
     whole = path.read_bytes()
@@ -28,7 +28,7 @@ def test_what_is_none(tmp_path, cut):
         read_parquet(str(tmp_path / "none.parquet"))
 
 
-def test_no_room_reads_by_pyarrows_scanner():
-    """Its threads outlive the call, and abort an interpreter that ends meanwhile."""
+def test_no_room_uses_pyarrows_scanner():
+    """Its threads outlive the call and abort an interpreter that ends before them."""
     rooms = ("infra", "pretrain", "curation", "evaluate", "pipeline")
     assert not [path for room in rooms for path in (ROOT / room).rglob("*.py") if "pq.read_table(" in path.read_text()]

@@ -1,6 +1,8 @@
-"""The Stage contract on a small stage of its own: what is skipped, redone, retried, skipped, removed."""
+"""The Stage contract on a small stage: what is reused, redone, retried, skipped and removed."""
 
 import json
+import os
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
 from winnow.infra.stages.executors import SerialExecutor
+from winnow.infra.stages.resources import Resources
 from winnow.infra.stages.runner import Budget, execute
 from winnow.infra.stages.stage import (
     Output,
@@ -21,12 +24,12 @@ from winnow.infra.stages.stage import (
 
 @dataclass
 class Square(Stage):
-    """Writes the square of each number; `trouble` maps a number to how often it fails first."""
+    """Writes the square of each number; `failing` maps a number to how often it fails first."""
 
     numbers: tuple[int, ...]
     out: str
     power: int = 2
-    trouble: dict = field(default_factory=dict)
+    failing: dict = field(default_factory=dict)
     ran: list = field(default_factory=list)
     bad: tuple = ()
 
@@ -43,9 +46,9 @@ class Square(Stage):
     def run(self, unit):
         n = int(unit.name)
         self.ran.append(n)
-        if self.trouble.get(n, 0) > 0:
-            self.trouble[n] -= 1
-            raise OSError("the disk blinked")
+        if self.failing.get(n, 0) > 0:
+            self.failing[n] -= 1
+            raise OSError("a transient error")
         storage.write_bytes(self.url(f"{n}.txt"), str(n**self.power).encode())
         skipped = [Skipped(f"s{n}", "odd")] if n in self.bad else []
         return Output([f"{n}.txt"], 1, skipped)
@@ -67,7 +70,7 @@ def test_second_run_does_nothing(tmp_path):
     assert (tmp_path / "3.txt").read_text() == "9"
 
 
-def test_only_what_is_new_is_done(tmp_path):
+def test_only_new_units_are_run(tmp_path):
     go(Square((1, 2), str(tmp_path)))
     more = Square((1, 2, 5), str(tmp_path))
     go(more)
@@ -110,31 +113,31 @@ def test_damaged_units_are_redone(tmp_path, damage):
     assert (tmp_path / "4.txt").read_text() == "16"
 
 
-def test_passing_trouble_is_retried(tmp_path):
-    stage = Square((1, 2), str(tmp_path), trouble={2: 2})
+def test_a_temporary_failure_is_retried(tmp_path):
+    stage = Square((1, 2), str(tmp_path), failing={2: 2})
     assert go(stage).state == "complete"
     assert stage.ran.count(2) == 3
 
 
-def test_lasting_trouble_is_skipped_within_the_budget(tmp_path):
-    stage = Square(tuple(range(10)), str(tmp_path), trouble={3: 99})
+def test_a_permanent_failure_is_skipped_within_the_budget(tmp_path):
+    stage = Square(tuple(range(10)), str(tmp_path), failing={3: 99})
     manifest = go(stage, budget=Budget(0.1))
     assert manifest.state == "complete with 1 skipped"
-    assert manifest.skipped["units"] == {"3": "the disk blinked"}
+    assert manifest.skipped["units"] == {"3": "a transient error"}
     assert manifest.values == {"total": 9}
-    mended = Square(tuple(range(10)), str(tmp_path))
-    assert go(mended).state == "complete"
-    assert mended.ran == [3]
+    fixed = Square(tuple(range(10)), str(tmp_path))
+    assert go(fixed).state == "complete"
+    assert fixed.ran == [3]
 
 
-def test_beyond_the_budget_the_run_fails_and_keeps_what_is_done(tmp_path):
-    stage = Square(tuple(range(10)), str(tmp_path), trouble={3: 99, 4: 99})
-    with pytest.raises(WinnowError, match=r"2 of 10 skipped, the budget is 10\.0%.*the disk blinked: 2"):
+def test_beyond_the_budget_the_run_fails_and_keeps_finished_units(tmp_path):
+    stage = Square(tuple(range(10)), str(tmp_path), failing={3: 99, 4: 99})
+    with pytest.raises(WinnowError, match=r"2 of 10 skipped, the budget is 10\.0%.*a transient error: 2"):
         go(stage, budget=Budget(0.1))
     assert read_manifest(str(tmp_path)) is None
-    mended = Square(tuple(range(10)), str(tmp_path))
-    go(mended)
-    assert mended.ran == [3, 4]
+    fixed = Square(tuple(range(10)), str(tmp_path))
+    go(fixed)
+    assert fixed.ran == [3, 4]
 
 
 def test_a_budget_in_samples(tmp_path):
@@ -146,7 +149,7 @@ def test_a_budget_in_samples(tmp_path):
 
 @dataclass
 class Sum(Square):
-    """Writes a file of its own when it finishes."""
+    """Writes another file when it finishes."""
 
     def finish(self, records):
         storage.write_bytes(
@@ -156,7 +159,7 @@ class Sum(Square):
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])
-def test_what_the_last_step_wrote_is_written_again(tmp_path, damage):
+def test_damaged_files_of_the_last_step_are_rewritten(tmp_path, damage):
     before = go(Sum((1, 2), str(tmp_path)))
     if damage == "gone":
         (tmp_path / "sum.txt").unlink()
@@ -167,7 +170,7 @@ def test_what_the_last_step_wrote_is_written_again(tmp_path, damage):
     assert again.ran == [] and (tmp_path / "sum.txt").read_text() == "5"
 
 
-def test_a_run_beyond_its_budget_replaces_nothing_that_stands(tmp_path):
+def test_a_run_beyond_its_budget_replaces_no_earlier_output(tmp_path):
     before = go(Sum((1, 2), str(tmp_path)))
     with pytest.raises(WinnowError, match="skipped"):
         go(Sum((1, 2, 3, 4), str(tmp_path), bad=(3, 4)))
@@ -176,15 +179,15 @@ def test_a_run_beyond_its_budget_replaces_nothing_that_stands(tmp_path):
 
 
 @dataclass
-class Hopeful(Square):
-    """Gives an output that the next run is to make anew."""
+class Retried(Square):
+    """Gives an output that the next run must redo."""
 
     def run(self, unit):
-        return Output(**vars(super().run(unit)) | {"again": unit.name == "2" and len(self.ran) < 4})
+        return Output(**vars(super().run(unit)) | {"retry": unit.name == "2" and len(self.ran) < 4})
 
 
-def test_an_output_that_is_to_be_made_again(tmp_path):
-    stage = Hopeful((1, 2), str(tmp_path))
+def test_an_output_marked_for_retry_is_redone(tmp_path):
+    stage = Retried((1, 2), str(tmp_path))
     assert go(stage).values == {"total": 2}
     go(stage)
     assert stage.ran == [1, 2, 2]
@@ -193,7 +196,7 @@ def test_an_output_that_is_to_be_made_again(tmp_path):
     assert stage.ran == [1, 2, 2, 2]
 
 
-def test_a_smaller_budget_is_heeded_where_nothing_is_left_to_do(tmp_path):
+def test_a_smaller_budget_is_checked_when_nothing_is_left_to_do(tmp_path):
     stage = Square(tuple(range(10)), str(tmp_path), bad=(3,))
     go(stage, budget=Budget(0.5))
     with pytest.raises(WinnowError, match="1 of 11 skipped, the budget is 0"):
@@ -201,16 +204,16 @@ def test_a_smaller_budget_is_heeded_where_nothing_is_left_to_do(tmp_path):
     assert len(stage.ran) == 10
 
 
-def test_a_budget_is_a_share_or_a_number():
+def test_a_budget_is_a_fraction_or_a_number():
     for wrong in (-1, float("nan")):
         with pytest.raises(UsageError, match="max_skipped"):
             Budget(wrong)
 
 
-def test_a_stage_that_tolerates_nothing_fails(tmp_path, monkeypatch):
+def test_a_stage_that_allows_no_failures_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(Square, "allow_failures", False)
-    with pytest.raises(WinnowError, match="1 of 3 units failed; the first, 1: OSError: the disk blinked"):
-        go(Square((0, 1, 2), str(tmp_path), trouble={1: 99}), budget=Budget(0.9))
+    with pytest.raises(WinnowError, match="1 of 3 units failed; the first, 1: OSError: a transient error"):
+        go(Square((0, 1, 2), str(tmp_path), failing={1: 99}), budget=Budget(0.9))
 
 
 def test_a_wrong_recipe_is_not_retried(tmp_path):
@@ -225,7 +228,7 @@ def test_a_wrong_recipe_is_not_retried(tmp_path):
     assert stage.ran == ["1"]
 
 
-def test_files_of_units_no_longer_planned_go(tmp_path):
+def test_files_of_units_no_longer_planned_are_removed(tmp_path):
     go(Square((1, 2, 3), str(tmp_path)))
     go(Square((1,), str(tmp_path)))
     assert not (tmp_path / "3.txt").exists() and not (tmp_path / "units" / "3.json").exists()
@@ -262,8 +265,6 @@ def test_a_worker_that_dies_is_a_failed_attempt(tmp_path, ray_executor):
     @dataclass
     class Deadly(Square):
         def run(self, unit):
-            import os
-
             mark = storage.local_path(self.url("mark"))
             if unit.name == "2" and not mark.exists():
                 mark.write_text("x")
@@ -274,20 +275,76 @@ def test_a_worker_that_dies_is_a_failed_attempt(tmp_path, ray_executor):
     assert manifest.units == 3 and (tmp_path / "2.txt").read_text() == "4"
 
 
-def test_errors_come_whole_out_of_ray(tmp_path, ray_executor):
+@dataclass
+class Warm(Square):
+    """Leaves a file for each call of `setup`, and one that names the process of each unit."""
+
+    def setup(self):
+        storage.write_bytes(self.url("setup", f"{os.getpid()}-{time.monotonic_ns()}"), b"")
+
+    def run(self, unit):
+        assert storage.list_names(self.url("setup"))
+        storage.write_bytes(self.url("processes", str(os.getpid())), b"")
+        return super().run(unit)
+
+
+@dataclass
+class Kept(Warm):
+    """Runs on long-lived processes; unit 2 ends its process at the first attempt."""
+
+    keep_workers = True
+
+    def run(self, unit):
+        mark = storage.local_path(self.url("mark"))
+        if unit.name == "2" and not mark.exists():
+            mark.write_text("x")
+            os._exit(1)
+        return super().run(unit)
+
+
+def test_setup_is_called_once_in_this_process(tmp_path):
+    go(Warm((1, 2, 3), str(tmp_path)))
+    assert len(storage.list_names(str(tmp_path / "setup"))) == 1
+
+
+@pytest.mark.parametrize("kind", [Warm, Kept])
+def test_setup_is_called_once_a_process_on_ray(tmp_path, ray_executor, kind):
+    numbers = tuple(range(1, 9))
+    manifest = execute(kind(numbers, str(tmp_path)), ray_executor, budget=Budget(0))
+    assert manifest.units == 8 and (tmp_path / "8.txt").read_text() == "64"
+    called = [name.partition("-")[0] for name in storage.list_names(str(tmp_path / "setup"))]
+    assert len(called) == len(set(called)) and {path.name for path in (tmp_path / "processes").iterdir()} <= set(called)
+
+
+def test_long_lived_workers_are_as_many_as_fit(tmp_path, ray_executor):
+    class Wide(Warm):
+        keep_workers = True
+        resources = Resources(cpus=2)
+
+    execute(Wide(tuple(range(6)), str(tmp_path)), ray_executor)
+    assert len(storage.list_names(str(tmp_path / "processes"))) == 1
+
+
+def test_slots_are_what_fits_the_scarcer_resource():
+    wanted = Resources(cpus=4, gpus=0.5, gpu_optional=True)
+    assert wanted.slots(32, 8) == 8 and wanted.slots(64, 1) == 2 and wanted.within(64, 0).slots(64, 0) == 16
+    assert Resources(cpus=0).slots(1, 0) == 1
+
+
+def test_errors_from_ray_keep_their_message(tmp_path, ray_executor):
     @dataclass
     class Faulty(Square):
         def run(self, unit):
-            raise WinnowError("is broken", where="shard 7", do="Mend it.")
+            raise WinnowError("is broken", where="shard 7", do="Fix it.")
 
     with pytest.raises(WinnowError) as caught:
         execute(Faulty((1,), str(tmp_path)), ray_executor)
-    assert str(caught.value) == "shard 7: is broken. Mend it."
+    assert str(caught.value) == "shard 7: is broken. Fix it."
 
 
 def test_more_than_the_cluster_has_is_refused(tmp_path, ray_executor):
     class Greedy(Square):
-        cpus = 999
+        resources = Resources(cpus=999)
 
     with pytest.raises(UsageError, match="wants 999 CPU"):
         execute(Greedy((1,), str(tmp_path)), ray_executor)

@@ -1,4 +1,4 @@
-"""The single-stage commands take care of what is there: nothing is written over, and what is stale is not used."""
+"""Single commands protect existing files: inputs are never overwritten and stale outputs are not used."""
 
 import io
 import json
@@ -13,6 +13,7 @@ import yaml
 
 from tests.benchmarks.metadata import write_metadata
 from tests.drawing import write_pool
+from tests.evaluate.sets import write_config
 from tests.pretrain.tiny import MODEL
 from winnow.infra.pool.pool import Pool
 from winnow.pipeline.cli import main
@@ -61,7 +62,7 @@ def test_no_command_writes_over_what_it_reads(winnow, shards, tmp_path):
         ("curate", "M", "--filters", "f.yaml", "--out", "M"),
     ):
         status, _, error = winnow(*words)
-        assert status == 2 and "would write over" in error, words
+        assert status == 2 and "would overwrite" in error, words
     for name, files in before.items():
         assert bytes_of(tmp_path / name) | files == bytes_of(tmp_path / name), name
 
@@ -107,7 +108,7 @@ def test_equal_keys_in_a_tree_are_refused(winnow, shards, tmp_path):
     assert status == 2 and "none.yaml: no such file" in error
 
 
-def test_a_foreign_manifest_beside_the_shards(winnow, shards, tmp_path):
+def test_a_foreign_manifest_next_to_the_shards(winnow, shards, tmp_path):
     (shards / "manifest.json").write_text('{"by": "another program"}')
     (shards / "locations.json").write_text("[1, 2]")
     assert winnow("measure", "S", "--out", "W", "--measures", "caption")[0] == 0
@@ -117,7 +118,7 @@ def test_a_foreign_manifest_beside_the_shards(winnow, shards, tmp_path):
 def test_what_cannot_be_resharded(winnow, shards, tmp_path):
     write_metadata(tmp_path / "M", 20, per_file=10)
     status, _, error = winnow("reshard", "M", "--out", "R")
-    assert status == 2 and "without images" in error
+    assert status == 2 and "without images to copy" in error
     (tmp_path / "empty.npy").write_bytes(b"")
     np.savez(tmp_path / "some.npz", a=np.zeros(3))
     for name in ("empty.npy", "some.npz"):
@@ -152,7 +153,7 @@ def test_a_width_that_the_parquet_lacks_is_the_images(winnow, shards, tmp_path):
     assert Pool.open(str(tmp_path / "P")).shards[0].table()["original_width"].to_pylist() == widths
 
 
-def test_odd_facts_cost_a_sample_not_its_shard(winnow, tmp_path):
+def test_unusual_facts_cost_a_sample_not_its_shard(winnow, tmp_path):
     shards = write_pool(tmp_path / "S", shards=1, per_shard=8, parquet=False)
     (tar,) = shards.glob("*.tar")
     with tarfile.open(tar) as archive:
@@ -185,22 +186,24 @@ def test_a_run_that_fails_half_way_is_not_taken_for_finished(winnow, shards, tmp
     assert status == 1 and "R: is not finished" in error
 
 
-def test_what_learns_from_captions_wants_a_pool_with_them(winnow, tmp_path):
+def test_training_on_captions_needs_a_pool_with_captions(winnow, tmp_path):
     write_pool(tmp_path / "S", shards=1, per_shard=8)
     assert winnow("index", "S", "--no-captions", "--out", "P")[0] == 0
-    (tmp_path / "t.yaml").write_text(yaml.safe_dump({"model": MODEL, "samples_seen": 8, "batch_size": 4, "warmup": 1}))
+    (tmp_path / "t.yaml").write_text(
+        yaml.safe_dump({"model": MODEL, "samples_seen": 8, "batch_size": 4, "warmup_steps": 1})
+    )
     status, _, error = winnow("pretrain", "P", "--config", "t.yaml", "--out", "T")
-    assert status == 2 and "without asking for captions, from which clip learns" in error
+    assert status == 2 and "without asking for captions, from which clip learns" in error, error
     assert winnow("pretrain", "P", "--config", "t.yaml", "--out", "T", "--seed", "-1")[0] == 2
 
 
-def test_a_comparison_has_a_place_of_its_own(winnow, tmp_path):
+def test_a_comparison_needs_another_directory(winnow, tmp_path):
     (tmp_path / "run").mkdir()
     status, _, error = winnow("compare", "run", "--out", tmp_path / "run")
     assert status == 2 and "compare would write into a run" in error
 
 
-def test_a_damaged_fit_is_made_anew(winnow, shards, tmp_path):
+def test_a_damaged_fit_is_recomputed(winnow, shards, tmp_path):
     assert winnow("index", "S", "--out", "P")[0] == 0
     (tmp_path / "f.yaml").write_text("near_duplicates: {radius: 4}\n")
     assert winnow("curate", "P", "--filters", "f.yaml", "--out", "A")[0] == 0
@@ -219,3 +222,22 @@ def test_a_column_that_a_filter_names_twice(winnow, shards, tmp_path):
     (tmp_path / "f.yaml").write_text("exact_duplicates: {by: uid, score: original_width}\n")
     status, out, error = winnow("curate", "S", "--filters", "f.yaml", "--out", "A")
     assert status == 0 and "12 of 12 samples" in out, error
+
+
+def test_parameters_of_measures(winnow, shards, tmp_path):
+    """By a mapping, a file or `--set`; and for `curate`, whose filters read a named instance."""
+    assert winnow("index", "S", "--out", "P")[0] == 0
+    measure = ("measure", "P", "--out", "W", "--measures")
+    status, _, error = winnow(*measure, "{small: {clip: {encoders: x}}}")
+    assert status == 2 and 'unknown parameter of small "encoders". Did you mean "encoder"?' in error
+    status, _, error = winnow(*measure, "caption", "--set", "caption.x=1")
+    assert status == 2 and "measures.NAME.PARAMETER=VALUE" in error
+    (tmp_path / "m.yaml").write_text("caption: {}\nlangage: {}\n")
+    status, _, error = winnow(*measure, "m.yaml")
+    assert status == 2 and 'm.yaml, line 2: unknown measure "langage". Did you mean "language"?' in error
+    (tmp_path / "m.yaml").write_text("caption: {}\n")
+    assert winnow(*measure, "m.yaml")[0] == 0
+    (tmp_path / "f.yaml").write_text("clip_score: {model: small, keep: 4}\n")
+    given = ("--measures", "{small: {clip: {}}}", "--set", f"measures.small.clip.encoder={write_config(tmp_path)}")
+    status, out, error = winnow("curate", "P", "--filters", "f.yaml", "--out", "A", *given)
+    assert status == 0 and out.startswith("4 of 12 samples"), error

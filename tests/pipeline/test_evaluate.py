@@ -1,4 +1,4 @@
-"""`winnow evaluate` from the command line: what it writes, says and ends with, whatever is wrong with a part of it."""
+"""`winnow evaluate` from the command line: its files, messages and exit status when a part of it fails."""
 
 import json
 
@@ -34,7 +34,7 @@ def rows_of(out):
     return pq.read_table(out / "scores.parquet").to_pylist()
 
 
-def test_broken_sets_hide_nothing(winnow, data, tmp_path):
+def test_broken_sets_affect_no_other(winnow, data, tmp_path):
     for number in range(4):
         (write_classification(data, f"wds_b{number}_test") / "classnames.txt").write_text("one\n")
     out = tmp_path / "out"
@@ -48,21 +48,21 @@ def test_broken_sets_hide_nothing(winnow, data, tmp_path):
     assert "The average is over good, pairs." in said
 
 
-def test_a_checkpoint_without_any_figure_fails_the_run_and_hides_nothing(winnow, data, tmp_path):
+def test_a_checkpoint_without_any_score_fails_the_run_and_affects_no_other(winnow, data, tmp_path):
     spec, out = write_config(tmp_path), tmp_path / "out"
     (tmp_path / "w.pt").write_bytes(b"no weights")
     words = ("--data", data, "--out", out, "--executor", "serial")
     status, said, error = winnow(f"{spec.rpartition(':')[0]}:{tmp_path}/w.pt", spec, *words)
     assert status == 1 and {row["checkpoint"] for row in rows_of(out)} == {spec}
-    assert "| good" in said and error.splitlines()[-1].startswith("winnow: no figure of ")
+    assert "| good" in said and error.splitlines()[-1].startswith("winnow: no score of ")
     assert error.count("cannot be loaded") == 1 and said.count("cannot be loaded") == 1
-    # Nothing of it is kept as if it were done: the next run tries it again.
+    # Its units do not count as finished: the next run tries them again.
     assert winnow(f"{spec.rpartition(':')[0]}:{tmp_path}/w.pt", spec, *words)[0] == 1
     events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [event["todo"] for event in events if event["event"] == "start" and event["stage"] == "evaluate"] == [4, 2]
 
 
-def test_columns_stand_in_the_order_given(winnow, data, tmp_path):
+def test_columns_are_in_the_given_order(winnow, data, tmp_path):
     spec = write_config(tmp_path)
     words = (
         "--data",

@@ -19,9 +19,9 @@ SETTINGS = {
     "model": MODEL,
     "samples_seen": 24,
     "batch_size": 8,
-    "warmup": 1,
-    "device": "cpu",
-    "log_every": 1,
+    "warmup_steps": 1,
+    "parallel": {"device": "cpu"},
+    "logging": {"every": 1},
 }
 
 
@@ -58,9 +58,9 @@ def test_run_and_pretrain(name, folder, tmp_path, monkeypatch, capsys):
     for workers in (1, 2):
         out, alone = tmp_path / f"run-{workers}", tmp_path / f"alone-{workers}"
         words = ("--executor", "serial", "--out")
-        given = ("--set", f"pretrain.workers={workers}")
+        given = ("--set", f"pretrain.parallel.num_processes={workers}")
         winnow(monkeypatch, capsys, "run", tmp_path / "recipe.yaml", *given, *words, out)
-        given = ("--config", tmp_path / "pretrain.yaml", "--set", f"workers={workers}")
+        given = ("--config", tmp_path / "pretrain.yaml", "--set", f"parallel.num_processes={workers}")
         winnow(monkeypatch, capsys, "pretrain", out / "pool", *given, *words, alone)
         for made in (out / "checkpoints" / "all" / "seed-0", alone / "model" / "seed-0"):
             lines = [json.loads(line) for line in (made / "log.jsonl").read_text().splitlines()]

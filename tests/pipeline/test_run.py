@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.drawing import sample, write_pool, write_tar
+from tests.examples.caption_length import CaptionLength
+from winnow.curation.filters import FILTERS
 from winnow.infra.errors import WinnowError
 from winnow.infra.pool.index import IndexStage
 from winnow.infra.pool.pool import Pool
@@ -21,6 +24,8 @@ from winnow.infra.stages.runner import Budget, execute
 from winnow.pipeline.cli import main
 from winnow.pipeline.graph import Graph
 from winnow.pipeline.recipe.load import parse_recipe
+from winnow.pretrain import config
+from winnow.pretrain.objectives.contrastive import clip
 
 RECIPE = """
 demo: {pool: 60, trusted: 24, target: 12, test: 16, train: 8, shard_size: 20}
@@ -35,7 +40,7 @@ scorer:
       text_cfg: {context_length: 16, width: 16, layers: 1, heads: 1}
     samples_seen: 24
     batch_size: 8
-    warmup: 1
+    warmup_steps: 1
 measures: {"tests.examples.brightness:Brightness": {}}
 subsets:
   none: {}
@@ -48,7 +53,7 @@ subsets:
       - clip_score: {fraction: 0.1}
   own: {"tests.examples.caption_length:CaptionLength": {most: 8}}
 reshard: {samples_per_shard: 16}
-pretrain: {model: *model, samples_seen: 16, batch_size: 8, warmup: 1, seeds: [0, 1]}
+pretrain: {model: *model, samples_seen: 16, batch_size: 8, warmup_steps: 1, seeds: [0, 1]}
 evaluate: {data: demo:eval}
 """
 
@@ -59,10 +64,36 @@ def run(out, *overrides, text=RECIPE):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def built():
+    """How often each class was made during the run of `finished`, in this process."""
+    made: dict = Counter()
+
+    def counted(kind):
+        init = kind.__init__
+        return lambda self, *args, **given: made.update([kind.__name__]) or init(self, *args, **given)
+
+    kinds = [*map(FILTERS.load, FILTERS.names()), CaptionLength]
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (*kinds, clip.Config):
+            patch.setattr(kind, "__init__", counted(kind))
+        check = config.check_engine
+        patch.setattr(config, "check_engine", lambda *args: made.update(["PretrainConfig"]) or check(*args))
+        yield made
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, built):
     out = tmp_path_factory.mktemp("run")
+    built.clear()
     _, manifests = run(out)
+    built["of the run"] = dict(built)  # later tests of the file make more
     return out, manifests
+
+
+def test_a_recipe_is_parsed_once(finished, built):
+    """Each filter once a use, and each training's config and objective once."""
+    filters = {"ClipScore": 2, "ImageCluster": 1, "Basic": 1, "CaptionLength": 1}
+    assert built["of the run"] == filters | {"PretrainConfig": 2, "Config": 2}
 
 
 def times(out, *folders):
@@ -230,13 +261,14 @@ def test_a_run_on_an_object_store_gives_the_same(bucket, tmp_path):
     import fsspec
 
     from winnow.curation.curate import CurateStage, MeasuredPool
+    from winnow.curation.filters.basic import Basic
     from winnow.curation.measures.caption import Caption
     from winnow.curation.measures.stage import MeasureStage
     from winnow.curation.reshard import ReshardStage, subset_digest
 
     write_pool(tmp_path / "shards", shards=2, per_shard=6)
     fsspec.filesystem("s3").put(str(tmp_path / "shards"), f"{bucket}/shards", recursive=True)
-    tree = {"basic": {"language": None, "min_side": 8, "min_words": 1, "max_aspect": 1.02}}
+    tree = Basic(language=None, min_side=8, min_words=1, max_aspect=1.02)
 
     def chain(source, out):
         def go(stage):

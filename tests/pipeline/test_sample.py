@@ -35,8 +35,8 @@ def test_a_class_conditional_model_is_trained_and_drawn_from(winnow, tmp_path):
         "model": UNET,
         "samples_seen": 16,
         "batch_size": 8,
-        "warmup": 1,
-        "device": "cpu",
+        "warmup_steps": 1,
+        "parallel": {"device": "cpu"},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     pool, out = tmp_path / "pool", tmp_path / "run"

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from winnow.pretrain.engine.engine import load_deepspeed
+from winnow.pretrain.engine.zero import load_deepspeed
 from winnow.pretrain.launch import _environment
 
 

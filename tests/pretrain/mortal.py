@@ -10,7 +10,6 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from winnow.pretrain.config import PretrainConfig
 from winnow.pretrain.launch import PRELOADED
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -20,10 +19,10 @@ _NETWORKS = ["diffusers.models.autoencoders.autoencoder_kl", "diffusers.models.u
 def start(job: Any, rendezvous: Path, die_at: int, last_words: Path | None = None) -> list[Any]:
     """The processes of a training, of which the last kills itself with SIGKILL after `die_at` steps (0: never)."""
     CONTEXT.set_forkserver_preload([*PRELOADED, *_NETWORKS])
-    config = PretrainConfig(**job.config)
+    config = job.config
     started = []
-    for rank in range(config.workers):
-        dies = die_at if rank == config.workers - 1 else 0
+    for rank in range(config.parallel.num_processes):
+        dies = die_at if rank == config.parallel.num_processes - 1 else 0
         process = CONTEXT.Process(target=_train, args=(rank, job, str(rendezvous), dies, last_words))
         process.start()
         started.append(process)
@@ -50,11 +49,11 @@ def _train(rank: int, job: Any, rendezvous: str, die_at: int, last_words: Path |
         sys.stderr = open(f"{last_words}-{rank}", "w", encoding="utf-8")  # noqa: SIM115 (the process's own)
     step = Engine.step
 
-    def mortal(self: Engine, parts: list, number: int, lr: float, want_norm: bool) -> Any:
-        result = step(self, parts, number, lr, want_norm)
+    def mortal(self: Engine, parts: list, number: int, want_norm: bool) -> Any:
+        result = step(self, parts, number, want_norm)
         if number + 1 == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
     Engine.step = mortal  # type: ignore[method-assign]
-    _local_process(rank, [job], PretrainConfig(**job.config), rendezvous, None)
+    _local_process(rank, [job], job.config, rendezvous, None)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from winnow.infra.params import params
 from winnow.pretrain.objectives.contrastive import clip
 
 
-@dataclass(frozen=True)
+@params
 class Config:
     mark: str
     step: int

@@ -11,9 +11,11 @@ from torchvision.transforms.functional import resized_crop
 
 from tests.pretrain.halves import features, gradients, one_of_two
 from tests.pretrain.tiny import MODEL, config
-from winnow.pretrain.engine.engine import learning_rate
+from winnow.pretrain.data.augment import random_resized_crop
+from winnow.pretrain.engine.optimizers import learning_rate
 from winnow.pretrain.loop import make_objective
-from winnow.pretrain.models.nets import build_model, preprocess_config, random_resized_crop, val_transform
+from winnow.pretrain.models.open_clip import build_model
+from winnow.pretrain.models.preprocessing import preprocess_config, val_transform
 from winnow.pretrain.objectives.base import Sample
 from winnow.pretrain.objectives.contrastive.clip import clip_loss
 
@@ -91,7 +93,7 @@ def test_views_depend_on_the_generator_alone() -> None:
     objective = make_objective(config(augment=(0.3, 1.0)), seed=0)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 64, 3), dtype=np.uint8))
     first, again, other = (
-        objective.views(Sample(image, "a cat"), np.random.default_rng(seed))["image"] for seed in (1, 1, 2)
+        objective.views(Sample(image=image, text="a cat"), np.random.default_rng(seed))["image"] for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
@@ -123,10 +125,10 @@ def test_logit_scale_is_kept_between_1_and_its_maximum() -> None:
 
 
 def test_learning_rate_is_a_ramp_and_half_a_cosine() -> None:
-    rates = [learning_rate(i, steps=110, lr=2.0, warmup=10) for i in range(111)]
+    rates = [learning_rate(i, steps=110, lr=2.0, warmup_steps=10) for i in range(111)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == pytest.approx(2.0)
     assert rates[60] == pytest.approx(1.0)
     assert rates[35] == pytest.approx(1 + math.cos(math.pi / 4))
     assert rates[110] == pytest.approx(0.0)
-    assert learning_rate(99, steps=100, lr=2.0, warmup=10, schedule="const") == 2.0
-    assert learning_rate(0, steps=10, lr=2.0, warmup=0) == 2.0
+    assert learning_rate(99, steps=100, lr=2.0, warmup_steps=10, schedule="const") == 2.0
+    assert learning_rate(0, steps=10, lr=2.0, warmup_steps=0) == 2.0

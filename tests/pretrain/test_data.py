@@ -7,19 +7,20 @@ import pytest
 from tests import drawing
 from tests.pretrain.tiny import make_pool, uid
 from winnow.infra.errors import WinnowError
-from winnow.infra.io.images import decode_image
 from winnow.infra.pool.index import IndexStage
+from winnow.infra.pool.sample import Sample
 from winnow.infra.pool.uids import decode_uids, save_subset
 from winnow.infra.stages.executors import SerialExecutor
 from winnow.infra.stages.runner import execute
-from winnow.pretrain.config import SourceConfig
-from winnow.pretrain.data.loader import Batches, Order, Samples, _times, epoch_order
-from winnow.pretrain.objectives.base import Sample
+from winnow.pretrain.data.loader import Batches
+from winnow.pretrain.data.order import Order, epoch_order
+from winnow.pretrain.data.samples import Samples, _times
+from winnow.pretrain.sections import SourceConfig
 
 
 def views(sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
     number = np.int64(sample.text.rsplit(" ", 1)[1])
-    return {"number": number, "draw": np.int64(rng.integers(1 << 40)), "red": np.asarray(sample.image)[..., 0].mean()}
+    return {"number": number, "draw": np.int64(rng.integers(1 << 40)), "red": np.asarray(sample.image())[..., 0].mean()}
 
 
 def seen(pool: str, world: int, *, subset: str | None = None, first: int = 0, last: int = 9) -> list[dict]:
@@ -61,9 +62,9 @@ def test_batches_do_not_depend_on_the_number_of_processes_or_the_start(tmp_path:
 
 def test_images_go_with_their_captions(tmp_path: Path) -> None:
     samples = Samples(make_pool(tmp_path), None)
-    for data, text in samples.read(np.array([39, 0, 17, 3, 17])):
-        red, green, blue = np.asarray(decode_image(data)).reshape(-1, 3).mean(0)
-        colour = text.split()[1]
+    for sample in samples.read(np.array([39, 0, 17, 3, 17])):
+        red, green, blue = np.asarray(sample.image()).reshape(-1, 3).mean(0)
+        colour = sample.text.split()[1]
         brightest = {"red": red, "green": green, "blue": blue}
         assert colour == ("grey" if max(red, green, blue) < 150 else max(brightest, key=brightest.__getitem__))
 
@@ -79,7 +80,7 @@ def test_a_subset_is_trained_on_as_often_as_it_lists(tmp_path: Path) -> None:
 def test_a_subset_of_another_pool_is_refused(tmp_path: Path) -> None:
     pool = make_pool(tmp_path)
     save_subset(str(tmp_path / "s.npy"), decode_uids(pa.array([uid(1), uid(1000)])))
-    with pytest.raises(WinnowError, match="names 1 samples that the pool has not"):
+    with pytest.raises(WinnowError, match="names 1 samples that are not in the pool"):
         Samples(pool, str(tmp_path / "s.npy"))
     save_subset(str(tmp_path / "empty.npy"), np.empty(0, "u8,u8"))
     with pytest.raises(WinnowError, match="no sample to train on"):
@@ -90,7 +91,7 @@ def test_a_broken_image_is_replaced_by_the_next_in_the_order(tmp_path: Path) -> 
     broken = (4, 11, 12)
     pool = make_pool(tmp_path, broken=broken)
     samples = Samples(pool, None)
-    numbers = [int(text.rsplit(" ", 1)[1]) for _, text in samples.read(np.arange(40))]
+    numbers = [int(sample.text.rsplit(" ", 1)[1]) for sample in samples.read(np.arange(40))]
     order = [numbers[i] for epoch in range(3) for i in epoch_order(40, 3, epoch)]
     expected = [next(n for n in order[i:] if n not in broken) for i in range(72)]
     for world in (1, 2):
@@ -101,12 +102,12 @@ def test_a_broken_image_is_replaced_by_the_next_in_the_order(tmp_path: Path) -> 
     assert batches.replaced == sum(n in broken for n in order[:72])
 
 
-@pytest.mark.parametrize("decoders", [0, 1])
-def test_a_pool_of_broken_images_is_an_error(decoders: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_pool_of_broken_images_is_an_error(num_workers: int, tmp_path: Path) -> None:
     samples = Samples(make_pool(tmp_path, count=4, broken=(0, 1, 2, 3)), None)
     with (
         pytest.raises(WinnowError, match="no image of the pool can be decoded") as error,
-        Batches(samples, views, seed=0, batch=2, last=1, decoders=decoders) as batches,
+        Batches(samples, views, seed=0, batch=2, last=1, num_workers=num_workers) as batches,
     ):
         next(batches)
     assert "Traceback" not in str(error.value)
@@ -149,10 +150,10 @@ def test_several_sources_in_any_number_of_processes(tmp_path: Path) -> None:
         SourceConfig(pool=pools[2], weight=0.5),
     )
 
-    def numbers(world: int, decoders: int) -> list[list[int]]:
+    def numbers(world: int, num_workers: int) -> list[list[int]]:
         samples, parts = Samples(pools[0], None, more), []
         for rank in range(world):
-            place = {"rank": rank, "world": world, "last": 18, "decoders": decoders}
+            place = {"rank": rank, "world": world, "last": 18, "num_workers": num_workers}
             with Batches(samples, views, seed=3, batch=4, **place) as batches:
                 parts.append([batch["number"] for batch in batches])
         return [np.concatenate(step).tolist() for step in zip(*parts, strict=True)]
@@ -168,11 +169,11 @@ def test_several_sources_in_any_number_of_processes(tmp_path: Path) -> None:
 
 def test_every_sample_once_an_epoch_whatever_the_processes(tmp_path: Path) -> None:
     pool = make_pool(tmp_path, count=24, shards=1)
-    for world, decoders in ((1, 0), (2, 3), (4, 2), (8, 1)):  # more processes than shards, too
+    for world, num_workers in ((1, 0), (2, 3), (4, 2), (8, 1)):  # more processes than shards, too
         parts = []
         for rank in range(world):
             with Batches(
-                Samples(pool, None), views, seed=1, batch=8, rank=rank, world=world, last=9, decoders=decoders
+                Samples(pool, None), views, seed=1, batch=8, rank=rank, world=world, last=9, num_workers=num_workers
             ) as batches:
                 parts += [(step, n) for step, batch in enumerate(batches) for n in batch["number"]]
         for epoch in range(3):
@@ -222,7 +223,7 @@ def test_a_subset_of_another_pool_names_what_is_missing(tmp_path: Path) -> None:
     save_subset(str(tmp_path / "s.npy"), decode_uids(pa.array([uid(1), *strangers])))
     with pytest.raises(WinnowError) as error:
         Samples(pool, str(tmp_path / "s.npy"))
-    assert f"names 5 samples that the pool has not: {', '.join(strangers[:3])}, …" in str(error.value)
+    assert f"names 5 samples that are not in the pool: {', '.join(strangers[:3])}, …" in str(error.value)
 
 
 def test_uids_that_share_their_first_half_are_told_apart() -> None:
@@ -244,7 +245,8 @@ def test_labels_come_with_their_samples(tmp_path: Path) -> None:
     execute(IndexStage((str(tmp_path / "shards"),), str(tmp_path / "pool")), SerialExecutor())
     samples = Samples(str(tmp_path / "pool"), None)
     numbers = np.array([7, 0, 11, 3])
-    texts = [int(text.rsplit(" ", 1)[1]) for _, text in samples.read(numbers)]
-    assert samples.labels(numbers) == [n % 5 for n in texts]
+    for sample in samples.read(numbers):
+        assert sample.label == int(sample.text.rsplit(" ", 1)[1]) % 5
     (tmp_path / "other").mkdir()
-    assert Samples(make_pool(tmp_path / "other"), None).labels(np.array([0, 1])) == [None, None]
+    other = Samples(make_pool(tmp_path / "other"), None)
+    assert [sample.label for sample in other.read(np.array([0, 1]))] == [None, None]

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -10,9 +11,25 @@ from safetensors.torch import save_file
 
 from tests.pretrain.tiny import CASES, MODEL, config
 from winnow.infra.errors import UsageError, WinnowError
-from winnow.pretrain.encoder import encoder_digest, load_checkpoint, load_encoder
-from winnow.pretrain.models.nets import build_image_tower, build_model, build_tokenizer
+from winnow.pretrain.encoder import Encoder, encoder_digest, load_checkpoint, load_encoder, load_encoders
+from winnow.pretrain.loop import make_objective
+from winnow.pretrain.models.open_clip import build_model
+from winnow.pretrain.models.tokenizer import build_tokenizer
+from winnow.pretrain.models.towers import build_image_tower
 
+OLD_CONFIG = """{"format": 1,
+"objective": {"name": "moco", "params": {"queue": 32, "bn_parts": 2, "momentum": 0.9, "dim": 16}},
+"model": {"timm": "resnet18", "size": 32, "stem": "cifar",
+ "kwargs": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}},
+"preprocess": {"size": [32, 32], "mode": "RGB", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
+ "interpolation": "bilinear", "resize_mode": "shortest", "fill_color": 0},
+"training": {"config": {"objective": {"moco": {"queue": 32, "bn_parts": 2, "momentum": 0.9, "dim": 16}},
+ "model": {"timm": "resnet18", "size": 32, "stem": "cifar",
+  "kwargs": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}},
+ "samples_seen": 48, "batch_size": 8, "lr": 0.01, "warmup": 2, "schedule": "cosine", "optimizer": "adamw",
+ "weight_decay": 0.2, "beta1": 0.9, "beta2": 0.98, "eps": 1e-06, "momentum": 0.9, "grad_clip": null, "ema": null,
+ "precision": "auto", "augment": null, "deepspeed": {}},
+ "seed": 0, "steps": 6, "samples_seen": 48, "samples": 40, "replaced": 0, "losses": {}}}"""
 TEXTS = ["a diagram", "a dog", "a cat"]
 
 
@@ -109,7 +126,7 @@ def test_digest_is_of_the_content(saved: tuple[Path, torch.nn.Module]) -> None:
         ("ViT-B-32:./w.pt", "no such file of weights"),
         ("runs/none", "no such checkpoint folder"),
         ("none.json:w.pt", "no such model config"),
-        ("", "named by nothing"),
+        ("", "is empty"),
         ("pixels:0", "pixels:SIZE"),
         ("/no/such/place:w.pt", "no such checkpoint"),
         (__file__, "is a file, .*CONFIG.json:WEIGHTS"),
@@ -180,8 +197,63 @@ def test_a_checkpoints_networks_with_weights_drawn_anew(tmp_path: Path) -> None:
     assert first.digest == second.digest != encoder_digest(str(tmp_path / "0"))
     trained_features = load_encoder(str(tmp_path / "1"), device="cpu").encode_images(x)
     assert np.abs(first.encode_images(x) - trained_features).max() > 1e-3
-    with pytest.raises(UsageError, match="is no checkpoint folder"):
+    with pytest.raises(UsageError, match="is not a checkpoint folder"):
         load_checkpoint(f"{tmp_path}/0:random")
+
+
+def test_a_checkpoint_of_before_the_sections_loads(tmp_path: Path, image: Image.Image) -> None:
+    """Its config.json has the flat names of then, word for word as a training at commit 2a7dc78 wrote it."""
+    torch.manual_seed(0)
+    tower = build_image_tower(config(**CASES["moco"]).model.resolved())
+    save_file(tower.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(OLD_CONFIG)
+    encoder = load_encoder(str(tmp_path), device="cpu")
+    pixels = encoder.preprocess(image)[None]
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(tower.eval().encode_image(pixels), dim=1)
+    np.testing.assert_allclose(encoder.encode_images(pixels), expected, atol=1e-6)
+    training = json.loads(OLD_CONFIG)["training"]["config"]
+    assert training == config(**CASES["moco"]).identity()
+
+
+@pytest.mark.parametrize("name", ["clip", "simclr", "diffusion", "autoencoder"])
+def test_feature_maps_are_what_is_pooled(name: str, tmp_path: Path) -> None:
+    """Their mean, or for CLIP and the autoencoder what is made of them, is the embedding."""
+    objective = make_objective(config(**CASES[name]), seed=0)
+    net: Any = objective.encoder().eval()
+    encoder = Encoder("net", "digest", net, None, "cpu")
+    side = encoder.image_size
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    maps = torch.from_numpy(encoder.feature_maps(images))
+    if name == "clip":  # patches of 16 of 32 pixels, without the class token
+        assert maps.shape == (2, 32, 2, 2)
+        net.visual.output_tokens = True
+        tokens = net.visual(images)[1]
+        torch.testing.assert_close(net.visual.ln_post(maps.flatten(2).transpose(1, 2)), tokens.detach())
+        return
+    pooled = maps.flatten(1) if name == "autoencoder" else maps.mean((2, 3))
+    expected = torch.nn.functional.normalize(pooled, dim=1).numpy()
+    np.testing.assert_allclose(encoder.encode_images(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pixels_have_no_feature_maps() -> None:
+    encoder = load_encoder("pixels:8", device="cpu")
+    with pytest.raises(UsageError, match="has no feature maps"):
+        encoder.feature_maps(np.zeros((1, 3, 8, 8), np.float32))
+
+
+def test_several_encoders_are_kept_until_others_are_wanted(saved: tuple[Path, torch.nn.Module]) -> None:
+    folder, _ = saved
+    (folder / "damaged.pt").write_bytes(b"?")
+    specs = ["pixels:5", "pixels:6", "pixels:7", f"{folder}/tiny.json:{folder}/damaged.pt"]
+    wanted = [(spec, encoder_digest(spec)) for spec in specs]
+    first = load_encoders(wanted, "cpu")
+    assert [type(item).__name__ for item in first] == ["Encoder"] * 3 + ["WinnowError"]
+    again = load_encoders(wanted[:2], "cpu")
+    assert again[0] is first[0] and again[1] is first[1]
+    assert load_encoders(wanted[:3], "cpu")[2] is not first[2]
+    with pytest.raises(UsageError, match="no such checkpoint folder"):
+        load_encoders([("nowhere", "digest")], "cpu")
 
 
 def test_pixels_are_their_own_features(image: Image.Image) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from tests.pretrain.tiny import CASES, NARROW, config
-from winnow.pretrain.config import build_params
+from winnow.infra.params import ParameterError, build
 from winnow.pretrain.loop import make_objective
 from winnow.pretrain.objectives.base import Sample
 from winnow.pretrain.objectives.contrastive import moco
@@ -66,7 +66,7 @@ def test_steps_are_those_of_algorithm_1_written_plainly() -> None:
         logits = [torch.cat([(q[i] @ k[i])[None], torch.stack(list(queue)) @ q[i]]) / tau for i in range(n)]
         loss = torch.stack([F.cross_entropy(row, torch.tensor(0)) for row in logits]).mean()
 
-        losses = objective({"query": x_q, "key": x_k, "place": index_})
+        losses = objective({"query": x_q, "key": x_k, "index": index_})
         torch.testing.assert_close(losses.total, loss, rtol=1e-4, atol=1e-5)
         grads, plain = torch.autograd.grad(losses.total, trained), torch.autograd.grad(loss, list(f_q.parameters()))
         with torch.no_grad():
@@ -121,8 +121,8 @@ def test_versions_differ_as_the_papers_do() -> None:
 def test_views_depend_on_the_generator_alone() -> None:
     objective = make_objective(config(**CASES["moco"]), seed=0)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 64, 3), dtype=np.uint8))
-    first, again, other = (objective.views(Sample(image, ""), np.random.default_rng(i)) for i in (1, 1, 2))
-    for name in ("query", "key", "place"):
+    first, again, other = (objective.views(Sample(image=image, text=""), np.random.default_rng(i)) for i in (1, 1, 2))
+    for name in ("query", "key", "index"):
         np.testing.assert_array_equal(first[name], again[name])
         assert np.any(first[name] != other[name])
     assert (first["query"] != first["key"]).any()
@@ -134,19 +134,22 @@ def test_views_depend_on_the_generator_alone() -> None:
         ({"objective": {"moco": {"queue": 36}}}, "queue 36 is not a multiple of batch_size 8; whole batches"),
         ({"objective": "moco", "batch_size": 12, "samples_seen": 60}, "queue 65536 is not a multiple of batch_size 12"),
         ({"objective": {"moco": {"bn_parts": 3}}}, "batch_size 8 is not a multiple of bn_parts 3"),
-        ({"objective": {"moco": {"bn_parts": 2}}, "workers": 4}, "bn_parts 2 is not a multiple of workers 4"),
+        (
+            {"objective": {"moco": {"bn_parts": 2}}, "num_processes": 4},
+            "bn_parts 2 is not a multiple of num_processes 4",
+        ),
         ({"objective": "moco", "zero_stage": 3}, "moco keeps a momentum encoder"),
     ],
 )
 def test_what_cannot_work_is_refused_before_work_starts(changes: dict, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ParameterError, match=words):
         config(model=NARROW, **changes)
 
 
 @pytest.mark.parametrize(
     ("params", "words"),
     [
-        ({"version": 3}, "version must be 1 or 2"),
+        ({"version": 3}, "version must be one of 1, 2, not 3"),
         ({"momentum": 1.0}, "momentum"),
         ({"temperature": -1.0}, "temperature"),
         ({"queue": 0}, "queue"),
@@ -154,5 +157,5 @@ def test_what_cannot_work_is_refused_before_work_starts(changes: dict, words: st
     ],
 )
 def test_wrong_parameters_are_refused(params: dict, words: str) -> None:
-    with pytest.raises(Exception, match=words):
-        build_params(Config, params)
+    with pytest.raises(ParameterError, match=words):
+        build(Config, params, "moco")

@@ -16,7 +16,7 @@ def test_ray_train_on_one_and_two_processes_trains_as_serial(ray_executor, tmp_p
     run = TrainRun("all", 0, pool, None, Pool.open(pool).digest)
 
     def trained(name: str, executor, workers: int) -> tuple[dict[str, torch.Tensor], object]:  # type: ignore[no-untyped-def]
-        stage = PretrainStage(config(workers=workers), (run,), str(tmp_path / name))
+        stage = PretrainStage(config(num_processes=workers), (run,), str(tmp_path / name))
         manifest = execute(stage, executor)
         return load_file(tmp_path / name / "all" / "seed-0" / "model.safetensors"), manifest
 
@@ -39,7 +39,7 @@ def test_ray_train_starts_a_dead_worker_again(ray_executor, tmp_path: Path) -> N
     run = TrainRun("all", 0, pool, None, Pool.open(pool).digest)
     c = config(
         objective={"tests.pretrain.mortals:KilledOnce": {"mark": str(tmp_path / "killed"), "step": 5}},
-        workers=2,
+        num_processes=2,
         save_every=2,
         max_failures=1,
         log_every=1,

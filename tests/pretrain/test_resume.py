@@ -38,7 +38,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def job(pool: str, out: Path, **changes: Any) -> Job:
-    return Job(config(log_every=1, **changes).model_dump(mode="json"), pool, None, str(out), seed=0, key="key")
+    return Job(config(log_every=1, **changes), pool, None, str(out), seed=0, key="key")
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -72,9 +72,9 @@ def test_killed_again_and_again_it_ends_in_the_same_bits(name: str, pool: str, t
 
 @pytest.mark.parametrize("name", ["clip", "moco"])
 def test_two_processes_killed_end_in_the_same_bits(name: str, pool: str, tmp_path: Path) -> None:
-    whole = job(pool, tmp_path / "whole", **CASES[name], workers=2)
+    whole = job(pool, tmp_path / "whole", **CASES[name], num_processes=2)
     assert mortal.run(whole, tmp_path) == [0, 0]
-    killed = job(pool, tmp_path / "killed", **CASES[name], workers=2, decoders=1, save_every=2)
+    killed = job(pool, tmp_path / "killed", **CASES[name], num_processes=2, num_workers=1, save_every=2)
     for step in (3, 5):
         assert mortal.run(killed, tmp_path, die_at=step)[-1] == -signal.SIGKILL
     assert mortal.run(killed, tmp_path) == [0, 0]
@@ -87,7 +87,7 @@ def test_another_number_of_processes_goes_on(name: str, pool: str, tmp_path: Pat
     """Two processes, killed, then one: the loss curve of one process, within rounding."""
     run(pool, tmp_path / "whole", config(**CASES[name], log_every=1))
     for workers, step in ((2, 5), (1, 0)):
-        killed = job(pool, tmp_path / "killed", **CASES[name], workers=workers, save_every=2)
+        killed = job(pool, tmp_path / "killed", **CASES[name], num_processes=workers, save_every=2)
         codes = mortal.run(killed, tmp_path, die_at=step)
         assert codes[-1] == (-signal.SIGKILL if step else 0)
     first, second = starts(tmp_path / "killed")
@@ -140,9 +140,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 
     monkeypatch.setattr(resume, "save_file", held_up)
     monkeypatch.setattr(cls, "after_step", counted)
-    run(pool, tmp_path, config(save_every=2, keep_checkpoints=3))
+    run(pool, tmp_path, config(save_every=2, keep=3))
     monkeypatch.undo()
-    expected = run(pool, tmp_path / "two", config(save_every=2, keep_checkpoints=3))
+    expected = run(pool, tmp_path / "two", config(save_every=2, keep=3))
     assert same(weights(tmp_path), expected)
     for step in (2, 4, 6):
         ours, reference = (
@@ -184,14 +184,14 @@ def test_a_disk_that_is_really_full(pool: str, tmp_path: Path) -> None:
         pytest.skip("needs the right to mount a file system")
     try:
         with pytest.raises(WinnowError, match="no space left"):
-            run(pool, disk / "out", config(save_every=1, keep_checkpoints=50))
+            run(pool, disk / "out", config(save_every=1, keep=50))
         kept = sorted(path.name for path in (disk / "out" / "resume").iterdir())
         assert kept and all(path.startswith("step-") for path in kept)
         shutil.copytree(disk / "out", tmp_path / "moved")
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
     whole = run(pool, tmp_path / "whole", config())
-    assert same(run(pool, tmp_path / "moved", config(keep_checkpoints=50)), whole)
+    assert same(run(pool, tmp_path / "moved", config(keep=50)), whole)
     assert starts(tmp_path / "moved")[-1] == int(kept[-1].removeprefix("step-"))
 
 
@@ -206,7 +206,7 @@ def test_other_errors_of_the_writer_come_out(pool: str, tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("lost", [resume.STATE, resume.LISTING, "all"])
 def test_a_damaged_checkpoint_is_passed_over(lost: str, pool: str, tmp_path: Path) -> None:
-    c = config(save_every=2, keep_checkpoints=2)
+    c = config(save_every=2, keep=2)
     whole = run(pool, tmp_path, c)
     (tmp_path / "model.safetensors").unlink()
     last = tmp_path / "resume" / "step-00000006"
@@ -265,7 +265,7 @@ def test_an_object_store_keeps_whole_checkpoints(
             raise KeyboardInterrupt
         write_json(url, value)
 
-    task = Job(config(save_every=2).model_dump(mode="json"), pool, None, out, seed=0, key="key")
+    task = Job(config(save_every=2), pool, None, out, seed=0, key="key")
     with monkeypatch.context() as patch:
         patch.setattr(storage, "write_json", cut_off)
         patch.setattr(threading, "excepthook", lambda *_: None)
@@ -302,7 +302,7 @@ LAUNCHED = """
 import sys
 from winnow.pretrain.launch import launch
 from tests.pretrain.test_resume import Path, job
-launch([job(sys.argv[1], Path(sys.argv[2]), workers=2, batch_size=4, samples_seen=400_000)])
+launch([job(sys.argv[1], Path(sys.argv[2]), num_processes=2, batch_size=4, samples_seen=400_000)])
 """
 
 

@@ -4,11 +4,9 @@ import math
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from winnow.pretrain.diffusion.frechet import frechet_distance, moments
 from winnow.pretrain.diffusion.samplers import ancestral, ddim, guided, strided
 from winnow.pretrain.diffusion.schedule import Noise, alpha_bars, noised, parts, velocity
 
@@ -173,22 +171,3 @@ def test_noise_of_an_image_is_its_own() -> None:
     torch.testing.assert_close(other(), again[1:], rtol=0, atol=0)
     many = Noise(range(500), (200,))()
     assert abs(float(many.mean())) < 0.02 and float(many.std()) == pytest.approx(1, abs=0.02)
-
-
-def test_frechet_distance_is_heusel_et_als() -> None:
-    """Against the formula with scipy's matrix root, torchmetrics', and closed forms."""
-    from torchmetrics.image.fid import _compute_fid
-
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(300, 6)) @ rng.normal(size=(6, 6)), rng.normal(size=(200, 6)) + 1
-    (mu1, cov1), (mu2, cov2) = moments(a), moments(b)
-    np.testing.assert_allclose(cov1, (a - mu1).T @ (a - mu1) / 299)
-    plain = np.sum((mu1 - mu2) ** 2) + np.trace(cov1 + cov2 - 2 * scipy.linalg.sqrtm(cov1 @ cov2).real)
-    found = frechet_distance(mu1, cov1, mu2, cov2)
-    assert found == pytest.approx(plain, rel=1e-9)
-    assert found == pytest.approx(float(_compute_fid(*map(torch.from_numpy, (mu1, cov1, mu2, cov2)))), rel=1e-6)
-    assert found == pytest.approx(frechet_distance(mu2, cov2, mu1, cov1))
-    assert frechet_distance(mu1, cov1, mu1, cov1) == pytest.approx(0, abs=1e-6)
-    # Diagonal covariances commute: Σ (σ₁ − σ₂)².
-    found = frechet_distance(np.zeros(2), np.diag([4.0, 9.0]), np.ones(2), np.diag([1.0, 0.0]))
-    assert found == pytest.approx(2 + 1 + 9)

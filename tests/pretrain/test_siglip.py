@@ -9,6 +9,7 @@ import torch
 
 from tests.pretrain.test_train import run
 from tests.pretrain.tiny import MODEL, config, make_pool
+from winnow.infra.params import ParameterError
 from winnow.pretrain.encoder import load_encoder
 from winnow.pretrain.loop import make_objective
 from winnow.pretrain.objectives.contrastive.siglip import siglip_loss
@@ -65,5 +66,5 @@ def test_its_checkpoint_is_open_clips_with_scale_and_bias(zero_stage: int, tmp_p
 
 def test_a_model_without_a_text_tower_is_refused() -> None:
     for name in ("clip", "siglip"):
-        with pytest.raises(ValueError, match="reads captions, and resnet18 of timm reads images only"):
+        with pytest.raises(ParameterError, match="reads captions, and resnet18 of timm reads images only"):
             config(objective=name, model={"timm": "resnet18"})

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from tests.pretrain.tiny import CASES, MODEL, NARROW, config
+from winnow.infra.params import ParameterError, build
 from winnow.pretrain.loop import make_objective
 from winnow.pretrain.objectives.base import Sample
 from winnow.pretrain.objectives.contrastive.simclr import Config, nt_xent, projection_head
@@ -52,7 +53,7 @@ def test_it_trains_the_encoder_alone_or_open_clips_image_tower(model: dict) -> N
     objective = make_objective(config(objective="simclr", model=model), seed=0)
     assert not any("text" in name or "token" in name for name, _ in objective.named_parameters())
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 64, 3), dtype=np.uint8))
-    views = [objective.views(Sample(image, ""), np.random.default_rng(i))["views"] for i in (1, 1, 2, 3)]
+    views = [objective.views(Sample(image=image, text=""), np.random.default_rng(i))["views"] for i in (1, 1, 2, 3)]
     assert views[0].shape == (2, 3, 32, 32) and views[0].dtype == np.uint8
     np.testing.assert_array_equal(views[0], views[1])
     assert (views[0][0] != views[0][1]).any() and (views[0] != views[2]).any()
@@ -80,5 +81,5 @@ def test_batch_norm_sees_both_views_of_the_batch() -> None:
     [({"temperature": 0.0}, "temperature"), ({"strength": 3.0}, "strength"), ({"dim": 0}, "dim")],
 )
 def test_wrong_parameters_are_refused(params: dict, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        Config(**params)
+    with pytest.raises(ParameterError, match=words):
+        build(Config, params, "simclr")

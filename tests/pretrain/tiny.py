@@ -1,11 +1,10 @@
-"""A pool and a model small enough to train in a test, and objectives of a user's own."""
+"""A pool and a model small enough to train in a test, and custom objectives."""
 
 from __future__ import annotations
 
 import io
 import os
 import tarfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
+from winnow.infra.params import build, params
 from winnow.infra.pool.index import IndexStage
 from winnow.infra.pool.uids import derived_uid
 from winnow.infra.stages.executors import SerialExecutor
@@ -22,6 +22,7 @@ from winnow.infra.stages.runner import execute
 from winnow.pretrain.config import PretrainConfig
 from winnow.pretrain.objectives.base import Losses, Objective, Sample
 from winnow.pretrain.objectives.contrastive.clip import CLIP
+from winnow.pretrain.sections import CheckpointConfig, LoggingConfig, OptimizerConfig, ParallelConfig
 
 MODEL: dict[str, Any] = {
     "embed_dim": 16,
@@ -103,21 +104,54 @@ def make_pool(folder: Path, count: int = 40, broken: tuple[int, ...] = (), shard
     return str(folder / "pool")
 
 
+DEFAULTS: dict[str, Any] = {
+    "model": MODEL,
+    "samples_seen": 48,
+    "batch_size": 8,
+    "lr": 1e-2,
+    "warmup_steps": 2,
+    "device": "cpu",
+    "num_workers": 0,
+    "max_failures": 0,
+}
+SECTIONS = {
+    "optimizer": OptimizerConfig,
+    "parallel": ParallelConfig,
+    "checkpoint": CheckpointConfig,
+    "logging": LoggingConfig,
+}
+
+
+def nested(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of all sections in one dict, as a recipe has them."""
+    result: dict[str, Any] = {}
+    for key, value in settings.items():
+        section = next((name for name, kind in SECTIONS.items() if key in kind.model_fields and key != "name"), None)
+        if key == "log_every":
+            section, key = "logging", "every"
+        elif key == "optimizer" and isinstance(value, str):
+            section, key = "optimizer", "name"
+        if section is not None:
+            result[section] = result.get(section, {}) | {key: value}
+        else:
+            result[key] = result.get(key, {}) | value if key in SECTIONS else value
+    return result
+
+
 def config(**changes: Any) -> PretrainConfig:
-    values: dict[str, Any] = {
-        "model": MODEL,
-        "samples_seen": 48,
-        "batch_size": 8,
-        "lr": 1e-2,
-        "warmup": 2,
-        "device": "cpu",
-        "decoders": 0,
-        "max_failures": 0,
-    }
-    return PretrainConfig(**values | changes)
+    """A checked config; settings of the sections can be given by their own names."""
+    return build(PretrainConfig, nested(DEFAULTS | changes), "").check()
 
 
-@dataclass(frozen=True)
+def changed(c: PretrainConfig, **changes: Any) -> PretrainConfig:
+    """The config with other settings."""
+    values = c.model_dump(exclude_unset=True)
+    for key, value in nested(changes).items():
+        values[key] = values.get(key, {}) | value if key in SECTIONS else value
+    return build(PretrainConfig, values, "").check()
+
+
+@params
 class Config:
     logit_scale_max: float = 100.0
 
@@ -139,8 +173,8 @@ class Brightness(Objective):
         self.head = torch.nn.Linear(3 * 16, 1)
 
     def views(self, sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        small = np.asarray(sample.image.resize((4, 4)), np.float32) / 255
-        return {"pixels": small.reshape(-1), "target": np.asarray(sample.image, np.float32).mean() / 255}
+        small = np.asarray(sample.image().resize((4, 4)), np.float32) / 255
+        return {"pixels": small.reshape(-1), "target": np.asarray(sample.image(), np.float32).mean() / 255}
 
     def forward(self, batch: dict[str, torch.Tensor]) -> Losses:
         loss = (self.head(batch["pixels"])[:, 0] - batch["target"]).square().mean()

@@ -7,38 +7,31 @@ Radford et al. 2021, "Learning Transferable Visual Models From Natural Language 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import nn
 
 from winnow.infra.errors import UsageError
+from winnow.infra.params import params
+from winnow.pretrain.data.augment import random_resized_crop
 from winnow.pretrain.distributed import gather, local_rows
-from winnow.pretrain.models.nets import (
-    build_model,
-    build_tokenizer,
-    caching_tokens,
-    image_size,
-    preprocess_config,
-    random_resized_crop,
-)
+from winnow.pretrain.models.open_clip import build_model
+from winnow.pretrain.models.preprocessing import image_size, preprocess_config
+from winnow.pretrain.models.tokenizer import build_tokenizer, caching_tokens
 from winnow.pretrain.objectives.base import Losses, Objective, Sample
 
-CROPS = (0.9, 1.0)  # share of the area, from and to; open_clip's
+CROPS = (0.9, 1.0)  # fraction of the area, from and to; open_clip's
 
 
-@dataclass(frozen=True)
+@params
 class Config:
-    """Args: logit_scale_max: the logits are never scaled by more (section 2.5)."""
+    """Args: logit_scale_max: the largest scale of the logits (section 2.5)."""
 
-    logit_scale_max: float = 100.0
-
-    def __post_init__(self) -> None:
-        if not self.logit_scale_max > 1:
-            raise ValueError("logit_scale_max must be above 1")
+    logit_scale_max: Annotated[float, Field(gt=1)] = 100.0
 
 
 class CLIP(Objective):
@@ -68,7 +61,7 @@ class CLIP(Objective):
 
     def views(self, sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """image: uint8 [3, H, W]; text: int32 [context]."""
-        image = random_resized_crop(sample.image, self.size, self.augment, rng)
+        image = random_resized_crop(sample.image(), self.size, self.augment, rng)
         return {"image": image, "text": self.tokens(sample.text)}
 
     def features(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -80,6 +73,11 @@ class CLIP(Objective):
 
     def forward(self, batch: dict[str, torch.Tensor]) -> Losses:
         return self._loss(*self.features(batch))
+
+    def initialise(self, weights: dict[str, torch.Tensor]) -> None:
+        """A scale of shape [] becomes [1], see `__init__`."""
+        own = self.net.state_dict()
+        super().initialise({name: value.reshape(own[name].shape) for name, value in weights.items()})
 
     def embed(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """L2-normalised image and text features, float32 [n, d] each."""
@@ -115,7 +113,7 @@ class CLIP(Objective):
 
 
 def clip_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """This process's rows of the loss against the columns of all, and the share of images nearest to their caption.
+    """This process's rows of the loss against the columns of all, and the fraction of images nearest to their caption.
 
     Each process computes n of the n·world rows; averaged over the processes, value and gradients are those of one
     process with the whole batch.

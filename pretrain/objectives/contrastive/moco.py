@@ -4,33 +4,35 @@ He et al. 2020, "Momentum Contrast for Unsupervised Visual Representation Learni
 al. 2020, "Improved Baselines with Momentum Contrastive Learning", for v2: a head of two layers, blur, weaker hue and
 τ = 0.2 (its cosine schedule is the recipe's `schedule`).
 
-Shuffled batch normalisation (section 3.3) keeps keys and queries from telling each other by the statistics they share.
-The paper has one part of the batch on each of 8 GPUs; here the global batch has `bn_parts` parts on any number of
-processes, one too, so the training is the same on all of them.
+Shuffled batch normalisation (section 3.3) prevents that shared statistics give away which key belongs to a query. The
+paper has one part of the batch on each of 8 GPUs. Here the global batch has `bn_parts` parts on any number of
+processes, so the training does not depend on that number.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import nn
 
+from winnow.infra.params import InvalidValue, params
 from winnow.pretrain.data.augment import Augmentation, Jitter
 from winnow.pretrain.distributed import gather, local_rows
 from winnow.pretrain.models.batchnorm import average_statistics, over_parts
-from winnow.pretrain.models.nets import build_image_tower, image_size
+from winnow.pretrain.models.preprocessing import image_size
+from winnow.pretrain.models.towers import build_image_tower
 from winnow.pretrain.objectives.base import Losses, Objective, Sample
 
-CROPS = (0.2, 1.0)  # share of the area, from and to; as in the authors' code
+CROPS = (0.2, 1.0)  # fraction of the area, from and to; as in the authors' code
 TEMPERATURE = {1: 0.07, 2: 0.2}
 
 
-@dataclass(frozen=True)
+@params
 class Config:
     """Args:
     version: 1 or 2.
@@ -43,37 +45,32 @@ class Config:
     bn_parts: parts of the global batch that batch normalisation sees one by one.
     """
 
-    version: int = 2
-    temperature: float | None = None
-    queue: int = 65536
-    momentum: float = 0.999
-    dim: int = 128
-    hidden: int | None = None
+    version: Literal[1, 2] = 2
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    queue: Annotated[int, Field(ge=1)] = 65536
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    dim: Annotated[int, Field(ge=1)] = 128
+    hidden: Annotated[int, Field(ge=1)] | None = None
     blur: bool | None = None
-    bn_parts: int = 8
+    bn_parts: Annotated[int, Field(ge=1)] = 8
 
-    def __post_init__(self) -> None:
-        if self.version not in (1, 2):
-            raise ValueError("version must be 1 or 2")
-        if self.temperature is not None and not self.temperature > 0:
-            raise ValueError("temperature must be above 0")
-        if not 0 <= self.momentum < 1:
-            raise ValueError("momentum must be at least 0 and below 1")
-        if min(self.queue, self.dim, self.bn_parts, self.hidden or 1) < 1:
-            raise ValueError("queue, dim, hidden and bn_parts must be at least 1")
+    @model_validator(mode="after")
+    def _head_of_version_1(self) -> Config:
         if self.version == 1 and self.hidden is not None:
-            raise ValueError("hidden is of version 2, whose head has two layers")
+            raise InvalidValue("hidden is of version 2, whose head has two layers", "hidden")
+        return self
 
 
 class MoCo(Objective):
     """Tell the key of the same image, from a slowly moving encoder, from a queue of keys of earlier batches."""
 
     couples_batch = True  # through batch normalisation
+    sync_batchnorm = False  # it sees parts of the batch
     teacher = True
     divisible = (
         ("queue", "batch_size", "whole batches of keys leave the queue, the oldest first"),
         ("batch_size", "bn_parts", "batch normalisation sees the batch in that many equal parts"),
-        ("bn_parts", "workers", "each worker has as many parts of the batch as the others"),
+        ("bn_parts", "num_processes", "each process has as many parts of the batch as the others"),
     )
     queue: torch.Tensor
     pointer: torch.Tensor
@@ -96,14 +93,14 @@ class MoCo(Objective):
         self.keys = self.queue[:0]
 
     def views(self, sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """query, key: uint8 [3, H, W]; place: int64, by which the keys are shuffled."""
-        query, key = (self.augmentation(sample.image, rng) for _ in range(2))
-        return {"query": query, "key": key, "place": np.asarray(rng.integers(1 << 62))}
+        """query, key: uint8 [3, H, W]; index: int64, by which the keys are shuffled."""
+        query, key = (self.augmentation(sample.image(), rng) for _ in range(2))
+        return {"query": query, "key": key, "index": np.asarray(rng.integers(1 << 62))}
 
     def forward(self, batch: dict[str, torch.Tensor]) -> Losses:
         q = self.head(self.net(batch["query"]))
         with torch.no_grad():
-            keys = self._shuffled_keys(batch["key"], batch["place"])
+            keys = self._shuffled_keys(batch["key"], batch["index"])
         with torch.autocast(q.device.type, enabled=False):
             q = F.normalize(q.float(), dim=1)
             self.keys = F.normalize(keys.float(), dim=1)
@@ -120,7 +117,7 @@ class MoCo(Objective):
         return keys
 
     def after_step(self, step: int) -> None:
-        """θk ← m θk + (1 − m) θq (equation 2), and the batch's keys take the place of the oldest."""
+        """θk ← m θk + (1 − m) θq (equation 2), and the batch's keys replace the oldest."""
         for teacher, student in ((self.teacher_net, self.net), (self.teacher_head, self.head)):
             for key_weight, query_weight in zip(teacher.parameters(), student.parameters(), strict=True):
                 key_weight.lerp_(query_weight, 1 - self.momentum)
@@ -128,6 +125,10 @@ class MoCo(Objective):
         self.queue[self.pointer + rows] = self.keys.to(self.queue.dtype)
         self.pointer.add_(len(self.keys)).remainder_(len(self.queue))
         average_statistics(self.net)
+
+    def initialise(self, weights: dict[str, torch.Tensor]) -> None:
+        super().initialise(weights)
+        self.teacher_net.load_state_dict(self.net.state_dict())
 
     def encoder(self) -> nn.Module:
         """The query encoder, without its head."""
@@ -155,7 +156,7 @@ def projection_head(dim: int, config: Config) -> nn.Module:
 def info_nce(
     q: torch.Tensor, key: torch.Tensor, queue: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Equation 1: cross-entropy of each query's own key against the queue; and how often its own is the nearest.
+    """Equation 1: cross-entropy of each query's key against the queue; and how often that key is the nearest.
 
     Args:
         q, key: L2-normalised, [n, d].

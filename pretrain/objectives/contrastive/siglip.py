@@ -8,39 +8,34 @@ all of them and computes its rows, which is the same sum.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 
+from winnow.infra.params import params
 from winnow.pretrain.distributed import gather, local_rows
 from winnow.pretrain.objectives.base import Losses
 from winnow.pretrain.objectives.contrastive import clip
 from winnow.pretrain.objectives.contrastive.clip import CLIP
 
 
-@dataclass(frozen=True)
+@params
 class Config:
     """Args:
     init_scale: t at the start, whose logarithm t' is learned (section 3.2: t' = log 10).
-    init_bias: b at the start; the many negatives weigh the loss down at first without it (section 3.2: -10).
+    init_bias: b at the start; it offsets the many negatives (section 3.2: -10).
     """
 
-    init_scale: float = 10.0
+    init_scale: Annotated[float, Field(gt=0)] = 10.0
     init_bias: float = -10.0
-
-    def __post_init__(self) -> None:
-        if not self.init_scale > 0:
-            raise ValueError("init_scale must be above 0")
 
 
 class SigLIP(CLIP):
     """Whether image and caption belong together, for each pair of the global batch."""
 
-    couples_batch = True
     cacheable = True
-    needs_text = True
     adjusts: ClassVar[tuple[str, ...]] = ()  # unlike CLIP's, the scale has no bounds
 
     def __init__(self, config: Config, model: dict[str, Any], augment: tuple[float, float] | None) -> None:
@@ -68,7 +63,7 @@ class SigLIP(CLIP):
 def siglip_loss(
     image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This process's rows of the loss against the columns of all, and the share of images nearest to their caption.
+    """This process's rows of the loss against the columns of all, and the fraction of images nearest to their caption.
 
     Averaged over the processes, value and gradients are those of one process with the whole batch.
 

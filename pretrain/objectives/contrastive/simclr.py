@@ -7,48 +7,41 @@ appendix B.9 has: no blur, colour strength 0.5, temperature 0.5.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import nn
 
+from winnow.infra.params import params
 from winnow.pretrain.data.augment import Augmentation, simclr_jitter
 from winnow.pretrain.distributed import gather, local_rows
-from winnow.pretrain.models.batchnorm import over_whole_batch
-from winnow.pretrain.models.nets import build_image_tower, image_size
+from winnow.pretrain.models.preprocessing import image_size
+from winnow.pretrain.models.towers import build_image_tower
 from winnow.pretrain.objectives.base import Losses, Objective, Sample
 
-CROPS = (0.08, 1.0)  # share of the area, from and to (appendix A)
+CROPS = (0.08, 1.0)  # fraction of the area, from and to (appendix A)
 
 
-@dataclass(frozen=True)
+@params
 class Config:
     """Args:
     temperature: τ, what cosines are divided by.
     dim: of the projections.
     hidden: width of the projection head; None for that of the features (2048 in the paper's ResNet-50).
     head_norm: whether the head has batch normalisation after each layer; the authors' code has, the paper has not.
-    strength: of the colour distortion, s in appendix A.
+    strength: of the colour distortion, s in appendix A; with 2.5 the hue takes any value.
     blur: whether half of the views are blurred.
     """
 
-    temperature: float = 0.1
-    dim: int = 128
-    hidden: int | None = None
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    dim: Annotated[int, Field(ge=1)] = 128
+    hidden: Annotated[int, Field(ge=1)] | None = None
     head_norm: bool = False
-    strength: float = 1.0
+    strength: Annotated[float, Field(ge=0, le=2.5)] = 1.0
     blur: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError("temperature must be above 0")
-        if self.dim < 1 or (self.hidden is not None and self.hidden < 1):
-            raise ValueError("dim and hidden must be at least 1")
-        if not 0 <= self.strength <= 2.5:
-            raise ValueError("strength must be from 0 to 2.5, where the hue takes any value")
 
 
 class SimCLR(Objective):
@@ -64,19 +57,19 @@ class SimCLR(Objective):
         self.augmentation = Augmentation(
             image_size(net), augment or CROPS, simclr_jitter(config.strength), blur_p=0.5 if config.blur else 0.0
         )
-        self.net = over_whole_batch(net)
-        self.head = over_whole_batch(projection_head(net.dim, config))
+        self.net = net
+        self.head = projection_head(net.dim, config)
 
     def views(self, sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """views: uint8 [2, 3, H, W]."""
-        return {"views": np.stack([self.augmentation(sample.image, rng) for _ in range(2)])}
+        return {"views": np.stack([self.augmentation(sample.image(), rng) for _ in range(2)])}
 
     def forward(self, batch: dict[str, torch.Tensor]) -> Losses:
         return self.loss(self.embed(batch))
 
     def embed(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """L2-normalised projections of the two views, float32 [n, d] each."""
-        # The views side by side, so that batch normalisation sees both.
+        # Both views in one batch, so that batch normalisation sees both.
         z = self.head(self.net(batch["views"].transpose(0, 1).flatten(0, 1)))
         return F.normalize(z.float(), dim=1).chunk(2)
 
@@ -87,7 +80,7 @@ class SimCLR(Objective):
         return Losses(loss, {"loss": loss.detach(), "accuracy": accuracy})
 
     def encoder(self) -> nn.Module:
-        """Without the projection head, which costs the features some of their use (section 4.2)."""
+        """Without the projection head, whose input makes better features than its output (section 4.2)."""
         return self.net
 
     @classmethod
@@ -107,7 +100,7 @@ def projection_head(dim: int, config: Config) -> nn.Sequential:
 
 def nt_xent(a: torch.Tensor, b: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The normalised temperature-scaled cross-entropy of this process's views against those of all (equation 1 and
-    algorithm 1), and the share of views whose nearest is their other one.
+    algorithm 1), and the fraction of views whose nearest is their other one.
 
     Averaged over the processes, value and gradients are those of one process with the whole batch.
 

@@ -8,37 +8,32 @@ paper's. The network is diffusers' AutoencoderKL. Noise comes with the views, as
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from pydantic import Field
 from torch import nn
 
+from winnow.infra.params import params
+from winnow.pretrain.data.augment import random_resized_crop
 from winnow.pretrain.diffusion import model as nets
 from winnow.pretrain.diffusion.sampling import square
-from winnow.pretrain.models.nets import random_resized_crop
+from winnow.pretrain.distributed import add_up
 from winnow.pretrain.objectives.base import Losses, Objective, Sample
 
 
-@dataclass(frozen=True)
+@params
 class Config:
-    """What the recipe may set.
-
-    Args:
-        kl_weight: of the KL, as in the paper where both are sums over an image.
-        flip: whether half of the images are mirrored.
-        momentum: of the running size of the latents, which diffusion divides by.
+    """Args:
+    kl_weight: of the KL, as in the paper where both are sums over an image.
+    flip: whether half of the images are mirrored.
+    momentum: of the running standard deviation of the latents, which diffusion divides by.
     """
 
-    kl_weight: float = 1e-6
+    kl_weight: Annotated[float, Field(ge=0)] = 1e-6
     flip: bool = True
-    momentum: float = 0.9
-
-    def __post_init__(self) -> None:
-        if self.kl_weight < 0 or not 0 <= self.momentum < 1:
-            raise ValueError("kl_weight must not be negative, momentum lies from 0 to below 1")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
 
 class Autoencoder(Objective):
@@ -56,9 +51,9 @@ class Autoencoder(Objective):
     def views(self, sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """image: uint8 [3, H, W]; noise (on the latents): float32 [c, h, w]."""
         if self.augment is None:
-            image = square(sample.image, self.net.size)
+            image = square(sample.image(), self.net.size)
         else:
-            image = random_resized_crop(sample.image, self.net.size, self.augment, rng)
+            image = random_resized_crop(sample.image(), self.net.size, self.augment, rng)
         mirror = self.settings.flip and rng.random() < 0.5
         noise = rng.standard_normal(self.net.shape, np.float32)
         return {"image": image[:, :, ::-1] if mirror else image, "noise": noise}
@@ -76,12 +71,11 @@ class Autoencoder(Objective):
 
     @torch.no_grad()
     def _measure(self, mean: torch.Tensor) -> None:
-        """Move the running standard deviation towards that of the whole batch's latents; the first sets it."""
+        """Move the running standard deviation towards that of the whole batch's latents; the first batch sets it."""
         if not self.training:
             return
         sums = torch.stack([mean.new_tensor(mean.numel()), mean.sum(), mean.square().sum()]).double()
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(sums)
+        add_up(sums)
         std = (sums[2] / sums[0] - (sums[1] / sums[0]) ** 2).clamp(min=1e-12).sqrt().float()
         self.net.latent_std.lerp_(std.expand(1), torch.where(self.measured > 0, 1 - self.settings.momentum, 1.0))
         self.measured.fill_(1)

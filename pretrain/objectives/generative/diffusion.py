@@ -5,72 +5,70 @@ cosine schedule, Salimans & Ho 2022 for v, whose squared error is taken as it is
 Salimans 2022, "Classifier-Free Diffusion Guidance", algorithm 1; Rombach et al. 2022, "High-Resolution Image Synthesis
 with Latent Diffusion Models". The U-Net is diffusers', the text transformer, trained along, open_clip's.
 
-Timesteps, noise and dropped conditions come with the views, from a sample's place in the order, not from torch's
+Timesteps, noise and dropped conditions come with the views, from a sample's position in the order, not from torch's
 generator, so that the loss is the same for any number of processes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import nn
 
 from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.params import InvalidValue, params
+from winnow.pretrain.checkpoint.load import load_checkpoint
+from winnow.pretrain.data.augment import random_resized_crop
 from winnow.pretrain.diffusion import model as nets
 from winnow.pretrain.diffusion.sampling import default_labels, grid, image_seeds, square
-from winnow.pretrain.diffusion.schedule import SCHEDULES, noised, velocity
-from winnow.pretrain.encoder import load_checkpoint
-from winnow.pretrain.models.nets import caching_tokens, random_resized_crop
+from winnow.pretrain.diffusion.schedule import noised, velocity
+from winnow.pretrain.models.tokenizer import caching_tokens
 from winnow.pretrain.objectives.base import Losses, Objective, Sample
 
 
-@dataclass(frozen=True)
+@params
 class Config:
-    """What the recipe may set.
-
-    Args:
-        schedule: of the noise.
-        timesteps: how many.
-        prediction: what the network predicts.
-        classes: makes it class-conditional: their names, or how many. A sample's class is the pool's column `label`,
-            or else the name that is its caption.
-        drop: share of the samples trained without their condition, p_uncond.
-        autoencoder: checkpoint of an `autoencoder` training, whose latents are diffused; frozen, and exported along.
-        flip: whether half of the images are mirrored, as in Ho et al.
-        feature_timestep: where `encode_image` takes its features.
-        captions: of the grid of samples drawn at the end, for a caption-conditional model.
+    """Args:
+    schedule: of the noise.
+    timesteps: their number.
+    prediction: what the network predicts.
+    classes: makes it class-conditional: the names of the classes, or their number. A sample's class is the pool's
+        column `label`, or else the name that is its caption.
+    drop: fraction of the samples trained without their condition, p_uncond.
+    autoencoder: checkpoint of an `autoencoder` training, whose latents are diffused; frozen, and exported along.
+    flip: whether half of the images are mirrored, as in Ho et al.
+    feature_timestep: where `encode_image` takes its features.
+    captions: of the grid of samples drawn at the end, for a caption-conditional model.
     """
 
     schedule: Literal["linear", "cosine"] = "linear"
-    timesteps: int = 1000
+    timesteps: Annotated[int, Field(ge=1)] = 1000
     prediction: Literal["epsilon", "v"] = "epsilon"
     classes: tuple[str, ...] | int | None = None
-    drop: float = 0.1
+    drop: Annotated[float, Field(ge=0, le=1)] = 0.1
     autoencoder: str | None = None
     flip: bool = True
-    feature_timestep: int = 10
+    feature_timestep: Annotated[int, Field(ge=0)] = 10
     captions: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES or self.prediction not in ("epsilon", "v"):
-            raise ValueError("schedule is linear or cosine, prediction is epsilon or v")
-        if not 0 <= self.feature_timestep < self.timesteps:
-            raise ValueError("feature_timestep must lie below timesteps")
-        if not 0 <= self.drop <= 1:
-            raise ValueError("drop is a share, from 0 to 1")
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.feature_timestep >= self.timesteps:
+            raise InvalidValue("feature_timestep must be below timesteps", "feature_timestep")
         names = self.names()
         if names is not None and not 0 < len(set(names)) == len(names):
-            raise ValueError("classes must be a list of different names, or their number")
+            raise InvalidValue("classes must be a list of different names, or their number", "classes")
+        return self
 
     def names(self) -> list[str] | None:
         if isinstance(self.classes, int):
             return [str(i) for i in range(self.classes)]
-        return None if self.classes is None else [str(name) for name in self.classes]
+        return None if self.classes is None else list(self.classes)
 
 
 class Diffusion(Objective):
@@ -107,9 +105,9 @@ class Diffusion(Objective):
         """image: uint8 [3, H, W]; noise: float32 [c, h, w]; timestep: int64 []; with a condition also label: int64 []
         of a class, or int32 [context] of a caption."""
         if self.augment is None:
-            image = square(sample.image, self.net.size)
+            image = square(sample.image(), self.net.size)
         else:
-            image = random_resized_crop(sample.image, self.net.size, self.augment, rng)
+            image = random_resized_crop(sample.image(), self.net.size, self.augment, rng)
         mirror, drop = rng.random(2) < (0.5 if self.settings.flip else 0.0, self.settings.drop)
         views = {
             "image": image[:, :, ::-1] if mirror else image,
@@ -164,5 +162,5 @@ class Diffusion(Objective):
 def _autoencoder(url: str) -> nets.Autoencoder:
     model = load_checkpoint(url)
     if not isinstance(model, nets.Autoencoder):
-        raise UsageError("is no checkpoint of an autoencoder", where=url, do="Train one with `objective: autoencoder`.")
+        raise UsageError("is not an autoencoder checkpoint", where=url, do="Train one with `objective: autoencoder`.")
     return model

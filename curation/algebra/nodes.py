@@ -1,0 +1,106 @@
+"""Nodes of a tree of filters: `All`, `AnyOf` and `Not` over filters and other nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+
+class Node:
+    """A tree of filters: a `Filter`, or `All`, `AnyOf`, `Not` over trees. Joined in Python by `&`, `|`, `~`.
+
+    `str` gives the Python expression: operators where possible, otherwise the classes by name, as in `All((a,))` or
+    `Not(~a)`.
+
+    Class attributes:
+        tree_key: the node in YAML; "filter" for a filter.
+    """
+
+    tree_key: ClassVar[str]
+
+    def __and__(self, other: Node) -> All:
+        return All((*_parts(self, All), *_parts(other, All)))
+
+    def __or__(self, other: Node) -> AnyOf:
+        return AnyOf((*_parts(self, AnyOf), *_parts(other, AnyOf)))
+
+    def __invert__(self) -> Node:
+        return self.child if isinstance(self, Not) else Not(self)
+
+    @property
+    def children(self) -> tuple[Node, ...]:
+        return ()
+
+    def filters(self) -> Iterator[Any]:
+        """The filters (`winnow.curation.filters.base.Filter`) at the leaves, in order."""
+        for child in self.children:
+            yield from child.filters()
+
+
+def _parts(node: Node, kind: type) -> tuple[Node, ...]:
+    return node.children if isinstance(node, kind) else (node,)
+
+
+def _by_operator(node: Node) -> bool:
+    """Whether `&` or `|` over the children would make this node: they flatten nodes of their own kind."""
+    return len(node.children) > 1 and not any(type(child) is type(node) for child in node.children)
+
+
+def _joined(node: Node, sign: str) -> str:
+    if _by_operator(node):
+        return f" {sign} ".join(_wrapped(child) for child in node.children)
+    inner = ", ".join(map(str, node.children)) + ("," if len(node.children) == 1 else "")
+    return f"{type(node).__name__}({f'({inner})' if inner else ''})"
+
+
+def _wrapped(node: Node) -> str:
+    return f"({node})" if isinstance(node, (All, AnyOf)) and _by_operator(node) else str(node)
+
+
+@dataclass(frozen=True)
+class All(Node):
+    """Keeps what every child keeps. Without children it keeps everything (no filter)."""
+
+    nodes: tuple[Node, ...] = ()
+
+    tree_key: ClassVar[str] = "all"
+
+    @property
+    def children(self) -> tuple[Node, ...]:
+        return self.nodes
+
+    def __str__(self) -> str:
+        return _joined(self, "&")
+
+
+@dataclass(frozen=True)
+class AnyOf(Node):
+    """Keeps what at least one child keeps."""
+
+    nodes: tuple[Node, ...]
+
+    tree_key: ClassVar[str] = "any"
+
+    @property
+    def children(self) -> tuple[Node, ...]:
+        return self.nodes
+
+    def __str__(self) -> str:
+        return _joined(self, "|")
+
+
+@dataclass(frozen=True)
+class Not(Node):
+    """Keeps what its child drops, samples without a value among them."""
+
+    child: Node
+
+    tree_key: ClassVar[str] = "not"
+
+    @property
+    def children(self) -> tuple[Node, ...]:
+        return (self.child,)
+
+    def __str__(self) -> str:
+        return f"Not({self.child})" if isinstance(self.child, Not) else f"~{_wrapped(self.child)}"

@@ -1,0 +1,106 @@
+"""Finding shards: directories of tars and parquets, evaluation sets in DataComp's layout, single tars and pipes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from winnow.infra.errors import UsageError
+from winnow.infra.io import storage
+from winnow.infra.io.storage import digest_bytes
+
+
+@dataclass(frozen=True)
+class ShardFiles:
+    """A shard of a source.
+
+    Attributes:
+        name: path of the tar below the source, without `.tar`.
+        tar: URL, or the command of a pipe.
+        parquet: URL of the parquet next to it; None if there is none.
+        stream: whether it can only be read from start to end.
+    """
+
+    name: str
+    tar: str
+    parquet: str | None = None
+    stream: bool = False
+
+
+def shard_files(source: str) -> list[ShardFiles]:
+    """The shards of a source, sorted by name.
+
+    Args:
+        source: a directory or its URL; the URL of one `.tar`; or `pipe:COMMAND`, whose output is one tar. A directory
+            without tars may hold evaluation sets in DataComp's layout. Then these are the test shards: `test/NAME` of
+            one set, `wds_TASK_test/test/NAME` of a directory of sets.
+
+    Raises:
+        UsageError: there are none.
+    """
+    if storage.is_pipe(source):
+        names = re.findall(r"([\w.-]+)\.tar\b", source)
+        return [ShardFiles(names[-1] if names else f"pipe-{digest_bytes(source.encode())[:8]}", source, stream=True)]
+    if _is_tar(source):
+        if not storage.exists(source):
+            raise UsageError("no such file", where=source)
+        stem = source.removesuffix(".tar")
+        parquet = f"{stem}.parquet"
+        found = [ShardFiles(storage.name_of(stem), source, parquet if storage.exists(parquet) else None)]
+    elif not storage.is_dir(source):
+        raise UsageError("no such folder", where=source)
+    else:
+        found = _below(source) or _below(source, "test/")
+    if not found:
+        sets = [name for name in storage.list_names(source) if name.startswith("wds_")]
+        found = [shard for name in sets for shard in _below(source, f"{name}/test/")]
+    if not found:
+        raise UsageError("holds no .tar shard", where=source)
+    stream = not storage.has_ranges(found[0].tar)
+    return [ShardFiles(shard.name, shard.tar, shard.parquet, stream) for shard in found]
+
+
+def find_shards(source: str) -> list[str]:
+    """Names of the shards of a source; see `shard_files`."""
+    return [shard.name for shard in shard_files(source)]
+
+
+def _below(source: str, folder: str = "") -> list[ShardFiles]:
+    url = storage.join(source, folder)
+    names = storage.list_names(url)
+    known = set(names)
+    found = []
+    for stem in (name.removesuffix(".tar") for name in names if name.endswith(".tar")):
+        parquet = storage.join(url, f"{stem}.parquet") if f"{stem}.parquet" in known else None
+        found.append(ShardFiles(folder + stem, storage.join(url, f"{stem}.tar"), parquet))
+    return found
+
+
+def base_url(source: str) -> str:
+    """The directory that the names of a source's shards are relative to."""
+    return source.rpartition("/")[0] if _is_tar(source) else source
+
+
+def _is_tar(source: str) -> bool:
+    # On HTTP, asking whether a URL is a directory would download it.
+    return source.endswith(".tar") and (source.startswith(("http://", "https://")) or not storage.is_dir(source))
+
+
+def source_names(sources: Sequence[str]) -> list[str]:
+    """A name for each source: the last part of its URL, or as many parts as distinguish them.
+
+    Example:
+        >>> source_names(["/data/a/shards", "/data/b/shards"])
+        ['a/shards', 'b/shards']
+    """
+    parts = [shard_files(url)[0].name.split("/") if storage.is_pipe(url) else _parts(url) for url in sources]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return names
+
+
+def _parts(url: str) -> list[str]:
+    return [part for part in storage.absolute(url).removesuffix(".tar").split("/") if part]

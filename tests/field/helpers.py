@@ -44,7 +44,7 @@ def jpeg(number: int, size: tuple[int, int] = (24, 20)) -> bytes:
 
 def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     file = io.BytesIO()
-    image.save(file, kind, **options)
+    image.copy().save(file, kind, **options)  # a save leaves settings on the image
     return file.getvalue()
 
 

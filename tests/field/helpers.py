@@ -147,6 +147,7 @@ def write_metadata(folder: Path, name: str, scores: list[float], first: int = 0)
     }
     table = pa.table(columns)
     pq.write_table(table, folder / f"{name}.parquet")
-    vectors = np.random.default_rng(first).normal(size=(n, 8)).astype(np.float16)
+    vectors = np.random.default_rng(first).normal(size=(n, 8))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
     np.savez(folder / f"{name}.npz", l14_img=vectors, l14_txt=vectors)
     return table

@@ -104,7 +104,11 @@ SHOWN = {
     "MPO": (encode(SCENE, "MPO", save_all=True, append_images=[BLUE.copy()], quality=95), "jpg", decoded()),
     "PNG called .jpg": (encode(SCENE, "PNG"), "jpg", SCENE),
     "WebP called .jpg": (encode(SCENE, "WEBP", lossless=True), "jpg", SCENE),
-    "animated GIF": (encode(QUANTIZED, "GIF", save_all=True, append_images=[BLUE.copy()]), "gif", QUANTIZED.convert("RGB")),
+    "animated GIF": (
+        encode(QUANTIZED, "GIF", save_all=True, append_images=[BLUE.copy()]),
+        "gif",
+        QUANTIZED.convert("RGB"),
+    ),
     "animated WebP": (encode(SCENE, "WEBP", lossless=True, save_all=True, append_images=[BLUE.copy()]), "webp", SCENE),
     "animated PNG": (encode(SCENE, "PNG", save_all=True, append_images=[BLUE.copy()]), "png", SCENE),
     "TIFF of pages": (encode(SCENE, "TIFF", save_all=True, append_images=[BLUE.copy()]), "tif", SCENE),

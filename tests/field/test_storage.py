@@ -94,7 +94,9 @@ def test_a_stopped_run_ends_with_the_same_files_and_the_same_counts(pool, damage
 
 
 def test_a_second_run_does_nothing_again(pool):
-    before = {path: os.stat(path).st_mtime_ns for path in pool.rglob("*") if path.is_file() and path.name != "log.jsonl"}
+    before = {
+        path: os.stat(path).st_mtime_ns for path in pool.rglob("*") if path.is_file() and path.name != "log.jsonl"
+    }
     index(pool.parent / "shards", pool)
     assert {path: os.stat(path).st_mtime_ns for path in before} == before
 

@@ -1,7 +1,6 @@
 """Reports about files, resuming and object stores; tests/field/README.md names them."""
 
 import json
-import os
 
 import fsspec
 import numpy as np
@@ -94,18 +93,16 @@ def test_a_stopped_run_ends_with_the_same_files_and_the_same_counts(pool, damage
 
 
 def test_a_second_run_does_nothing_again(pool):
-    before = {
-        path: os.stat(path).st_mtime_ns for path in pool.rglob("*") if path.is_file() and path.name != "log.jsonl"
-    }
+    before = {path: path.stat().st_mtime_ns for path in pool.rglob("*") if path.is_file() and path.name != "log.jsonl"}
     index(pool.parent / "shards", pool)
-    assert {path: os.stat(path).st_mtime_ns for path in before} == before
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_a_shard_that_is_added_later_is_the_only_one_read(pool):
-    views = {path: os.stat(path).st_mtime_ns for path in pool.glob("*.parquet")}
+    views = {path: path.stat().st_mtime_ns for path in pool.glob("*.parquet")}
     write_tar(pool.parent / "shards" / "3.tar", sample("0", 99))
     assert index(pool.parent / "shards", pool)["items"] == 10
-    assert {path: os.stat(path).st_mtime_ns for path in views} == views
+    assert {path: path.stat().st_mtime_ns for path in views} == views
 
 
 def test_shards_that_were_moved_away_are_missed_by_name(pool):

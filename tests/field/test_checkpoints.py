@@ -62,10 +62,8 @@ def renamed(start):
 LOADED = {
     "bare": lambda: network().state_dict(),
     "of open_clip's training": lambda: {"epoch": 3, "name": "x", "state_dict": renamed("module."), "optimizer": {}},
-    "of one process": lambda: {"epoch": 3, "state_dict": renamed("")},
     "half": lambda: {name: value.half() for name, value in network().state_dict().items()},
     "bfloat16": lambda: {name: value.bfloat16() for name, value in network().state_dict().items()},
-    "parameters": lambda: dict(network().named_parameters()),
 }
 
 

@@ -100,10 +100,10 @@ def test_the_templates_and_names_of_the_set_itself_are_used(evaluate, colors, sp
     with torch.no_grad():
         shown = torch.stack([transform(Image.open(io.BytesIO(image)).convert("RGB")) for image in images])
         a = model.encode_image(shown, normalize=True)
-        prompts = [
-            model.encode_text(tokenizer([t.format(c=name) for t in templates]), normalize=True) for name in names
-        ]
-        classes = torch.nn.functional.normalize(torch.stack([each.mean(0) for each in prompts]), dim=-1)
+        classes = []
+        for name in names:
+            prompts = tokenizer([template.format(c=name) for template in templates])
+            classes.append(model.encode_text(prompts, normalize=True).mean(0))
     b = torch.nn.functional.normalize(torch.stack(classes), dim=-1)
     expected = ((a @ b.T).argmax(1).numpy() == labels).mean()
     assert scores["acc1"]["value"] == pytest.approx(expected)

@@ -10,10 +10,11 @@ from tests.field.helpers import index, sample, winnow, write_tar
 from tests.pretrain.tiny import DIE_AT, MODEL, NARROW
 
 
-def write_config(path, **changes):
+def write_config(path, processes=1, **changes):
     """A small training, as a user writes it. All of these tests' configurations come from here."""
     values = {"model": MODEL, "samples_seen": 48, "batch_size": 8, "lr": 1e-2, "device": "cpu"}
-    path.write_text(yaml.safe_dump(values | {"warmup": 2, "decoders": 0, "max_failures": 0, "save_every": 2} | changes))
+    values |= {"warmup": 2, "workers": processes, "decoders": 0, "max_failures": 0, "save_every": 2}
+    path.write_text(yaml.safe_dump(values | changes))
     return path
 
 
@@ -37,6 +38,11 @@ def test_a_batch_of_one_is_refused_where_the_loss_needs_others(pool, tmp_path, o
     model = NARROW if objective == "simclr" else MODEL
     status, printed = pretrain(pool, tmp_path, objective=objective, model=model, batch_size=1, samples_seen=4)
     assert status == 2 and "batch_size 1" in printed
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(pool, tmp_path):
+    status, printed = pretrain(pool, tmp_path, processes=3)
+    assert status == 2 and "evenly" in printed
 
 
 def test_a_loss_that_is_no_number_ends_the_training_and_leaves_no_checkpoint(pool, tmp_path):

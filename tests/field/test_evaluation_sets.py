@@ -144,7 +144,7 @@ def test_labels_that_are_no_whole_numbers_are_refused(evaluate, colors):
     assert status == 1 and "whole number" in printed
 
 
-def test_an_image_that_cannot_be_decoded_is_left_out_and_said(evaluate, colors):
+def test_an_image_that_cannot_be_decoded_is_left_out_and_reported(evaluate, colors):
     samples = classification_samples(30)[::2]
     ext = next(ext for ext in samples[3]["members"] if ext != "cls")
     samples[3]["members"][ext] = samples[3]["members"][ext][:40]

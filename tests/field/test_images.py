@@ -1,6 +1,6 @@
 """Reports about images; tests/field/README.md names them.
 
-Each odd file lies in a pool beside a plain PNG of the pixels it should decode to. Winnow's measures of both must agree.
+Each unusual file is in a pool with a plain PNG of the pixels it should decode to. Winnow's measures of both must agree.
 """
 
 import io
@@ -158,7 +158,7 @@ def values(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_an_odd_file_is_decoded_to_what_it_shows(values, name):
+def test_an_unusual_file_is_decoded_to_what_it_shows(values, name):
     assert values[name]["entropy"] is not None
     assert values[name]["entropy"] == pytest.approx(values[f"{name}, plain"]["entropy"], abs=0.02)
     assert bin(values[name]["phash"] ^ values[f"{name}, plain"]["phash"]).count("1") <= 2

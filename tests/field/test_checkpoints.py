@@ -98,8 +98,8 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_weights_that_do_not_fit_are_refused_by_name(folder, name):
     make, words = REFUSED[name]
-    torch.save(make(), folder / "odd.pt")
-    status, printed, _ = measure(folder, folder / "odd.pt", name)
+    torch.save(make(), folder / "other.pt")
+    status, printed, _ = measure(folder, folder / "other.pt", name)
     assert status == 1 and words in printed
 
 

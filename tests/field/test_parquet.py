@@ -132,6 +132,16 @@ def test_files_as_other_writers_write_them(tmp_path, options):
     check_whole(found, manifest)
 
 
+def test_empty_row_groups(tmp_path):
+    shards, table = write_shard(tmp_path / "shards", rows()), rows()
+    with pq.ParquetWriter(shards / "00000.parquet", table.schema) as writer:
+        for low, high in ((0, 0), (0, 3), (3, 3), (3, N)):
+            writer.write_table(table.slice(low, high - low))
+    assert pq.ParquetFile(shards / "00000.parquet").metadata.num_row_groups == 4
+    manifest = index(shards, tmp_path / "pool", budget=0)
+    assert manifest["items"] == N and not manifest["skipped"]["count"]
+
+
 def test_rows_in_another_order_and_with_an_index_of_pandas(tmp_path):
     frame = rows().to_pandas().sample(frac=1, random_state=3)
     check_whole(*indexed(tmp_path, pa.Table.from_pandas(frame, preserve_index=True)))

@@ -12,8 +12,9 @@ from tests.pretrain.tiny import DIE_AT, MODEL, NARROW
 
 def write_config(path, processes=1, **changes):
     """A small training, as a user writes it. All of these tests' configurations come from here."""
-    values = {"model": MODEL, "samples_seen": 48, "batch_size": 8, "lr": 1e-2, "device": "cpu"}
-    values |= {"warmup": 2, "workers": processes, "decoders": 0, "max_failures": 0, "save_every": 2}
+    parallel = {"device": "cpu", "num_processes": processes, "num_workers": 0, "max_failures": 0}
+    values = {"model": MODEL, "samples_seen": 48, "batch_size": 8, "lr": 1e-2, "warmup_steps": 2}
+    values |= {"parallel": parallel, "checkpoint": {"save_every": 2}}
     path.write_text(yaml.safe_dump(values | changes))
     return path
 

@@ -16,7 +16,6 @@ sections of the recipe derive from `Section`. Types are strict (no text for a nu
 
 from __future__ import annotations
 
-import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -196,8 +195,6 @@ def _wrong_value(fault: Any, title: str) -> ParameterError:
     if what in _WANTED:
         example = _WANTED[what] == "a list" and isinstance(value, (int, float, str))
         hint = f" (write [{value!r}])" if example else ""
-        if what == "float_type" and isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value, re.IGNORECASE):
-            hint = f" (which YAML reads as text; write {value.lower().replace('e', '.0e')})"
         return ParameterError(f"{title} must be {_WANTED[what]}, not {value!r}{hint}")
     return ParameterError(f"{title}: {fault['msg'][0].lower()}{fault['msg'][1:]}, not {value!r}")
 

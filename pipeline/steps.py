@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import yaml
-
 from winnow.evaluate.report.compare import CompareStage, SubsetEntry
 from winnow.evaluate.report.merge import MergeScoresStage
 from winnow.infra.errors import UsageError
 from winnow.infra.io import storage
 from winnow.infra.io.storage import join
+from winnow.infra.io.yaml_lines import read_value
 from winnow.infra.registry import unknown
 from winnow.infra.stages.executors import Executor
 from winnow.infra.stages.progress import RunLog
@@ -73,7 +72,7 @@ class FinishedRun:
     def read(url: str) -> FinishedRun:
         """From a run's directory; recipes of earlier versions are read, too. Raises WinnowError."""
         need_manifest(join(url, "scores"), "scores")
-        recipe = yaml.safe_load(storage.read_bytes(join(url, "recipe.yaml")))
+        recipe = read_value(storage.read_bytes(join(url, "recipe.yaml")).decode())
         subsets = recipe["subsets"]
         reference = recipe.get("baseline") or next((name for name in subsets if not subsets[name]), next(iter(subsets)))
         seeds = tuple(recipe["pretrain"].get("seeds", (0,)))

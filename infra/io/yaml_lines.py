@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,20 @@ import yaml
 from winnow.infra.errors import UsageError
 
 Path = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the numbers of YAML 1.2: `5e-4` is one, where PyYAML's YAML 1.1 wants `5.0e-4`."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_value(text: str) -> Any:
+    """A YAML text as Python values. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
 
 
 @dataclass(frozen=True)
@@ -50,8 +65,8 @@ def read_yaml(text: str, name: str) -> tuple[dict[str, Any], Lines]:
         UsageError: it is not valid YAML, not a mapping, or gives a key twice (YAML itself takes the last).
     """
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        raw = yaml.safe_load(text)
+        root = yaml.compose(text, Loader=_Loader)
+        raw = read_value(text)
     except yaml.YAMLError as error:
         raise UsageError(f"is not valid YAML ({' '.join(str(error).split())})", where=name) from None
     if not isinstance(raw, dict) or root is None:

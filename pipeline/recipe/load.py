@@ -18,7 +18,7 @@ from winnow.curation.algebra.parse import parse
 from winnow.curation.measures.base import MeasureSpec, parse_measures
 from winnow.infra.errors import UsageError
 from winnow.infra.io import storage
-from winnow.infra.io.yaml_lines import Lines, read_yaml
+from winnow.infra.io.yaml_lines import Lines, read_value, read_yaml
 from winnow.infra.params import ParameterError, build, names_of
 from winnow.infra.registry import unknown
 from winnow.pipeline.recipe.check import check_models, check_recipe
@@ -179,7 +179,7 @@ def _override(raw: dict[str, Any], item: str) -> str:
         if not isinstance(inner, dict):
             raise UsageError(f'"{part}" has no keys below it', where=f"--set {item}")
     try:
-        inner[last] = yaml.safe_load(value)
+        inner[last] = read_value(value)
     except yaml.YAMLError:
         raise UsageError("the value is not valid YAML", where=f"--set {item}") from None
     return key

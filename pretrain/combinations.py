@@ -8,7 +8,7 @@ from typing import Any
 from winnow.infra.params import InvalidValue
 from winnow.pretrain.sections import ModelConfig, OptimizerConfig, ParallelConfig
 
-# Keys of DeepSpeed's config for which this configuration has keys of its own.
+# Keys of DeepSpeed's config that this configuration sets itself.
 _OURS = {
     "optimizer": "optimizer",
     "scheduler": "schedule, lr and warmup_steps",

@@ -71,7 +71,7 @@ class Order:
         return np.concatenate(parts)
 
     def _turns(self, source: int, positions: np.ndarray) -> np.ndarray:
-        """Numbers within a source at positions of its own endless sequence of permutations."""
+        """Numbers within a source at positions of its endless sequence of permutations."""
         n, result = self.sizes[source], np.empty_like(positions)
         rounds = positions // max(n, 1)
         for number in np.unique(rounds):

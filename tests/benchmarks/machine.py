@@ -39,7 +39,7 @@ class Run:
 
 def run(command: Sequence[str]) -> Run:
     """Run a command to its end. Raises RuntimeError when it fails."""
-    # Without bytecode on disk every process compiles all of torch anew.
+    # Without bytecode on disk every process compiles all of torch again.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     start = time.perf_counter()
     process = subprocess.Popen(list(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)

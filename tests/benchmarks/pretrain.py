@@ -1,4 +1,4 @@
-"""How fast pretraining is, beside open_clip's own training loop and webdataset's loader, and what a GPU makes of it.
+"""Speed of pretraining next to open_clip's training loop and webdataset's loader, and on a GPU.
 
     python -m tests.benchmarks.pretrain loader --shards DIR
     python -m tests.benchmarks.pretrain train --shards DIR

@@ -74,7 +74,7 @@ def test_semdedup_in_random_order_keeps_no_pair_of_duplicates():
     vectors = halves(bunches(np.random.default_rng(2)))
     node = SemDeDup(clusters=1, epsilon=0.02, which_to_keep="random")
     mask = kept(node, pool(vectors))
-    # With one cluster: whatever is dropped has a duplicate, though that may have been dropped for one of its own.
+    # With one cluster: whatever is dropped has a duplicate, though that may have been dropped because of another.
     cosine = vectors @ vectors.T - 2 * np.eye(300)
     assert not (cosine[np.ix_(mask, mask)] > 0.98 + 1e-6).any()
     assert (cosine[~mask].max(axis=1) > 0.98 - 1e-6).all()

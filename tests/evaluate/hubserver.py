@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `root/OWNER/NAME/…` as the data set OWNER/NAME, whose branch `main` stands at `commit`.
+    """Serves `root/OWNER/NAME/…` as the data set OWNER/NAME, whose branch `main` is at `commit`.
 
     Attributes:
         failures: how often a request (method and path) will still be answered with `status`.

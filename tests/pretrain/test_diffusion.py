@@ -87,7 +87,7 @@ def test_views_depend_on_the_generator_alone_and_drop_the_condition_at_its_rate(
     assert first["image"].dtype == np.uint8 and first["image"].shape == (3, 8, 8)
     many = [o.views(Sample(image=image, text="dog", label=0), np.random.default_rng((3, i))) for i in range(800)]
     labels = [int(view["label"]) for view in many]
-    assert set(labels) == {0, 2}  # the pool's label stands over the caption; 2 is no class
+    assert set(labels) == {0, 2}  # the pool's label has priority over the caption; 2 is not a class
     assert labels.count(2) / 800 == pytest.approx(0.25, abs=0.06)
     mirrored = np.mean([np.array_equal(view["image"], many[0]["image"]) for view in many])
     assert mirrored == pytest.approx(0.5, abs=0.07)
@@ -193,7 +193,7 @@ def test_a_checkpoint_draws_and_encodes(trained: tuple[Path, str]) -> None:
     assert (sample(str(out), 5, steps=4, guidance=1.5, seed=1, device="cpu") != five).any()
     assert (sample(str(out), 5, steps=4, guidance=0.0, device="cpu") != five).any()
 
-    # Beside the checkpoint: what those who load it draw.
+    # Next to the checkpoint: the images that a loaded model draws.
     expected = grid(sample(str(out), 64, steps=20, guidance=2.0, device="cpu"))
     found = np.asarray(Image.open(io.BytesIO((out / "samples.png").read_bytes())))
     assert found.shape == expected.shape == (82, 82, 3)

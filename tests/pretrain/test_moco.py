@@ -31,7 +31,7 @@ def test_loss_is_equation_1_of_the_paper() -> None:
 
 
 def test_steps_are_those_of_algorithm_1_written_plainly() -> None:
-    """Networks with torch's own batch normalisation on each part as on a GPU of its own, a deque for the queue."""
+    """Networks with torch's own batch normalisation on each part as on a separate GPU, a deque for the queue."""
     m, tau, parts, n = 0.9, 0.2, 2, 8
     objective = make_objective(config(**CASES["moco"]), seed=0)
     query = objective.build_encoder(objective.model, objective.preprocess())

@@ -117,7 +117,7 @@ def test_peaks_by_name(name: str, peak: float | None, monkeypatch: pytest.Monkey
 
 
 def test_wandb_has_the_figures(pool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offline it keeps them in a file of its own format, names and JSON values in clear."""
+    """Offline, W&B keeps them in a binary file in which names and JSON values can be read."""
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -255,7 +255,7 @@ def test_it_resumes_and_loads_from_an_object_store(
 
 
 def test_another_training_leaves_nothing_of_the_one_before(pool: str, tmp_path: Path) -> None:
-    """Their files would stand beside each other, and a folder with open_clip's config is taken for its own."""
+    """Their files would be in one folder, and a folder with open_clip's config is taken for a model of open_clip."""
     for name in ("clip", "simclr"):
         run(pool, tmp_path / "out", config(**CASES[name]), key=name)
         assert (tmp_path / "out" / "open_clip_config.json").exists() == (name == "clip")

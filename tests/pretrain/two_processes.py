@@ -1,4 +1,4 @@
-"""Trainings of a few steps on a part of each batch, in a module of its own so that the processes import little."""
+"""Trainings of a few steps on a part of each batch, in a separate module so that the processes import little."""
 
 from __future__ import annotations
 

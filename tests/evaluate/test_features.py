@@ -296,7 +296,7 @@ def test_an_encoder_without_text_is_probed(tmp_path: Path, data: Path, specs: di
     import winnow.pretrain.encoder
 
     blind = winnow.pretrain.encoder.load_encoder(specs["tiny"])
-    monkeypatch.setattr(blind, "has_text", False)
+    monkeypatch.setattr(blind, "reads", frozenset({"image"}))
     monkeypatch.setattr(winnow.pretrain.encoder, "load_encoder", lambda *_, **__: blind)
     monkeypatch.setattr("winnow.pretrain.encoder._together", {})
     stage = stage_of({"blind": specs["tiny"]}, data, tmp_path / "out", protocols=("zeroshot", "knn"))

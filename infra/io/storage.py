@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -208,6 +209,30 @@ def remove(url: str) -> None:
     fs, path_ = _fs(url)
     if fs.exists(path_):
         fs.rm(path_, recursive=True)
+
+
+@contextlib.contextmanager
+def locked(url: str) -> Iterator[None]:
+    """Keep other processes out of a local directory that this one writes. The lock ends with its owner.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    if not is_local(url):
+        yield
+        return
+    make_dir(url)
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(local_path(url) / ".lock", "ab"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.callback(fcntl.flock, file, fcntl.LOCK_UN)  # a forked process would keep it
+        except BlockingIOError:
+            do = "Wait until it has ended, or give another directory."
+            raise UsageError("another run is writing this directory", where=url, do=do) from None
+        except OSError:  # a read-only directory, or a file system without locks
+            pass
+        yield
 
 
 @contextlib.contextmanager

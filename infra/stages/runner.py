@@ -88,7 +88,7 @@ def execute(
         the manifest, read back or newly written.
 
     Raises:
-        UsageError: the recipe is wrong.
+        UsageError: the recipe is wrong, or another process is writing the stage's directory.
         WinnowError: units kept failing, or more was skipped than the budget allows.
     """
     budget, log, label = budget or Budget(), log or RunLog(stream=None), label or stage.name
@@ -97,24 +97,25 @@ def execute(
     todo = [unit for unit in units if unit.name not in done]
     previous = read_manifest(stage.out)
     _refuse_inputs(stage, previous)
-    _write_locations(stage)
-    if not todo and previous is not None and previous.key == key and _whole(stage, previous, done):
-        budget.check(Counter(previous.skipped["reasons"]), previous.items, label)
-        log.event(event="unchanged", stage=label, units=len(units))
-        log.say(f"{label:<24} unchanged ({len(units)} units)")
-        return previous
+    with storage.locked(stage.out):
+        _write_locations(stage)
+        if not todo and previous is not None and previous.key == key and _whole(stage, previous, done):
+            budget.check(Counter(previous.skipped["reasons"]), previous.items, label)
+            log.event(event="unchanged", stage=label, units=len(units))
+            log.say(f"{label:<24} unchanged ({len(units)} units)")
+            return previous
 
-    started = time.monotonic()
-    log.event(event="start", stage=label, units=len(units), todo=len(todo))
-    progress = StageProgress(log, label, len(todo), sum(unit.items for unit in todo))
-    failures: dict[str, Exception] = {}
-    if todo:
-        storage.remove(stage.url(MANIFEST))  # it describes files that are about to be replaced
-        with progress:
-            _run_groups(stage, executor, _groups(todo), retries, progress, done, failures)
-    storage.remove(stage.url(NOTES))
-    _report_failures(stage, units, failures, log)
-    manifest = _finish(stage, units, done, failures, budget, label)
+        started = time.monotonic()
+        log.event(event="start", stage=label, units=len(units), todo=len(todo))
+        progress = StageProgress(log, label, len(todo), sum(unit.items for unit in todo))
+        failures: dict[str, Exception] = {}
+        if todo:
+            storage.remove(stage.url(MANIFEST))  # it describes files that are about to be replaced
+            with progress:
+                _run_groups(stage, executor, _groups(todo), retries, progress, done, failures)
+        storage.remove(stage.url(NOTES))
+        _report_failures(stage, units, failures, log)
+        manifest = _finish(stage, units, done, failures, budget, label)
     log.say(progress.line() if not manifest.skipped["count"] else f"{progress.line()}  {manifest.state}")
     seconds = round(time.monotonic() - started, 3)
     log.event(event="done", stage=label, state=manifest.state, **progress.facts() | {"seconds": seconds})
@@ -228,8 +229,8 @@ def _run_groups(
     while waiting:
         retry = []
         for result in executor.results(stage, [(index, groups[index]) for index in waiting]):
-            if result is None:
-                progress.tick(_notes(stage))
+            if isinstance(result, str):
+                progress.tick("  ".join(filter(None, (result, _notes(stage)))))
             elif result.error is None:
                 for record in result.records:
                     done[record.unit] = record

@@ -150,6 +150,10 @@ class Stage(abc.ABC):
         first unit. Keep what is loaded in the process (a cache of the module), not in the stage."""
         return
 
+    def setup_key(self) -> Any:
+        """What decides what `setup` loads; a JSON value. A process calls `setup` again when it differs."""
+        return self.params()
+
     @abc.abstractmethod
     def params(self) -> dict[str, Any]:
         """Everything but the inputs that decides the output; JSON values, no paths."""

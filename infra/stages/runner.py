@@ -129,12 +129,7 @@ def _write_locations(stage: Stage) -> None:
 
 
 def _finish(
-    stage: Stage,
-    units: list[Unit],
-    done: dict[str, Record],
-    failures: dict[str, Exception],
-    budget: Budget,
-    label: str,
+    stage: Stage, units: list[Unit], done: dict[str, Record], failures: dict[str, Exception], budget: Budget, label: str
 ) -> Manifest:
     """Run the stage's last step and write the manifest, unless more was skipped than the budget allows."""
     records = [done[unit.name] for unit in units if unit.name in done]

@@ -110,12 +110,12 @@ class Section(BaseModel):
 
 
 def build(kind: type[T], given: Mapping[str, Any], label: str) -> T:
-    """An instance of a `params` class or `Section` from values as YAML holds them (lists stand for tuples).
+    """An instance of a `params` class or `Section` from values by name, as YAML holds them (lists become tuples).
 
     Args:
         kind: the class.
         given: values by name.
-        label: what the class is called in messages.
+        label: the name of the class in messages.
 
     Raises:
         ParameterError: a name is unknown or missing, or a value is refused; with the path to it.
@@ -147,7 +147,11 @@ def lists(value: Any) -> Any:
 
 def names_of(kind: type) -> list[str]:
     """The parameters of a `params` class or `Section`."""
-    return list(getattr(kind, "model_fields", None) or getattr(kind, "__pydantic_fields__", {}))
+    return list(_fields(kind))
+
+
+def _fields(kind: Any) -> Mapping[str, Any]:
+    return getattr(kind, "model_fields", None) or getattr(kind, "__pydantic_fields__", {})
 
 
 def refusal(error: ValidationError, kind: type, given: Any, label: str = "") -> ParameterError:
@@ -160,27 +164,20 @@ def refusal(error: ValidationError, kind: type, given: Any, label: str = "") -> 
         result = ParameterError(f"`{path[-1]}` is now `{renamed[str(path[-1])]}`")
     elif fault["type"] in _UNKNOWN:
         of = f"parameter of {label}" if label else "key"
-        result = _suggest(of, str(path[-1]), names_of(_kind_at(kind, path[:-1])) or ["(none)"])
+        near = unknown(of, str(path[-1]), names_of(_kind_at(kind, path[:-1])) or ["(none)"])
+        result = ParameterError(near.what, do=near.do)
     elif fault["type"] in _MISSING:
         result = ParameterError(f'{label} needs "{name}"' if label else f'"{name}" is missing')
     elif fault["type"] == "value_error":
-        result = _own_words(fault["ctx"]["error"], label)
-        path += getattr(fault["ctx"]["error"], "path", ())
+        cause = fault["ctx"]["error"]  # raised by a validator of the class
+        known = isinstance(cause, (UsageError, InvalidValue))
+        what, do = (cause.what, cause.do) if known else (str(cause), None)
+        result = ParameterError(f"{label}: {what}" if label and label not in what else what, do=do)
+        path += getattr(cause, "path", ())
     else:
         result = _wrong_value(fault, f"{label}: {name}" if label and name != label else name)
     result.path = path
     return result
-
-
-def _suggest(kind: str, word: str, words: Sequence[str]) -> ParameterError:
-    error = unknown(kind, word, words)
-    return ParameterError(error.what, do=error.do)
-
-
-def _own_words(cause: Exception, label: str) -> ParameterError:
-    """What a validator of the class said."""
-    what, do = (cause.what, cause.do) if isinstance(cause, (UsageError, InvalidValue)) else (str(cause), None)
-    return ParameterError(f"{label}: {what}" if label and label not in what else what, do=do)
 
 
 def _wrong_value(fault: Any, title: str) -> ParameterError:
@@ -221,8 +218,7 @@ def _within(loc: Sequence[str | int], given: Any, what: str) -> Path:
 def _kind_at(kind: Any, path: Path) -> Any:
     """The class that holds the names at a path below a class, as far as annotations say."""
     for part in path:
-        fields = getattr(kind, "model_fields", None) or getattr(kind, "__pydantic_fields__", {})
-        if fields:
+        if fields := _fields(kind):
             info = fields.get(str(part))
             kind = info.annotation if info else None
         elif typing.get_origin(kind) in (dict, Mapping):

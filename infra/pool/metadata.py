@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
+from winnow.infra.io.arrays import read_header
 from winnow.infra.stages.stage import LOCATIONS, MANIFEST, RECORDS
 
 # Members of the .npz (DataComp's names): L2-normalised CLIP ViT-L/14 and ViT-B/32 embeddings, float16.
@@ -82,9 +83,8 @@ def _archive(url: str) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(storage.open_read(url))
     except (zipfile.BadZipFile, OSError) as error:
-        raise WinnowError(
-            f"is not a readable .npz file ({error})", where=url, do="Download or create it again."
-        ) from error
+        do = "Download or create it again."
+        raise WinnowError(f"is not a readable .npz file ({error})", where=url, do=do) from error
 
 
 def _header(archive: zipfile.ZipFile, name: str, url: str) -> tuple[Any, tuple[tuple[int, int], bool, np.dtype]]:
@@ -95,11 +95,9 @@ def _header(archive: zipfile.ZipFile, name: str, url: str) -> tuple[Any, tuple[t
         known = ", ".join(sorted(item.removesuffix(".npy") for item in archive.namelist()))
         raise WinnowError(f'holds no array "{name}"', where=url, do=f"It holds: {known}.") from None
     try:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
+        shape, fortran, dtype = read_header(file)
     except (ValueError, zipfile.BadZipFile, OSError) as error:
         raise WinnowError(f"{name} is not a NumPy array ({error})", where=url) from error
     if len(shape) != 2 or dtype.kind != "f":
         raise WinnowError(f"{name} is {dtype} of shape {shape}, not a matrix of floats", where=url)
-    return file, (shape, fortran, dtype)
+    return file, ((shape[0], shape[1]), fortran, dtype)

@@ -101,8 +101,7 @@ class RayExecutor:
 
     def __init__(self, address: str | None = None, num_cpus: int | None = None) -> None:
         self.address, self.num_cpus = address, num_cpus
-        self._started = False
-        self._owns = False
+        self._started = self._owns = False
 
     def _would_start(self) -> bool:
         """Whether connecting would start Ray on this machine."""
@@ -128,11 +127,9 @@ class RayExecutor:
             try:
                 ray.init(**options)
             except (ConnectionError, RuntimeError, ValueError) as error:
-                raise WinnowError(
-                    f"Ray did not start or answer ({error})",
-                    where=address or "local Ray",
-                    do="If the cluster wants a token, set RAY_AUTH_MODE=token." if address else None,
-                ) from error
+                do = "If the cluster wants a token, set RAY_AUTH_MODE=token." if address else None
+                where = address or "local Ray"
+                raise WinnowError(f"Ray did not start or answer ({error})", where=where, do=do) from error
             self._owns = True
         self._started = True
         return ray
@@ -145,10 +142,8 @@ class RayExecutor:
         cpus, gpus = total.get("CPU", 0), total.get("GPU", 0)
         wanted = stage.resources.within(cpus, gpus)
         if (lacking := wanted.lacking(cpus, gpus)) is not None:
-            raise UsageError(
-                f"a unit of {stage.name} {lacking} in the cluster",
-                do="Ask for less in the recipe, or connect to a larger cluster with --address.",
-            )
+            do = "Ask for less in the recipe, or connect to a larger cluster with --address."
+            raise UsageError(f"a unit of {stage.name} {lacking} in the cluster", do=do)
         slots = wanted.slots(cpus, gpus)
         if stage.launches_workers:
             return _in_threads(ray, stage, groups, slots, wanted)
@@ -179,11 +174,9 @@ class _Room:
             self.since = now
             return ""
         if now - self.since > RESOURCE_LIMIT:
-            raise WinnowError(
-                f"waited {clock(now - self.since)} for {self.wanted}, which other work on the cluster holds",
-                where=self.stage,
-                do="Free them, ask for less in the recipe, or run again later.",
-            )
+            what = f"waited {clock(now - self.since)} for {self.wanted}, which other work on the cluster holds"
+            do = "Free them, ask for less in the recipe, or run again later."
+            raise WinnowError(what, where=self.stage, do=do)
         return f"waiting for {self.wanted}"
 
 

@@ -6,7 +6,6 @@ import json
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 from winnow.infra.io import storage
@@ -74,14 +73,6 @@ def _console(stream: TextIO | None) -> Console | None:
     return None if console.is_dumb_terminal else console
 
 
-@dataclass
-class Counts:
-    units: int = 0
-    items: int = 0
-    bytes: int = 0
-    skipped: int = 0
-
-
 class StageProgress:
     """Counts of one stage as it runs. Reports them at most every `every` seconds; on a terminal, draws a live bar.
 
@@ -90,7 +81,7 @@ class StageProgress:
 
     def __init__(self, log: RunLog, label: str, units: int, items: int, every: float = 5.0) -> None:
         self.log, self.label, self.units, self.items, self.every = log, label, units, items, every
-        self.counts = Counts()
+        self.done = self.n_items = self.n_bytes = self.n_skipped = 0
         self.started = self.last = time.monotonic()
         self._bar: Progress | None = None
         self._notes = ""
@@ -115,14 +106,14 @@ class StageProgress:
 
     def _draw(self) -> None:
         if self._bar is not None:
-            state = "  ".join([f"{self.counts.units}/{self.units}", *self._rates()])
-            self._bar.update(self._bar.task_ids[0], completed=self.counts.units, state=state, notes=self._notes)
+            state = "  ".join([f"{self.done}/{self.units}", *self._rates()])
+            self._bar.update(self._bar.task_ids[0], completed=self.done, state=state, notes=self._notes)
 
     def add(self, *, items: int, size: int, skipped: int) -> None:
-        self.counts.units += 1
-        self.counts.items += items
-        self.counts.bytes += size
-        self.counts.skipped += skipped
+        self.done += 1
+        self.n_items += items
+        self.n_bytes += size
+        self.n_skipped += skipped
         self.tick(self._notes if self._bar is not None else "")
 
     def tick(self, notes: str = "") -> None:
@@ -140,30 +131,30 @@ class StageProgress:
     def facts(self) -> dict[str, Any]:
         seconds = time.monotonic() - self.started
         return {
-            "units": self.counts.units,
+            "units": self.done,
             "of": self.units,
-            "items": self.counts.items,
-            "bytes": self.counts.bytes,
-            "skipped": self.counts.skipped,
+            "items": self.n_items,
+            "bytes": self.n_bytes,
+            "skipped": self.n_skipped,
             "seconds": round(seconds, 3),
-            "items_per_second": round(self.counts.items / seconds, 1) if seconds > 0 else 0.0,
+            "items_per_second": round(self.n_items / seconds, 1) if seconds > 0 else 0.0,
         }
 
     def _rates(self) -> list[str]:
         seconds = time.monotonic() - self.started
         parts = []
-        if self.counts.items:
-            parts.append(f"{self.counts.items:,} items {self.counts.items / max(seconds, 1e-9):,.0f}/s")
-        if self.counts.bytes:
-            parts.append(f"{size_text(self.counts.bytes)} written")
-        return [*parts, f"{self.counts.skipped} skipped"] if self.counts.skipped else parts
+        if self.n_items:
+            parts.append(f"{self.n_items:,} items {self.n_items / max(seconds, 1e-9):,.0f}/s")
+        if self.n_bytes:
+            parts.append(f"{size_text(self.n_bytes)} written")
+        return [*parts, f"{self.n_skipped} skipped"] if self.n_skipped else parts
 
     def line(self) -> str:
         seconds, rates = time.monotonic() - self.started, self._rates()
-        if 0 < self.counts.units < self.units:
-            left = f"{clock(seconds / self.counts.units * (self.units - self.counts.units))} left"
-            rates.insert(len(rates) - bool(self.counts.skipped), left)
-        return "  ".join([f"{self.label:<24} {self.counts.units}/{self.units}", *rates, f"[{clock(seconds)}]"])
+        if 0 < self.done < self.units:
+            left = f"{clock(seconds / self.done * (self.units - self.done))} left"
+            rates.insert(len(rates) - bool(self.n_skipped), left)
+        return "  ".join([f"{self.label:<24} {self.done}/{self.units}", *rates, f"[{clock(seconds)}]"])
 
 
 _notes_lock = threading.Lock()

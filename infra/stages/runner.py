@@ -17,9 +17,9 @@ from winnow.infra.stages.stage import (
     MANIFEST,
     Manifest,
     Record,
-    Skipped,
     Stage,
     Unit,
+    are_whole,
     describe_files,
     pending_units,
     read_locations,
@@ -44,22 +44,13 @@ class Budget:
             raise UsageError(f"max_skipped cannot be {self.max_skipped:g}", do="Give a fraction or a number.")
 
     def check(self, reasons: Counter[str], items: int, where: str) -> None:
-        """Raises WinnowError when too much was skipped.
-
-        Args:
-            reasons: number of skipped items by reason.
-            items: number of items that were not skipped.
-            where: the stage, for the message.
-        """
+        """Raises WinnowError when too much was skipped: numbers by reason, against items that were not skipped."""
         count, total = reasons.total(), items + reasons.total()
         limit = self.max_skipped * total if self.max_skipped < 1 else self.max_skipped
         if count > limit:
-            raise WinnowError(
-                f"{count} of {total} skipped, the budget is {self} "
-                f"({', '.join(f'{reason}: {n}' for reason, n in reasons.most_common(5))})",
-                where=where,
-                do="Fix the input, or raise max_skipped.",
-            )
+            listed = ", ".join(f"{reason}: {n}" for reason, n in reasons.most_common(5))
+            what = f"{count} of {total} skipped, the budget is {self} ({listed})"
+            raise WinnowError(what, where=where, do="Fix the input, or raise max_skipped.")
 
     def __str__(self) -> str:
         return f"{self.max_skipped:.1%}" if self.max_skipped < 1 else f"{self.max_skipped:.0f}"
@@ -95,11 +86,20 @@ def execute(
     units, done = pending_units(stage)
     key = stage.manifest_key(units)
     todo = [unit for unit in units if unit.name not in done]
+    groups: dict[str, list[Unit]] = {}
+    for unit in todo:
+        groups.setdefault(unit.group or f"\0{unit.name}", []).append(unit)
     previous = read_manifest(stage.out)
     _refuse_inputs(stage, previous)
     with storage.locked(stage.out):
         _write_locations(stage)
-        if not todo and previous is not None and previous.key == key and _whole(stage, previous, done):
+        checked = {path for record in done.values() for path in record.files}
+        if (
+            not todo
+            and previous is not None
+            and previous.key == key
+            and are_whole(stage, {path: facts for path, facts in previous.files.items() if path not in checked})
+        ):
             budget.check(Counter(previous.skipped["reasons"]), previous.items, label)
             log.event(event="unchanged", stage=label, units=len(units))
             log.say(f"{label:<24} unchanged ({len(units)} units)")
@@ -112,7 +112,7 @@ def execute(
         if todo:
             storage.remove(stage.url(MANIFEST))  # it describes files that are about to be replaced
             with progress:
-                _run_groups(stage, executor, _groups(todo), retries, progress, done, failures)
+                _run_groups(stage, executor, list(groups.values()), retries, progress, done, failures)
         storage.remove(stage.url(NOTES))
         _report_failures(stage, units, failures, log)
         manifest = _finish(stage, units, done, failures, budget, label)
@@ -179,34 +179,14 @@ def _finish(
 def _refuse_inputs(stage: Stage, previous: Manifest | None) -> None:
     """Raises UsageError where a stage would overwrite what it reads, or the output of another kind of stage."""
     if previous is not None and previous.stage != stage.name:
-        raise UsageError(
-            f"holds the output of {previous.stage}, and {stage.name} would overwrite it",
-            where=stage.out,
-            do="Give another directory.",
-        )
+        what = f"holds the output of {previous.stage}, and {stage.name} would overwrite it"
+        raise UsageError(what, where=stage.out, do="Give another directory.")
     read = list(stage.locations().values())
     for url in tuple(read):
         with contextlib.suppress(WinnowError):  # no such file
             read += map(str, read_locations(url).values())
     if storage.absolute(stage.out).rstrip("/") in (storage.absolute(url).rstrip("/") for url in read):
         raise UsageError(f"{stage.name} would overwrite what it reads", where=stage.out, do="Give another directory.")
-
-
-def _whole(stage: Stage, manifest: Manifest, done: dict[str, Record]) -> bool:
-    """Whether the files that `finish` wrote are there; those of units were checked with their records."""
-    checked = {path for record in done.values() for path in record.files}
-    return all(
-        storage.exists(stage.url(path)) and storage.size_of(stage.url(path)) == facts["bytes"]
-        for path, facts in manifest.files.items()
-        if path not in checked
-    )
-
-
-def _groups(units: list[Unit]) -> list[list[Unit]]:
-    groups: dict[str, list[Unit]] = {}
-    for unit in units:
-        groups.setdefault(unit.group or f"\0{unit.name}", []).append(unit)
-    return list(groups.values())
 
 
 def _run_groups(
@@ -236,8 +216,8 @@ def _run_groups(
             else:
                 attempts[result.index] += 1
                 names = [unit.name for unit in groups[result.index]]
-                log, error = progress.log, str(result.error)
-                log.event(event="failure", stage=progress.label, units=", ".join(names), error=error)
+                facts = {"units": ", ".join(names), "error": str(result.error)}
+                progress.log.event(event="failure", stage=progress.label, **facts)
                 if attempts[result.index] <= retries and not isinstance(result.error, WinnowError):
                     retry.append(result.index)
                 else:
@@ -281,6 +261,3 @@ def _notes(stage: Stage) -> str:
 def note_url(stage: Stage, unit: Unit) -> str:
     """Where a unit of a stage writes its progress note."""
     return stage.url(NOTES, unit.name.replace("/", "-"))
-
-
-__all__ = ["Budget", "Skipped", "execute", "note_url"]

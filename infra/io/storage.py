@@ -44,7 +44,6 @@ def has_ranges(url: str) -> bool:
 
 
 def local_path(url: str) -> Path:
-    """The path of a local URL."""
     return Path(url.removeprefix("file://"))
 
 
@@ -139,8 +138,7 @@ def _spans(offsets: list[int], sizes: list[int]) -> tuple[list[tuple[int, int]],
     before = 0
     for i in sorted(range(len(offsets)), key=offsets.__getitem__):
         start, end = offsets[i], offsets[i] + sizes[i]
-        near = spans and start - spans[-1][1] <= (before + sizes[i]) // 16 and end - spans[-1][0] <= _LONGEST
-        if near:
+        if spans and start - spans[-1][1] <= (before + sizes[i]) // 16 and end - spans[-1][0] <= _LONGEST:
             spans[-1][1] = max(spans[-1][1], end)
         else:
             spans.append([start, end])
@@ -272,7 +270,7 @@ def canonical_json(value: Any) -> str:
 
 def write_json(url: str, value: Any) -> None:
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, indent=1, allow_nan=False)
-    write_bytes(url, (text + "\n").encode())
+    write_bytes(url, f"{text}\n".encode())
 
 
 def read_json(url: str) -> Any:

@@ -7,7 +7,6 @@ import tarfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from winnow.infra.errors import WinnowError
@@ -142,13 +141,10 @@ def open_stream(url: str) -> Iterator[Any]:
 
 
 class TarWriter:
-    """Writes members one after the other with webdataset's writer.
+    """Writes members to a local path, one after the other, with webdataset's writer.
 
     The format is GNU, with UTF-8 names of any length, mtime, uid and gid 0 and mode 0644. Use it as a context manager;
     the file is emptied when the block ends with an exception.
-
-    Args:
-        path: a local path to create.
 
     Example:
         >>> import tempfile
@@ -161,9 +157,8 @@ class TarWriter:
         import webdataset  # imports torch
 
         self._file = Path(path).open("wb")  # noqa: SIM115 - closed by close()
-        self._tar = webdataset.TarWriter(
-            self._file, user="", group="", mode=0o644, mtime=0, encoder=False, keep_meta=True
-        )
+        options = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "encoder": False, "keep_meta": True}
+        self._tar = webdataset.TarWriter(self._file, **options)
         self._tar.tarstream.format = tarfile.GNU_FORMAT  # webdataset ignores its argument `format`
 
     def add(self, name: str, data: bytes) -> int:
@@ -183,9 +178,7 @@ class TarWriter:
     def __enter__(self) -> TarWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self._tar.close()
             self._file.truncate(0)

@@ -66,12 +66,9 @@ def _read(tar: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[bytes]
 
 
 class MemberBlock:
-    """The members of some samples of a shard, read when they are asked for.
+    """The members of some samples of a shard, given their LOCATION columns, read when they are asked for.
 
-    Args:
-        tars: the shard's.
-        rows: the LOCATION columns of each sample.
-        together: extensions that are read for all samples at once, at the first access; others one by one.
+    Extensions in `together` are read for all samples at once, at the first access; others one by one.
     """
 
     def __init__(self, tars: Sequence[str], rows: Sequence[Mapping[str, Any]], together: Collection[str]) -> None:
@@ -79,10 +76,6 @@ class MemberBlock:
         self._tar = [row["tar"] for row in rows]
         self._ranges = [_ranges(row) for row in rows]
         self._read: dict[str, dict[int, bytes]] = {}
-
-    def sample(self, row: int) -> Mapping[str, bytes]:
-        """The members of one sample by extension."""
-        return _Members(self, row)
 
     def extensions(self, row: int) -> Collection[str]:
         return self._ranges[row].keys()
@@ -105,7 +98,9 @@ class MemberBlock:
         return found
 
 
-class _Members(Mapping[str, bytes]):
+class Members(Mapping[str, bytes]):
+    """The members of one sample of a block, by extension."""
+
     def __init__(self, block: MemberBlock, row: int) -> None:
         self._block, self._row = block, row
 

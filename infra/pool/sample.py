@@ -51,7 +51,7 @@ class Sample:
 
     @property
     def has_image(self) -> bool:
-        """Whether it has an image, decoded or as a member; a member may still turn out to be undecodable."""
+        """Whether it has an image, decoded or as a member, which may be undecodable."""
         return self._image is not None or image_extension(self.members) is not None
 
     def image(self, flatten: bool = True) -> Image.Image:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from winnow.infra.errors import WinnowError
+from winnow.infra.io.arrow import Column, one_chunk
 from winnow.infra.io.storage import read_bytes, writing
 
 UID_DTYPE = np.dtype("u8,u8")
@@ -18,7 +19,7 @@ _HEX = np.frombuffer(b"0123456789abcdef", dtype=np.uint8)
 _DIGITS = set("0123456789abcdefABCDEF")
 
 
-def decode_uids(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+def decode_uids(column: Column) -> np.ndarray:
     """Hex uids to pairs of 64-bit halves, vectorised.
 
     Args:
@@ -30,7 +31,7 @@ def decode_uids(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     Raises:
         WinnowError: a uid is null, not 32 characters long, or not hexadecimal.
     """
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    array = one_chunk(column)
     if not pa.types.is_string(array.type):
         array = array.cast(pa.string())
     n = len(array)

@@ -68,12 +68,7 @@ class PoolWriter:
 
 
 class SampleWriter:
-    """Appends samples to a tar.
-
-    Args:
-        tar: open for writing.
-        index: of the tar in the shard's list of tars.
-    """
+    """Appends samples to an open tar, which has an index in the shard's list of tars."""
 
     def __init__(self, tar: TarWriter, index: int = 0) -> None:
         self._tar, self.index = tar, index
@@ -98,19 +93,12 @@ def shard_entries(records: Iterable[Record], dropped: Mapping[str, list[int]] | 
         records: of units that `PoolWriter.view` finished, in order.
         dropped: by shard, the rows of the view that are skipped.
     """
-    entries = []
+    entries: list[dict[str, Any]] = []
     for record in records:
         view, rows = f"{record.unit}.parquet", (dropped or {}).get(record.unit, [])
         content = record.values.get("content", record.files[view]["sha256"])
-        tars = record.values["tars"]
-        entries.append(
-            {
-                "name": record.unit,
-                "view": view,
-                "tars": [reference for reference, _ in tars],
-                "rows": record.values["rows"] - len(rows),
-                "digest": digest_json([content, [digest for _, digest in tars], rows]),
-                "dropped": rows,
-            }
-        )
+        tars, digests = zip(*record.values["tars"], strict=True) if record.values["tars"] else ((), ())
+        count, digest = record.values["rows"] - len(rows), digest_json([content, digests, rows])
+        entry = {"name": record.unit, "view": view, "tars": list(tars), "rows": count}
+        entries.append(entry | {"digest": digest, "dropped": rows})
     return entries

@@ -35,20 +35,14 @@ Path = tuple[str | int, ...]
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 # What a value must be, by pydantic's name of the error.
 _WANTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
+    **dict.fromkeys(("int_type", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("dict_type", "model_type", "dataclass_type"), "a mapping of names to values"),
+    **dict.fromkeys(("tuple_type", "list_type", "set_type", "frozen_set_type"), "a list"),
     "float_type": "a number",
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "string_type": "a text",
     "none_required": "null",
-    "dict_type": "a mapping of names to values",
-    "model_type": "a mapping of names to values",
-    "dataclass_type": "a mapping of names to values",
-    "tuple_type": "a list",
-    "list_type": "a list",
-    "set_type": "a list",
-    "frozen_set_type": "a list",
     "callable_type": "a callable",
     "too_short": "longer",
 }
@@ -81,10 +75,7 @@ class ParameterError(UsageError):
 class InvalidValue(ValueError):
     """For validators of a `Section` or `params` class: a `ValueError` that says which value below it is wrong.
 
-    Args:
-        what: what is wrong, as a sentence without a full stop.
-        path: keys and indices from the class to the value.
-        do: what to do about it.
+    `what` is a sentence without a full stop, `path` the keys and indices from the class to the value.
     """
 
     def __init__(self, what: str, *path: str | int, do: str | None = None) -> None:
@@ -99,14 +90,10 @@ def params(cls: type[T]) -> type[T]:
 
 
 class Section(BaseModel):
-    """A mapping of a recipe: strict types, unknown keys forbidden, frozen.
-
-    Attributes:
-        renamed: former names of keys, each with the new one, for the message that refuses them.
-    """
+    """A mapping of a recipe: strict types, unknown keys forbidden, frozen."""
 
     model_config = ConfigDict(frozen=True, protected_namespaces=(), **_STRICT)
-    renamed: ClassVar[Mapping[str, str]] = {}
+    renamed: ClassVar[Mapping[str, str]] = {}  # former names of keys, with the new ones, for the message
 
 
 def build(kind: type[T], given: Mapping[str, Any], label: str) -> T:
@@ -133,16 +120,18 @@ def build(kind: type[T], given: Mapping[str, Any], label: str) -> T:
 
 def tuples(value: Any) -> Any:
     """The value with every list as a tuple; mappings are copied."""
-    if isinstance(value, Mapping):
-        return {key: tuples(item) for key, item in value.items()}
-    return tuple(tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
+    return _converted(value, tuple)
 
 
 def lists(value: Any) -> Any:
     """The value with every tuple as a list, as YAML and JSON hold it."""
+    return _converted(value, list)
+
+
+def _converted(value: Any, kind: type) -> Any:
     if isinstance(value, Mapping):
-        return {key: lists(item) for key, item in value.items()}
-    return [lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: _converted(item, kind) for key, item in value.items()}
+    return kind(_converted(item, kind) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def names_of(kind: type) -> list[str]:

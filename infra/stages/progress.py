@@ -37,7 +37,7 @@ class RunLog:
     Args:
         url: local directory for `log.jsonl`; None to keep no file.
         stream: for people; None for silence.
-        steps: which stage of how many is running. Code that runs several stages sets it before each.
+        steps: which stage of how many is running; set before each stage of a run.
     """
 
     def __init__(
@@ -48,8 +48,7 @@ class RunLog:
         self.file: TextIO | None = None
         if url is not None and storage.is_local(url):
             storage.make_dir(url)
-            path = storage.local_path(storage.join(url, "log.jsonl"))
-            self.file = path.open("a", encoding="utf-8")
+            self.file = (storage.local_path(url) / "log.jsonl").open("a", encoding="utf-8")
 
     def say(self, text: str) -> None:
         if self.console is not None:

@@ -19,12 +19,8 @@ from winnow.infra.io import storage
 from winnow.infra.io.storage import digest_json
 from winnow.infra.stages.resources import Resources
 
-RECORDS = "units"
-MANIFEST = "manifest.json"
-LOCATIONS = "locations.json"
-# Names that files written by earlier versions use.
-_OLD_LOCATIONS = "places.json"
-_OLD_FIELDS = {"set_aside": "skipped"}
+RECORDS, MANIFEST, LOCATIONS = "units", "manifest.json", "locations.json"
+_OLD_LOCATIONS, _OLD_FIELDS = "places.json", {"set_aside": "skipped"}  # of files that earlier versions wrote
 INCOMPLETE = "incomplete"  # key of a record or manifest that the next run must redo
 
 
@@ -65,7 +61,6 @@ class Output:
     Attributes:
         files: written, relative to the stage's directory.
         items: number of samples (or steps) done.
-        skipped: samples left out.
         values: JSON values for the record (of `Stage.finish`: for the manifest).
         retry: whether the next run repeats the unit, because its problems may be temporary.
     """

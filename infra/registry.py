@@ -28,12 +28,7 @@ def unknown(kind: str, word: str, words: Iterable[str], where: str | None = None
 
 
 class Registry:
-    """A table of names.
-
-    Args:
-        kind: what the names denote, as in messages ("filter").
-        table: name to "module:Object".
-    """
+    """A table of name to "module:Object"; `kind` says in messages what the names denote ("filter")."""
 
     def __init__(self, kind: str, table: dict[str, str]) -> None:
         self.kind, self.table = kind, table

@@ -32,15 +32,9 @@ def image_size_of(data: bytes) -> tuple[int, int]:
 
 
 def decode_image(data: bytes, flatten: bool = True) -> Image.Image:
-    """Decode to RGB.
+    """Decode to RGB. Raises ImageError when the image is damaged, too large or too thin.
 
-    Args:
-        data: encoded.
-        flatten: whether transparent parts become white. False keeps the colour stored there, as Pillow's
-            `convert("RGB")` does.
-
-    Raises:
-        ImageError: the image is damaged, too large or too thin.
+    Transparent parts become white; without `flatten` they keep the stored colour, as Pillow's `convert("RGB")` does.
     """
     image = _open(data)
     if max(image.size) > MAX_ASPECT * min(image.size):

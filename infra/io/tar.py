@@ -84,8 +84,8 @@ def tar_samples(file: Any, keep: Collection[str] | None) -> Iterator[tuple[str, 
         keep: extensions whose data is wanted; None for all.
 
     Raises:
-        WinnowError: the file is truncated or not a tar. This is raised after the last complete sample; a sample is
-            complete when the next one, or the end of the archive, has been seen.
+        WinnowError: the file is truncated or not a tar. Raised after the last complete sample, that is, one after
+            which another sample or the end of the archive was found.
     """
     key: str | None = None
     members: dict[str, Member] = {}

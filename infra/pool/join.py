@@ -31,11 +31,7 @@ def read_rows(url: str, shard: str, skipped: list[Skipped]) -> pa.Table | None:
 def join(rows: list[dict[str, Any]], parquet: pa.Table, shard: str, skipped: list[Skipped]) -> pa.Table:
     """A view: the tar's rows, with the columns of the parquet.
 
-    Args:
-        rows: as `row_of` makes them.
-        parquet: the shard's parquet.
-        shard: name, for messages.
-        skipped: gets what is in one of the two alone, or differs between them.
+    `skipped` gets the samples that are in one of the two alone, or differ between them.
 
     Raises:
         WinnowError: no column identifies the rows.

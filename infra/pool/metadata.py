@@ -33,12 +33,11 @@ def metadata_files(url: str) -> list[tuple[str, str, str | None, str]]:
     """(stem, parquet URL, npz URL or None, version token) of each parquet in a folder, by name."""
     tokens = storage.list_tokens(url)
     found = []
-    for name in sorted(tokens):
-        stem, dot, ext = name.rpartition(".")
-        if dot and ext == "parquet":
-            features = f"{stem}.npz" if f"{stem}.npz" in tokens else None
-            token = tokens[name] + (f"+{tokens[features]}" if features else "")
-            found.append((stem, storage.join(url, name), storage.join(url, features) if features else None, token))
+    for name in sorted(name for name in tokens if name.endswith(".parquet")):
+        stem = name.removesuffix(".parquet")
+        features = f"{stem}.npz" if f"{stem}.npz" in tokens else None
+        token = tokens[name] + (f"+{tokens[features]}" if features else "")
+        found.append((stem, storage.join(url, name), storage.join(url, features) if features else None, token))
     return found
 
 
@@ -50,15 +49,7 @@ def feature_dims(url: str) -> dict[str, int]:
 
 
 def read_feature(url: str, name: str, rows: int) -> pa.FixedSizeListArray:
-    """One array of an .npz, without reading the others.
-
-    Args:
-        url: of the .npz.
-        name: one of FEATURES.
-        rows: how many it must have.
-
-    Returns:
-        float16 lists of fixed size, shape [rows].
+    """One array of an .npz, one of FEATURES, as float16 lists of fixed size, shape [rows]; the others are not read.
 
     Raises:
         WinnowError: no such file or member, not a matrix of floats, or another number of rows.

@@ -22,10 +22,7 @@ _JSON_FIELDS = {"url": str, "sha256": str, "source": str, "original_width": int,
 def row_of(key: str, members: Mapping[str, Member], require: frozenset[str]) -> dict[str, Any]:
     """A row with the columns IDENTITY, LOCATION and some of the json, and `from_json`, the names in the json.
 
-    Args:
-        key: of the sample in its tar.
-        members: by extension, with the data of those in READ.
-        require: what the sample must have: "image", "text", or an extension.
+    `members` hold the data of the extensions in READ; `require` lists "image", "text", or extensions.
 
     Raises:
         WinnowError: the sample cannot be used; `what` is a short fixed phrase.

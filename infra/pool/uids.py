@@ -22,11 +22,8 @@ _DIGITS = set("0123456789abcdefABCDEF")
 def decode_uids(column: Column) -> np.ndarray:
     """Hex uids to pairs of 64-bit halves, vectorised.
 
-    Args:
-        column: strings of 32 hex characters, none null; shape [n].
-
     Returns:
-        array of dtype `u8,u8`, shape [n]: (first 16 digits, last 16 digits), as DataComp's subset files hold them.
+        dtype `u8,u8`, shape [n]: (first 16 digits, last 16 digits), as DataComp's subset files hold them.
 
     Raises:
         WinnowError: a uid is null, not 32 characters long, or not hexadecimal.

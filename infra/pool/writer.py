@@ -52,13 +52,9 @@ class PoolWriter:
         self.files.append(name)
 
     def view(self, table: pa.Table, skipped: Sequence[Skipped] = (), **values: Any) -> Output:
-        """Write the view and return the unit's output.
+        """Write the view and return the unit's output, with the given JSON values in its record.
 
-        Args:
-            table: the view.
-            skipped: samples left out.
-            values: JSON values for the record. `content` replaces the digest of the view's file as what decides the
-                digest of the shard.
+        The value `content`, if given, decides the digest of the shard instead of the digest of the view's file.
         """
         view = f"{self.name}.parquet"
         with storage.writing(storage.join(self.out, view)) as path:
@@ -87,12 +83,8 @@ def view_digest(table: pa.Table) -> str:
 
 
 def shard_entries(records: Iterable[Record], dropped: Mapping[str, list[int]] | None = None) -> list[dict[str, Any]]:
-    """The shards as a pool's manifest lists them.
-
-    Args:
-        records: of units that `PoolWriter.view` finished, in order.
-        dropped: by shard, the rows of the view that are skipped.
-    """
+    """The shards as a pool's manifest lists them: records of `PoolWriter.view`, in order, and by shard the rows of
+    the view that are skipped."""
     entries: list[dict[str, Any]] = []
     for record in records:
         view, rows = f"{record.unit}.parquet", (dropped or {}).get(record.unit, [])

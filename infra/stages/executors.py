@@ -34,7 +34,7 @@ def setup_token(stage: Stage) -> str:
 
 def run_here(stage: Stage, units: list[Unit], token: str) -> list[Record]:
     """Run one group in this process, after `Stage.setup` if this is the stage's first here."""
-    if not units:  # sent to learn whether there is room for a worker
+    if not units:  # the executor only asks whether there is room for a worker
         return []
     with _set_up_lock:
         if token not in _set_up:
@@ -215,11 +215,11 @@ def _on_actors(
     flying: dict[Any, tuple[Any, int | None]] = {}  # the actor and the index of its group; None while it starts
 
     def send(worker: Any, units: list[Unit], index: int | None) -> None:
-        flying[worker.run.remote(units)] = worker, index
+        flying[worker.run.remote(shared, units, token)] = worker, index
 
     # An actor gets its first group once it has started, so that no group waits for resources that others use.
     for _ in range(count):
-        send(actor.remote(shared, token), [], None)
+        send(actor.remote(), [], None)
     try:
         while done < len(groups):
             ready, _ = ray.wait(list(flying), num_returns=1, timeout=TICK)
@@ -232,7 +232,7 @@ def _on_actors(
                     raise WinnowError(f"a worker of {stage.name} did not start ({result.error})")
                 if isinstance(result.error, ray.exceptions.RayActorError):
                     if waiting:
-                        send(actor.remote(shared, token), [], None)
+                        send(actor.remote(), [], None)
                 elif waiting:
                     following, units = waiting.popleft()
                     send(worker, units, following)
@@ -249,11 +249,8 @@ def _on_actors(
 class _Worker:
     """A process that keeps what `Stage.setup` loads and runs groups one after the other."""
 
-    def __init__(self, stage: Stage, token: str) -> None:
-        self._stage, self._token = stage, token
-
-    def run(self, units: list[Unit]) -> list[Record]:
-        return run_here(self._stage, units, self._token)
+    def run(self, stage: Stage, units: list[Unit], token: str) -> list[Record]:
+        return run_here(stage, units, token)
 
 
 def _result(ray: Any, reference: Any, index: int) -> Result:

@@ -28,7 +28,7 @@ class Resources:
         return ", ".join(f"{count:g} {name}" for count, name in wanted if count)
 
     def within(self, cpus: float, gpus: float) -> Resources:
-        """What the unit takes on a machine with so many cores and GPUs: optional GPUs are limited to what it has."""
+        """What the unit takes on a machine with so many cores and GPUs: optional GPUs are limited to these."""
         return replace(self, gpus=min(self.gpus, gpus)) if self.gpu_optional else self
 
     def lacking(self, cpus: float, gpus: float) -> str | None:

@@ -65,7 +65,7 @@ def execute(
     retries: int = 2,
     label: str | None = None,
 ) -> Manifest:
-    """Bring a stage to its manifest.
+    """Bring a stage to its manifest, which is read back or newly written.
 
     Args:
         stage: what to run.
@@ -74,9 +74,6 @@ def execute(
         log: where to report progress.
         retries: how often a failed group is retried.
         label: the stage's name in messages.
-
-    Returns:
-        the manifest, read back or newly written.
 
     Raises:
         UsageError: the recipe is wrong, or another process is writing the stage's directory.
@@ -93,13 +90,7 @@ def execute(
     _refuse_inputs(stage, previous)
     with storage.locked(stage.out):
         _write_locations(stage)
-        checked = {path for record in done.values() for path in record.files}
-        if (
-            not todo
-            and previous is not None
-            and previous.key == key
-            and are_whole(stage, {path: facts for path, facts in previous.files.items() if path not in checked})
-        ):
+        if not todo and previous is not None and previous.key == key and _whole(stage, previous, done):
             budget.check(Counter(previous.skipped["reasons"]), previous.items, label)
             log.event(event="unchanged", stage=label, units=len(units))
             log.say(f"{label:<24} unchanged ({len(units)} units)")
@@ -120,6 +111,12 @@ def execute(
     seconds = round(time.monotonic() - started, 3)
     log.event(event="done", stage=label, state=manifest.state, **progress.facts() | {"seconds": seconds})
     return manifest
+
+
+def _whole(stage: Stage, manifest: Manifest, done: dict[str, Record]) -> bool:
+    """Whether the files that `finish` wrote are there; those of units were checked with their records."""
+    checked = {path for record in done.values() for path in record.files}
+    return are_whole(stage, {path: facts for path, facts in manifest.files.items() if path not in checked})
 
 
 def _write_locations(stage: Stage) -> None:
@@ -227,24 +224,18 @@ def _run_groups(
 
 def _report_failures(stage: Stage, units: list[Unit], failures: dict[str, Exception], log: RunLog) -> None:
     """Say which units failed. Raises WinnowError where the stage allows no failures, or no unit succeeded."""
-    lost = [unit.name for unit in units if unit.name in failures]
-    if not lost:
-        return
     reasons: dict[str, list[str]] = {}
-    for name in lost:
+    for name in (lost := [unit.name for unit in units if unit.name in failures]):
         reasons.setdefault(_reason(failures[name]), []).append(name)
     for reason, names in reasons.items():
         log.say(f"{stage.name}: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} failed: {reason}")
-    if stage.allow_failures and len(lost) < len(units):
+    if not lost or (stage.allow_failures and len(lost) < len(units)):
         return
     first = failures[lost[0]]
     if len(lost) == 1 and isinstance(first, WinnowError):
         raise first
-    raise WinnowError(
-        f"{len(lost)} of {len(units)} units failed; the first, {lost[0]}: {type(first).__name__}: {first}",
-        where=stage.name,
-        do="What is finished is kept; run again to retry the rest.",
-    ) from first
+    what = f"{len(lost)} of {len(units)} units failed; the first, {lost[0]}: {type(first).__name__}: {first}"
+    raise WinnowError(what, where=stage.name, do="What is finished is kept; run again to retry the rest.") from first
 
 
 def _reason(error: Exception) -> str:
@@ -253,9 +244,8 @@ def _reason(error: Exception) -> str:
 
 def _notes(stage: Stage) -> str:
     url = stage.url(NOTES)
-    if not storage.is_local(url):
-        return ""
-    return "  ".join(filter(None, (read_note(storage.join(url, name)) for name in storage.list_names(url))))
+    names = storage.list_names(url) if storage.is_local(url) else []
+    return "  ".join(filter(None, (read_note(storage.join(url, name)) for name in names)))
 
 
 def note_url(stage: Stage, unit: Unit) -> str:

@@ -175,11 +175,9 @@ class _Noise:
                 new = {"uid": uid, "key": f"{source['key']}-{uid[:8]}", "noise_of": source["uid"]}
                 # The json in the tar has the source's uid.
                 copy = dict(source) | new | {"json_offset": None, "json_size": None}
-                if kind == "near_duplicates":
+                if kind == "near_duplicates":  # marked once its image is altered
                     self.alters.append((row, len(self.rows), kind))
-                    self.rows.append(copy)
-                else:
-                    self.rows.append(copy | {"noise": kind})
+                self.rows.append(copy if kind == "near_duplicates" else copy | {"noise": kind})
 
     def _mark(self, row: dict[str, Any], kind: str, changes: dict[str, Any]) -> None:
         row.update({name: None for name in _UNTRUE if name in row} | changes | {"noise": kind})

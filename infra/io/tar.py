@@ -16,7 +16,7 @@ _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x
 
 @dataclass(frozen=True)
 class Member:
-    """A file of a tar: its extension, where its data is (bytes), and the data where it was asked for."""
+    """A file of a tar: its extension, offset and size in bytes, and its data if that was asked for."""
 
     ext: str
     offset: int

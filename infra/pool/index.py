@@ -84,9 +84,8 @@ class IndexStage(Stage):
             for name in (*self.only, *self.skip):
                 if name not in known:
                     raise UsageError(f'no shard "{name}"', where=", ".join(self.sources))
-            self._shards = [
-                entry for entry in found if (not self.only or entry[0] in self.only) and entry[0] not in self.skip
-            ]
+            taken = (set(self.only) or known) - set(self.skip)
+            self._shards = [entry for entry in found if entry[0] in taken]
             if not self._shards:
                 raise UsageError("no shard is left to index", where=", ".join(self.sources))
         return self._shards

@@ -138,14 +138,9 @@ class Shard:
             rows = table.slice(start, _BLOCK).to_pylist()
             block = MemberBlock(self.tars, rows, together)
             for i, row in enumerate(rows):
-                yield Sample(
-                    uid=row["uid"] or "",
-                    key=row["key"] or "",
-                    text=row["text"] or "",
-                    label=row.get("label"),
-                    columns={name: row[name] for name in columns},
-                    members=Members(block, i),
-                )
+                identity = {name: row[name] or "" for name in ("uid", "key", "text")}
+                asked = {name: row[name] for name in columns}
+                yield Sample(**identity, label=row.get("label"), columns=asked, members=Members(block, i))
 
 
 def _type_of(column: str) -> pa.DataType:

@@ -61,8 +61,6 @@ class Executor(Protocol):
     """Runs groups of units. Yields a Result as each ends; every few seconds while none does, the resources that the
     stage waits for, or "" while units run."""
 
-    name: str
-
     def results(self, stage: Stage, groups: list[Group]) -> Iterator[Result | str]: ...
 
     def close(self) -> None: ...
@@ -70,8 +68,6 @@ class Executor(Protocol):
 
 class SerialExecutor:
     """One group after the other in this process: for tests and debugging."""
-
-    name = "serial"
 
     def results(self, stage: Stage, groups: list[Group]) -> Iterator[Result | str]:
         token = setup_token(stage)
@@ -96,8 +92,6 @@ class RayExecutor:
         address: of a running cluster ("auto", "ray://…"); None starts one on this machine unless RAY_ADDRESS is set.
         num_cpus: cores of a locally started Ray; None for all.
     """
-
-    name = "ray"
 
     def __init__(self, address: str | None = None, num_cpus: int | None = None) -> None:
         self.address, self.num_cpus = address, num_cpus

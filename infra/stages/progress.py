@@ -73,10 +73,8 @@ def _console(stream: TextIO | None) -> Console | None:
 
 
 class StageProgress:
-    """Counts of one stage as it runs. Reports them at most every `every` seconds; on a terminal, draws a live bar.
-
-    Use as a context manager, so that the bar is removed however the stage ends.
-    """
+    """Counts of one stage as it runs. Reports them at most every `every` seconds; on a terminal, draws a live bar,
+    which the end of the `with` block removes."""
 
     def __init__(self, log: RunLog, label: str, units: int, items: int, every: float = 5.0) -> None:
         self.log, self.label, self.units, self.items, self.every = log, label, units, items, every
@@ -129,15 +127,9 @@ class StageProgress:
 
     def facts(self) -> dict[str, Any]:
         seconds = time.monotonic() - self.started
-        return {
-            "units": self.done,
-            "of": self.units,
-            "items": self.n_items,
-            "bytes": self.n_bytes,
-            "skipped": self.n_skipped,
-            "seconds": round(seconds, 3),
-            "items_per_second": round(self.n_items / seconds, 1) if seconds > 0 else 0.0,
-        }
+        counts = {"units": self.done, "of": self.units, "items": self.n_items, "bytes": self.n_bytes}
+        rate = round(self.n_items / seconds, 1) if seconds > 0 else 0.0
+        return counts | {"skipped": self.n_skipped, "seconds": round(seconds, 3), "items_per_second": rate}
 
     def _rates(self) -> list[str]:
         seconds = time.monotonic() - self.started

@@ -147,6 +147,7 @@ def _finish(
     reasons.update(item.reason for item in finished.skipped)
     budget.check(reasons, items, label)
     remove_stale(stage, units, files)
+    by_reason = dict(sorted(Counter(item["reason"] for item in skipped).items()))
     manifest = Manifest(
         stage=stage.name,
         version=stage.version,
@@ -155,12 +156,7 @@ def _finish(
         parents=stage.parents(),
         units=len(records),
         items=items,
-        skipped={
-            "count": reasons.total(),
-            "reasons": dict(sorted(Counter(item["reason"] for item in skipped).items())),
-            "samples": skipped[:1000],
-            "units": lost,
-        },
+        skipped={"count": reasons.total(), "reasons": by_reason, "samples": skipped[:1000], "units": lost},
         files=dict(sorted(files.items())),
         values=finished.values,
         url=stage.out,

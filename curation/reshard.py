@@ -75,7 +75,7 @@ class ReshardStage(Stage):
                 for shard, start, count in zip(pool.shards, starts[:-1], counts, strict=True)
                 if start < high and start + count > low
             ]
-            inputs = {name: digests[name] for name, _, _ in parts} | {"subset": self.subset_digest}
+            inputs = {str(name): digests[str(name)] for name, _, _ in parts} | {"subset": self.subset_digest}
             units.append(Unit(f"{number:05d}", inputs, {"parts": parts}, items=high - low))
         return units
 

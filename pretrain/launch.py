@@ -166,7 +166,8 @@ def _by_ray(jobs: list[Job], config: PretrainConfig) -> None:
             storage_path=scratch,
             # By default Ray repeats a start that found no room for ever.
             failure_config=FailureConfig(
-                max_failures=parallel.max_failures, controller_failure_limit=parallel.max_failures
+                max_failures=parallel.max_failures,
+                controller_failure_limit=parallel.max_failures,  # type: ignore[call-arg]
             ),
         ),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -138,7 +139,7 @@ class Shard:
             rows = table.slice(start, _BLOCK).to_pylist()
             block = MemberBlock(self.tars, rows, together)
             for i, row in enumerate(rows):
-                identity = {name: row[name] or "" for name in ("uid", "key", "text")}
+                identity: dict[str, Any] = {name: row[name] or "" for name in ("uid", "key", "text")}
                 asked = {name: row[name] for name in columns}
                 yield Sample(**identity, label=row.get("label"), columns=asked, members=Members(block, i))
 

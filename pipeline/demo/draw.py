@@ -276,8 +276,8 @@ def _place(rng: Random, image: Image.Image, thing: Thing) -> None:
     turn, flip = math.radians(rng.uniform(-15, 15)), rng.choice((-1, 1))
     cos, sin = math.cos(turn) * source / side, math.sin(turn) * source / side
     middle = side / 2
-    affine = (flip * cos, flip * sin, source / 2 - flip * (cos + sin) * middle)
-    affine += (-sin, cos, source / 2 - (cos - sin) * middle)
+    shift_x, shift_y = source / 2 - flip * (cos + sin) * middle, source / 2 - (cos - sin) * middle
+    affine = (flip * cos, flip * sin, shift_x, -sin, cos, shift_y)
     mask = _mask(thing.kind, source).transform((side, side), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
     colour = _shade(rng, COLOURS[thing.colour], 16)
     fill = Image.new("RGB", (side, side), colour)

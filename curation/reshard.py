@@ -12,7 +12,6 @@ import pyarrow as pa
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.images import image_extension
-from winnow.infra.io.storage import digest_bytes
 from winnow.infra.pool.pool import Pool, Shard
 from winnow.infra.pool.uids import is_member, load_subset
 from winnow.infra.pool.views import LOCATION, located
@@ -54,23 +53,16 @@ class ReshardStage(Stage):
     def locations(self) -> dict[str, str]:
         return {"pool": storage.absolute(self.pool)}
 
-    def _kept(self, shard: Shard, subset: np.ndarray | None) -> np.ndarray:
-        """Rows of a shard that the subset has; int64."""
-        if subset is None:
-            return np.arange(shard.rows)
-        return np.nonzero(is_member(shard.uids(), subset))[0]
-
     def plan(self) -> list[Unit]:
         pool = Pool.open(self.pool)
         if not pool.images:
             raise UsageError("is a pool of metadata, without images to copy", where=self.pool)
         subset = None if self.subset is None else np.unique(load_subset(self.subset))
-        counts = [len(self._kept(shard, subset)) for shard in pool.shards]
-        total = sum(counts)
+        counts = [len(_kept(shard, subset)) for shard in pool.shards]
+        total, digests = sum(counts), {shard.name: shard.digest for shard in pool.shards}
         if subset is not None and total < len(subset):
-            raise WinnowError(
-                f"{len(subset) - total} of the subset's {len(subset)} uids are not in the pool", where=self.subset
-            )
+            what = f"{len(subset) - total} of the subset's {len(subset)} uids are not in the pool"
+            raise WinnowError(what, where=self.subset)
         if total == 0:
             raise WinnowError("the subset is empty", where=self.subset or self.pool, do="Loosen its filters.")
         starts = np.concatenate([[0], np.cumsum(counts)])
@@ -83,16 +75,8 @@ class ReshardStage(Stage):
                 for shard, start, count in zip(pool.shards, starts[:-1], counts, strict=True)
                 if start < high and start + count > low
             ]
-            inputs = {str(name): pool.shard(str(name)).digest for name, _, _ in parts}
-            units.append(
-                Unit(
-                    f"{number:05d}",
-                    inputs | {"subset": self.subset_digest},
-                    {"parts": parts},
-                    {"number": number},
-                    items=high - low,
-                )
-            )
+            inputs = {str(name): digests[str(name)] for name, _, _ in parts} | {"subset": self.subset_digest}
+            units.append(Unit(f"{number:05d}", inputs, {"parts": parts}, items=high - low))
         return units
 
     def run(self, unit: Unit) -> Output:
@@ -102,8 +86,8 @@ class ReshardStage(Stage):
         with writer.tar() as tar:
             for name, low, high in unit.params["parts"]:
                 shard = pool.shard(name)
-                table = shard.table().take(pa.array(self._kept(shard, subset)[low:high]))
-                keys = [f"{unit.runtime['number']:05d}{first + i:04d}" for i in range(table.num_rows)]
+                table = shard.table().take(pa.array(_kept(shard, subset)[low:high]))
+                keys = [f"{unit.name}{first + i:04d}" for i in range(table.num_rows)]
                 views.append(_copy(shard, table, keys, tar))
                 first += table.num_rows
         return writer.view(pa.concat_tables(views, promote_options="default"))
@@ -112,9 +96,14 @@ class ReshardStage(Stage):
         return Output(values={"shards": shard_entries(records)})
 
 
+def _kept(shard: Shard, subset: np.ndarray | None) -> np.ndarray:
+    """Rows of a shard that the subset has; int64."""
+    return np.arange(shard.rows) if subset is None else np.nonzero(is_member(shard.uids(), subset))[0]
+
+
 def _copy(shard: Shard, table: pa.Table, keys: list[str], tar: SampleWriter) -> pa.Table:
     """Append samples to a tar under new keys; returns their view with the new locations."""
-    columns = table.select([name for name in table.column_names if name not in LOCATION.names])
+    columns = table.drop_columns([name for name in table.column_names if name in LOCATION.names])
     columns = columns.set_column(columns.column_names.index("key"), "key", pa.array(keys, pa.string()))
     located_rows = []
     for sample, row in zip(shard.samples(table), columns.to_pylist(), strict=True):
@@ -128,8 +117,3 @@ def _copy(shard: Shard, table: pa.Table, keys: list[str], tar: SampleWriter) -> 
         members |= {ext: data for ext, data in sample.members.items() if ext not in (image, "txt", "json")}
         located_rows.append(tar.add(row["key"], members))
     return located(columns, located_rows)
-
-
-def subset_digest(url: str) -> str:
-    """sha256 of a subset file."""
-    return digest_bytes(storage.read_bytes(url))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 
 class WinnowError(Exception):
     """A run failed for a reason its user can act on. Exit status 1.
@@ -17,22 +19,15 @@ class WinnowError(Exception):
     def __init__(self, what: str, *, where: str | None = None, do: str | None = None) -> None:
         self.what, self.where, self.do = what, where, do
         text = f"{where}: {what}" if where else what
-        if not text.endswith((".", "!", "?")):
-            text += "."
-        if do:
-            text += f" {do}"
-        super().__init__(text)
+        text += "" if text.endswith((".", "!", "?")) else "."
+        super().__init__(f"{text} {do}" if do else text)
 
     def __reduce__(self) -> tuple:
         # Keyword-only arguments would be lost when the error crosses a process boundary.
-        return _rebuild, (type(self), self.what, self.where, self.do)
+        return functools.partial(type(self), self.what, where=self.where, do=self.do), ()
 
 
 class UsageError(WinnowError):
     """A wrong command line or recipe. Exit status 2."""
 
     exit_code = 2
-
-
-def _rebuild(cls: type[WinnowError], what: str, where: str | None, do: str | None) -> WinnowError:
-    return cls(what, where=where, do=do)

@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-# Folders of custom modules, for the worker processes, which inherit it; divided as PATH is.
-VARIABLE = "WINNOW_MODULES"
-
+VARIABLE = "WINNOW_MODULES"  # folders of custom modules, divided as PATH is; worker processes inherit it
 _folders: list[str] = []
 
 
@@ -20,13 +18,10 @@ def search_also(*folders: str | Path) -> None:
 
 
 def import_custom(name: str) -> ModuleType:
-    """Import the module of a `module:Object` name.
+    """Import the module of a `module:Object` name. Raises ModuleNotFoundError.
 
     The folders given to `search_also` join Python's path, as its last entries, only when a module is found nowhere
     else. So no file in them can replace an installed package.
-
-    Raises:
-        ModuleNotFoundError: no folder has it.
     """
     try:
         return importlib.import_module(name)

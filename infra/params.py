@@ -34,20 +34,14 @@ Path = tuple[str | int, ...]
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 # What a value must be, by pydantic's name of the error.
 _WANTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
+    **dict.fromkeys(("int_type", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("dict_type", "model_type", "dataclass_type"), "a mapping of names to values"),
+    **dict.fromkeys(("tuple_type", "list_type", "set_type", "frozen_set_type"), "a list"),
     "float_type": "a number",
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "string_type": "a text",
     "none_required": "null",
-    "dict_type": "a mapping of names to values",
-    "model_type": "a mapping of names to values",
-    "dataclass_type": "a mapping of names to values",
-    "tuple_type": "a list",
-    "list_type": "a list",
-    "set_type": "a list",
-    "frozen_set_type": "a list",
     "callable_type": "a callable",
     "too_short": "longer",
 }
@@ -80,10 +74,7 @@ class ParameterError(UsageError):
 class InvalidValue(ValueError):
     """For validators of a `Section` or `params` class: a `ValueError` that says which value below it is wrong.
 
-    Args:
-        what: what is wrong, as a sentence without a full stop.
-        path: keys and indices from the class to the value.
-        do: what to do about it.
+    `what` is a sentence without a full stop, `path` the keys and indices from the class to the value.
     """
 
     def __init__(self, what: str, *path: str | int, do: str | None = None) -> None:
@@ -98,23 +89,19 @@ def params(cls: type[T]) -> type[T]:
 
 
 class Section(BaseModel):
-    """A mapping of a recipe: strict types, unknown keys forbidden, frozen.
-
-    Attributes:
-        renamed: former names of keys, each with the new one, for the message that refuses them.
-    """
+    """A mapping of a recipe: strict types, unknown keys forbidden, frozen."""
 
     model_config = ConfigDict(frozen=True, protected_namespaces=(), **_STRICT)
-    renamed: ClassVar[Mapping[str, str]] = {}
+    renamed: ClassVar[Mapping[str, str]] = {}  # former names of keys, with the new ones, for the message
 
 
 def build(kind: type[T], given: Mapping[str, Any], label: str) -> T:
-    """An instance of a `params` class or `Section` from values as YAML holds them (lists stand for tuples).
+    """An instance of a `params` class or `Section` from values by name, as YAML holds them (lists become tuples).
 
     Args:
         kind: the class.
         given: values by name.
-        label: what the class is called in messages.
+        label: the name of the class in messages.
 
     Raises:
         ParameterError: a name is unknown or missing, or a value is refused; with the path to it.
@@ -132,21 +119,27 @@ def build(kind: type[T], given: Mapping[str, Any], label: str) -> T:
 
 def tuples(value: Any) -> Any:
     """The value with every list as a tuple; mappings are copied."""
-    if isinstance(value, Mapping):
-        return {key: tuples(item) for key, item in value.items()}
-    return tuple(tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
+    return _converted(value, tuple)
 
 
 def lists(value: Any) -> Any:
     """The value with every tuple as a list, as YAML and JSON hold it."""
+    return _converted(value, list)
+
+
+def _converted(value: Any, kind: type) -> Any:
     if isinstance(value, Mapping):
-        return {key: lists(item) for key, item in value.items()}
-    return [lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: _converted(item, kind) for key, item in value.items()}
+    return kind(_converted(item, kind) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def names_of(kind: type) -> list[str]:
     """The parameters of a `params` class or `Section`."""
-    return list(getattr(kind, "model_fields", None) or getattr(kind, "__pydantic_fields__", {}))
+    return list(_fields(kind))
+
+
+def _fields(kind: Any) -> Mapping[str, Any]:
+    return getattr(kind, "model_fields", None) or getattr(kind, "__pydantic_fields__", {})
 
 
 def refusal(error: ValidationError, kind: type, given: Any, label: str = "") -> ParameterError:
@@ -159,27 +152,20 @@ def refusal(error: ValidationError, kind: type, given: Any, label: str = "") -> 
         result = ParameterError(f"`{path[-1]}` is now `{renamed[str(path[-1])]}`")
     elif fault["type"] in _UNKNOWN:
         of = f"parameter of {label}" if label else "key"
-        result = _suggest(of, str(path[-1]), names_of(_kind_at(kind, path[:-1])) or ["(none)"])
+        near = unknown(of, str(path[-1]), names_of(_kind_at(kind, path[:-1])) or ["(none)"])
+        result = ParameterError(near.what, do=near.do)
     elif fault["type"] in _MISSING:
         result = ParameterError(f'{label} needs "{name}"' if label else f'"{name}" is missing')
     elif fault["type"] == "value_error":
-        result = _own_words(fault["ctx"]["error"], label)
-        path += getattr(fault["ctx"]["error"], "path", ())
+        cause = fault["ctx"]["error"]  # raised by a validator of the class
+        known = isinstance(cause, (UsageError, InvalidValue))
+        what, do = (cause.what, cause.do) if known else (str(cause), None)
+        result = ParameterError(f"{label}: {what}" if label and label not in what else what, do=do)
+        path += getattr(cause, "path", ())
     else:
         result = _wrong_value(fault, f"{label}: {name}" if label and name != label else name)
     result.path = path
     return result
-
-
-def _suggest(kind: str, word: str, words: Sequence[str]) -> ParameterError:
-    error = unknown(kind, word, words)
-    return ParameterError(error.what, do=error.do)
-
-
-def _own_words(cause: Exception, label: str) -> ParameterError:
-    """What a validator of the class said."""
-    what, do = (cause.what, cause.do) if isinstance(cause, (UsageError, InvalidValue)) else (str(cause), None)
-    return ParameterError(f"{label}: {what}" if label and label not in what else what, do=do)
 
 
 def _wrong_value(fault: Any, title: str) -> ParameterError:
@@ -218,8 +204,7 @@ def _within(loc: Sequence[str | int], given: Any, what: str) -> Path:
 def _kind_at(kind: Any, path: Path) -> Any:
     """The class that holds the names at a path below a class, as far as annotations say."""
     for part in path:
-        fields = getattr(kind, "model_fields", None) or getattr(kind, "__pydantic_fields__", {})
-        if fields:
+        if fields := _fields(kind):
             info = fields.get(str(part))
             kind = info.annotation if info else None
         elif typing.get_origin(kind) in (dict, Mapping):

@@ -28,12 +28,7 @@ def unknown(kind: str, word: str, words: Iterable[str], where: str | None = None
 
 
 class Registry:
-    """A table of names.
-
-    Args:
-        kind: what the names denote, as in messages ("filter").
-        table: name to "module:Object".
-    """
+    """A table of name to "module:Object"; `kind` says in messages what the names denote ("filter")."""
 
     def __init__(self, kind: str, table: dict[str, str]) -> None:
         self.kind, self.table = kind, table
@@ -57,14 +52,11 @@ class Registry:
         except ModuleNotFoundError as error:
             if error.name and module_name.split(".")[0] != error.name.split(".")[0]:
                 raise
-            raise UsageError(
-                f'no module "{module_name}" for {self.kind} "{name}"',
-                do="It must be importable: put the file next to the recipe, or set PYTHONPATH.",
-            ) from error
+            do = "It must be importable: put the file next to the recipe, or set PYTHONPATH."
+            raise UsageError(f'no module "{module_name}" for {self.kind} "{name}"', do=do) from error
         except AttributeError:
-            raise UsageError(
-                f'module "{module_name}" has no "{attribute}"', do=f"It was named as a {self.kind}."
-            ) from None
+            do = f"It was named as a {self.kind}."
+            raise UsageError(f'module "{module_name}" has no "{attribute}"', do=do) from None
 
     def name_of(self, obj: type) -> str:
         """The registered name of a class, or its "module:Class"."""

@@ -111,8 +111,9 @@ def run_steps(
         budget: of the steps that have none.
         after: called with each finished stage.
     """
-    manifests = {}
-    for step in steps:
+    steps, manifests = list(steps), {}
+    for number, step in enumerate(steps, 1):
+        log.steps = (number, len(steps)) if len(steps) > 1 else None
         stage = step.build()
         manifests[step.name] = execute(stage, executor, budget=step.budget or budget, log=log, label=step.name)
         if after is not None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
 from winnow.infra.stages.executors import on_ray
+from winnow.infra.stages.resources import RESOURCE_LIMIT
 from winnow.pretrain.config import PretrainConfig
 from winnow.pretrain.objectives import OBJECTIVES
 from winnow.pretrain.sections import ParallelConfig
@@ -147,8 +148,8 @@ def _by_ray(jobs: list[Job], config: PretrainConfig) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    # Several trainings may wait for cores at once; that must not time out.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(7 * 24 * 3600))
+    # Several trainings may wait for cores at once.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(RESOURCE_LIMIT))
     gpus = ray.cluster_resources().get("GPU", 0)
     parallel = config.parallel
     use_gpu = parallel.device == "cuda" or (parallel.device == "auto" and gpus >= parallel.num_processes)
@@ -161,7 +162,13 @@ def _by_ray(jobs: list[Job], config: PretrainConfig) -> None:
             num_workers=parallel.num_processes, use_gpu=use_gpu, resources_per_worker={"CPU": parallel.threads}
         ),
         run_config=RunConfig(
-            name="train", storage_path=scratch, failure_config=FailureConfig(max_failures=parallel.max_failures)
+            name="train",
+            storage_path=scratch,
+            # By default Ray repeats a start that found no room for ever.
+            failure_config=FailureConfig(
+                max_failures=parallel.max_failures,
+                controller_failure_limit=parallel.max_failures,  # type: ignore[call-arg]
+            ),
         ),
     )
     try:

@@ -27,12 +27,12 @@ from winnow.curation.measures.caption import Caption
 from winnow.curation.measures.clip import Clip
 from winnow.curation.measures.stage import MeasureStage
 from winnow.curation.noise.inject import InjectConfig, InjectStage
-from winnow.curation.reshard import ReshardStage, subset_digest
+from winnow.curation.reshard import ReshardStage
 from winnow.evaluate.features.stage import EmbedStage
 from winnow.evaluate.report.compare import CompareStage, SubsetEntry
 from winnow.evaluate.report.merge import MergeScoresStage
 from winnow.evaluate.stage import EvaluateStage
-from winnow.infra.io.storage import digest_json
+from winnow.infra.io.storage import digest_file, digest_json
 from winnow.infra.pool.index import IndexStage
 from winnow.infra.pool.pool import Pool
 from winnow.infra.stages.executors import SerialExecutor
@@ -126,7 +126,7 @@ CASES: dict[str, Callable[[World, str, bool], Stage]] = {
     "reshard": lambda w, out, changed: ReshardStage(
         w.pool,
         w.url("subsets/half/subset.npy"),
-        subset_digest(w.url("subsets/half/subset.npy")),
+        digest_file(w.url("subsets/half/subset.npy")),
         out,
         samples_per_shard=3 if changed else 5,
     ),

@@ -68,6 +68,9 @@ class MeasureStage(Stage):
         for measure in self.measures:
             measure.setup()
 
+    def setup_key(self) -> Any:
+        return self.ids()
+
     def params(self) -> dict[str, Any]:
         return {}
 

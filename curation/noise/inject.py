@@ -27,18 +27,9 @@ from winnow.infra.pool.views import HERE, ROLES
 from winnow.infra.pool.writer import PoolWriter, SampleWriter, shard_entries
 from winnow.infra.stages.stage import Output, Record, Stage, Unit, need_manifest, read_locations
 
-KINDS = (
-    "mismatched",
-    "duplicates",
-    "near_duplicates",
-    "foreign_language",
-    "file_name",
-    "tiny",
-    "extreme_aspect",
-    "watermark",
-)
 _COPIES = ("duplicates", "near_duplicates")
-_ALTERED = ("near_duplicates", "tiny", "extreme_aspect", "watermark")
+_IN_PLACE = ("tiny", "extreme_aspect", "watermark")  # alter the image of the sample itself
+KINDS = ("mismatched", *_COPIES, "foreign_language", "file_name", *_IN_PLACE)
 # Columns about an image and its caption, or positions in the image: they are wrong after noise was added.
 _UNTRUE = ("clip_b32_similarity_score", "clip_l14_similarity_score", "face_bboxes")
 
@@ -79,28 +70,9 @@ class InjectConfig(Section):
         return [getattr(self, kind) for kind in KINDS]
 
 
-def draw_kinds(uids: np.ndarray, config: InjectConfig) -> np.ndarray:
-    """The kind each sample is drawn for: an index into KINDS, or len(KINDS) for none.
-
-    Args:
-        uids: dtype u8,u8, shape [n].
-
-    Returns:
-        int64, shape [n]. The kind of a sample does not depend on other samples.
-    """
-    edges = np.cumsum(config.fractions())
-    return np.searchsorted(edges, hash_unit(uids, config.seed, "noise"), side="right")
-
-
 @dataclass
 class InjectStage(Stage):
-    """Derive a noisy pool.
-
-    Args:
-        pool: URL of the source pool's directory.
-        config: the noise.
-        out: directory of the derived pool.
-    """
+    """Derive a noisy pool in the directory `out` from the one at `pool`."""
 
     pool: str
     config: InjectConfig
@@ -120,41 +92,30 @@ class InjectStage(Stage):
         return locations | {_source_location(locations): storage.absolute(self.pool)}
 
     def plan(self) -> list[Unit]:
-        pool = Pool.open(self.pool)
+        source, units = _source_location(read_locations(self.pool)), []
         entries = need_manifest(self.pool, "pool").values["shards"]
-        source = _source_location(read_locations(self.pool))
-        units = []
-        for shard, entry in zip(pool.shards, entries, strict=True):
-            references = [
-                f"{source}{reference[len(HERE) :]}" if reference.startswith(f"{HERE}/") else reference
-                for reference in entry["tars"]
-            ]
-            args = {"view": shard.view, "tars": list(shard.tars), "rows": shard.rows, "dropped": list(shard.dropped)}
-            units.append(
-                Unit(shard.name, {"shard": shard.digest}, {"tars": references}, _absolute(args), items=shard.rows)
-            )
+        for shard, entry in zip(Pool.open(self.pool).shards, entries, strict=True):
+            tars = [source + tar[len(HERE) :] if tar.startswith(f"{HERE}/") else tar for tar in entry["tars"]]
+            units.append(Unit(shard.name, {"shard": shard.digest}, {"tars": tars}, items=shard.rows))
         return units
 
     def run(self, unit: Unit) -> Output:
-        args = unit.runtime
-        digest = unit.inputs["shard"]
-        shard = Shard(unit.name, args["view"], tuple(args["tars"]), args["rows"], digest, tuple(args["dropped"]))
+        shard = Pool.open(self.pool).shard(unit.name)
         noise = _Noise(shard, shard.table(), self.config)
         # The source's digest covers the content of its tars.
-        writer = PoolWriter(self.out, unit.name, ((reference, digest) for reference in unit.params["tars"]))
+        writer = PoolWriter(self.out, unit.name, ((tar, shard.digest) for tar in unit.params["tars"]))
         if noise.alters:
             with writer.tar(".noise") as tar:
                 noise.alter(tar)
-        view = noise.view()
+        view = pa.Table.from_pylist(noise.rows, schema=noise.schema)
         counts = Counter(kind for kind in view["noise"].to_pylist() if kind is not None)
         return writer.view(view, noise=dict(sorted(counts.items())))
 
     def finish(self, records: list[Record]) -> Output:
-        counts = dict.fromkeys(KINDS, 0)
+        counts = Counter(dict.fromkeys(KINDS, 0))
         for record in records:
-            for kind, count in record.values["noise"].items():
-                counts[kind] = counts.get(kind, 0) + count
-        return Output(values={"shards": shard_entries(records), "noise": counts})
+            counts.update(record.values["noise"])
+        return Output(values={"shards": shard_entries(records), "noise": dict(counts)})
 
 
 class _Noise:
@@ -163,7 +124,8 @@ class _Noise:
     def __init__(self, shard: Shard, table: pa.Table, config: InjectConfig) -> None:
         self.shard, self.config = shard, config
         self.uids = decode_uids(table["uid"])
-        self.kinds = draw_kinds(self.uids, config)
+        # The kind of a sample does not depend on other samples; len(KINDS) means none.
+        self.kinds = np.searchsorted(np.cumsum(config.fractions()), self._unit("noise"), side="right")
         for name in ("noise", "noise_of"):
             if name not in table.column_names or pa.types.is_null(table[name].type):
                 table = table.drop_columns([name]) if name in table.column_names else table
@@ -176,9 +138,7 @@ class _Noise:
         self._mismatch()
         self._replace_captions()
         self._copies()
-        self.alters += [
-            (row, row, kind) for kind in _ALTERED if kind not in _COPIES for row in self._drawn(kind).tolist()
-        ]
+        self.alters += [(row, row, kind) for kind in _IN_PLACE for row in self._drawn(kind).tolist()]
         self.alters.sort()
 
     def _drawn(self, kind: str) -> np.ndarray:
@@ -215,11 +175,9 @@ class _Noise:
                 new = {"uid": uid, "key": f"{source['key']}-{uid[:8]}", "noise_of": source["uid"]}
                 # The json in the tar has the source's uid.
                 copy = dict(source) | new | {"json_offset": None, "json_size": None}
-                if kind == "near_duplicates":
+                if kind == "near_duplicates":  # marked once its image is altered
                     self.alters.append((row, len(self.rows), kind))
-                    self.rows.append(copy)
-                else:
-                    self.rows.append(copy | {"noise": kind})
+                self.rows.append(copy if kind == "near_duplicates" else copy | {"noise": kind})
 
     def _mark(self, row: dict[str, Any], kind: str, changes: dict[str, Any]) -> None:
         row.update({name: None for name in _UNTRUE if name in row} | changes | {"noise": kind})
@@ -242,38 +200,24 @@ class _Noise:
             replaced = (image_extension(sample.members), *ROLES)
             others = {ext: data for ext, data in sample.members.items() if ext not in replaced}
             location = tar.add(row["key"], {"jpg": encoded} | others)
-            self._mark(row, kind, location | self._facts(row, kind, image, altered, encoded))
+            self._mark(row, kind, location | _facts(row, kind, image, altered, encoded))
         # A copy without an altered image would be an unmarked exact copy.
         unmade = {at for at in failed if at >= self.n_rows}
         self.rows = [row for at, row in enumerate(self.rows) if at not in unmade]
 
-    def _facts(
-        self, row: dict[str, Any], kind: str, before: Image.Image, after: Image.Image, encoded: bytes
-    ) -> dict[str, Any]:
-        """The columns that describe the image, recomputed for the altered one."""
-        facts: dict[str, Any] = {"width": after.width, "height": after.height, "sha256": digest_bytes(encoded)}
-        facts = {name: value for name, value in facts.items() if row.get(name) is not None}
-        if kind == "tiny":
-            facts |= {"original_width": after.width, "original_height": after.height}
-        if kind == "extreme_aspect":
-            for name, old, new in (
-                ("original_width", before.width, after.width),
-                ("original_height", before.height, after.height),
-            ):
-                facts[name] = max(1, round(row[name] * new / old))
-        return facts
 
-    def view(self) -> pa.Table:
-        return pa.Table.from_pylist(self.rows, schema=self.schema)
-
-
-def _absolute(args: dict[str, Any]) -> dict[str, Any]:
-    return args | {"view": storage.absolute(args["view"]), "tars": [storage.absolute(tar) for tar in args["tars"]]}
+def _facts(row: dict[str, Any], kind: str, before: Image.Image, after: Image.Image, encoded: bytes) -> dict[str, Any]:
+    """The columns that describe the image, recomputed for the altered one."""
+    facts: dict[str, Any] = {"width": after.width, "height": after.height, "sha256": digest_bytes(encoded)}
+    facts = {name: value for name, value in facts.items() if row.get(name) is not None}
+    originals = ("original_width", before.width, after.width), ("original_height", before.height, after.height)
+    if kind == "tiny":
+        facts |= {name: new for name, _, new in originals}
+    if kind == "extreme_aspect":
+        facts |= {name: max(1, round(row[name] * new / old)) for name, old, new in originals}
+    return facts
 
 
 def _source_location(locations: dict[str, str]) -> str:
     """A name for the directory of the source pool that is not among its locations."""
-    name = "source"
-    while name in locations:
-        name += "-source"
-    return name
+    return next(name for name in ("source" + "-source" * n for n in range(len(locations) + 1)) if name not in locations)

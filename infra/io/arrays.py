@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 
-_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+def read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, Fortran order, dtype) of a .npy file that is open at its start. Raises ValueError."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
 
 
 def is_array(url: str) -> bool:
@@ -26,8 +32,8 @@ def matrix_shape(url: str) -> tuple[int, int]:
     do = "Save the embeddings with `numpy.save`, float16 or float32, shape [rows, dimensions]."
     try:
         with storage.open_read(url) as file:
-            shape, _, kind = _HEADERS[np.lib.format.read_magic(file)](file)
-    except (ValueError, KeyError, EOFError) as error:
+            shape, _, kind = read_header(file)
+    except (ValueError, EOFError) as error:
         raise WinnowError(f"is not a .npy file ({error})", where=url, do=do) from None
     if len(shape) != 2 or kind.kind != "f":
         raise WinnowError(f"holds {kind} of shape {list(shape)}, not a matrix of embeddings", where=url, do=do)

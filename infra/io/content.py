@@ -10,11 +10,7 @@ from winnow.infra.io.storage import digest_file, version_token
 
 
 def content_digest(url: str) -> str:
-    """sha256 of a file's content (64 hex characters); read again only when its size or time has changed.
-
-    Raises:
-        WinnowError: there is no such file.
-    """
+    """sha256 of a file's content, read again only when its size or time has changed. Raises WinnowError."""
     try:
         return _digest(url, version_token(url))
     except FileNotFoundError:
@@ -27,11 +23,7 @@ def _digest(url: str, token: str) -> str:
 
 
 class HashingReader:
-    """A binary file object that hashes what is read through it.
-
-    Attributes:
-        count: bytes read so far.
-    """
+    """A binary file object that hashes what is read through it and counts its bytes."""
 
     def __init__(self, file: Any) -> None:
         self._file, self._state, self.count = file, hashlib.sha256(), 0

@@ -28,31 +28,22 @@ class ImageError(WinnowError):
 
 def image_size_of(data: bytes) -> tuple[int, int]:
     """(width, height) in pixels out of the header, without decoding. Raises ImageError."""
-    image = _open(data)
-    return image.size
+    return _open(data).size
 
 
 def decode_image(data: bytes, flatten: bool = True) -> Image.Image:
-    """Decode to RGB.
+    """Decode to RGB. Raises ImageError when the image is damaged, too large or too thin.
 
-    Args:
-        data: encoded.
-        flatten: whether transparent parts become white. False keeps the colour stored there, as Pillow's
-            `convert("RGB")` does.
-
-    Raises:
-        ImageError: the image is damaged, too large or too thin.
+    Transparent parts become white; without `flatten` they keep the stored colour, as Pillow's `convert("RGB")` does.
     """
     image = _open(data)
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise ImageError("image too thin")
     try:
-        if not flatten:
-            return image.convert("RGB")
-        if image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info):
+        transparent = image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info)
+        if flatten and transparent:
             image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            return Image.alpha_composite(white, image).convert("RGB")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
         return image.convert("RGB")
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more on broken data
         raise ImageError("undecodable image") from error
@@ -72,9 +63,8 @@ def _open(data: bytes) -> Image.Image:
         raise ImageError("image too large") from None
     except Exception as error:
         raise ImageError("undecodable image") from error
-    width, height = image.size
-    if width * height > MAX_PIXELS:
+    if image.width * image.height > MAX_PIXELS:
         raise ImageError("image too large")
-    if width < 1 or height < 1:
+    if min(image.size) < 1:
         raise ImageError("undecodable image")
     return image

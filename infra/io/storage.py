@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -43,7 +44,6 @@ def has_ranges(url: str) -> bool:
 
 
 def local_path(url: str) -> Path:
-    """The path of a local URL."""
     return Path(url.removeprefix("file://"))
 
 
@@ -138,8 +138,7 @@ def _spans(offsets: list[int], sizes: list[int]) -> tuple[list[tuple[int, int]],
     before = 0
     for i in sorted(range(len(offsets)), key=offsets.__getitem__):
         start, end = offsets[i], offsets[i] + sizes[i]
-        near = spans and start - spans[-1][1] <= (before + sizes[i]) // 16 and end - spans[-1][0] <= _LONGEST
-        if near:
+        if spans and start - spans[-1][1] <= (before + sizes[i]) // 16 and end - spans[-1][0] <= _LONGEST:
             spans[-1][1] = max(spans[-1][1], end)
         else:
             spans.append([start, end])
@@ -211,6 +210,30 @@ def remove(url: str) -> None:
 
 
 @contextlib.contextmanager
+def locked(url: str) -> Iterator[None]:
+    """Keep other processes out of a local directory that this one writes. The lock ends with its owner.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    if not is_local(url):
+        yield
+        return
+    make_dir(url)
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(local_path(url) / ".lock", "ab"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.callback(fcntl.flock, file, fcntl.LOCK_UN)  # a forked process would keep it
+        except BlockingIOError:
+            do = "Wait until it has ended, or give another directory."
+            raise UsageError("another run is writing this directory", where=url, do=do) from None
+        except OSError:  # a read-only directory, or a file system without locks
+            pass
+        yield
+
+
+@contextlib.contextmanager
 def writing(url: str) -> Iterator[Path]:
     """Yields a local temporary path to write. On success it becomes `url` atomically; on an exception it is removed.
 
@@ -247,7 +270,7 @@ def canonical_json(value: Any) -> str:
 
 def write_json(url: str, value: Any) -> None:
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, indent=1, allow_nan=False)
-    write_bytes(url, (text + "\n").encode())
+    write_bytes(url, f"{text}\n".encode())
 
 
 def read_json(url: str) -> Any:

@@ -7,7 +7,6 @@ import tarfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from winnow.infra.errors import WinnowError
@@ -17,7 +16,7 @@ _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x
 
 @dataclass(frozen=True)
 class Member:
-    """A file of a tar: its extension, where its data is (bytes), and the data where it was asked for."""
+    """A file of a tar: its extension, offset and size in bytes, and its data if that was asked for."""
 
     ext: str
     offset: int
@@ -85,8 +84,8 @@ def tar_samples(file: Any, keep: Collection[str] | None) -> Iterator[tuple[str, 
         keep: extensions whose data is wanted; None for all.
 
     Raises:
-        WinnowError: the file is truncated or not a tar. This is raised after the last complete sample; a sample is
-            complete when the next one, or the end of the archive, has been seen.
+        WinnowError: the file is truncated or not a tar. Raised after the last complete sample, that is, one after
+            which another sample or the end of the archive was found.
     """
     key: str | None = None
     members: dict[str, Member] = {}
@@ -142,13 +141,10 @@ def open_stream(url: str) -> Iterator[Any]:
 
 
 class TarWriter:
-    """Writes members one after the other with webdataset's writer.
+    """Writes members to a local path, one after the other, with webdataset's writer.
 
     The format is GNU, with UTF-8 names of any length, mtime, uid and gid 0 and mode 0644. Use it as a context manager;
     the file is emptied when the block ends with an exception.
-
-    Args:
-        path: a local path to create.
 
     Example:
         >>> import tempfile
@@ -161,9 +157,8 @@ class TarWriter:
         import webdataset  # imports torch
 
         self._file = Path(path).open("wb")  # noqa: SIM115 - closed by close()
-        self._tar = webdataset.TarWriter(
-            self._file, user="", group="", mode=0o644, mtime=0, encoder=False, keep_meta=True
-        )
+        options = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "encoder": False, "keep_meta": True}
+        self._tar = webdataset.TarWriter(self._file, **options)
         self._tar.tarstream.format = tarfile.GNU_FORMAT  # webdataset ignores its argument `format`
 
     def add(self, name: str, data: bytes) -> int:
@@ -183,9 +178,7 @@ class TarWriter:
     def __enter__(self) -> TarWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self._tar.close()
             self._file.truncate(0)

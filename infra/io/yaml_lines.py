@@ -55,11 +55,7 @@ class Lines:
 
 
 def read_yaml(text: str, name: str) -> tuple[dict[str, Any], Lines]:
-    """A mapping out of a YAML text.
-
-    Args:
-        text: the file's content.
-        name: of the file, for messages.
+    """A mapping out of the text of the YAML file `name`, and where its values are.
 
     Raises:
         UsageError: it is not valid YAML, not a mapping, or gives a key twice (YAML itself takes the last).
@@ -83,9 +79,8 @@ def _note(node: yaml.Node, path: Path, lines: dict[Path, int], name: str) -> Non
         for key, value in node.value:
             line = key.start_mark.line + 1
             if key.value in seen:
-                raise UsageError(
-                    f'"{key.value}" is given twice (before in line {seen[key.value]})', where=f"{name}, line {line}"
-                )
+                what = f'"{key.value}" is given twice (before in line {seen[key.value]})'
+                raise UsageError(what, where=f"{name}, line {line}")
             seen[key.value] = line
             lines[(*path, key.value)] = line
             _note(value, (*path, key.value), lines, name)

@@ -1,8 +1,7 @@
 """The index stage: read each tar once, join it with its parquet, and record the byte range of every member.
 
 Layouts (img2dataset's and DataComp's): `NAME.tar` of `KEY.jpg|png|webp`, `KEY.txt`, `KEY.json`, with `NAME.parquet`
-next to it; or bare tars in webdataset's convention, where `KEY.cls` becomes the column `label`. Samples that cannot be
-used are skipped with a reason.
+next to it; or bare tars in webdataset's convention, where `KEY.cls` becomes the column `label`.
 """
 
 from __future__ import annotations
@@ -70,11 +69,8 @@ class IndexStage(Stage):
         return {"captions": "text" in self.required, "require": sorted(self.required)}
 
     def locations(self) -> dict[str, str]:
-        return {
-            f"pool{i}": storage.absolute(base_url(source))
-            for i, source in enumerate(self.sources)
-            if not storage.is_pipe(source)
-        }
+        sources = ((i, source) for i, source in enumerate(self.sources) if not storage.is_pipe(source))
+        return {f"pool{i}": storage.absolute(base_url(source)) for i, source in sources}
 
     def shards(self) -> list[tuple[str, int, ShardFiles]]:
         """(name, index of the source, files) of each shard, in order."""
@@ -88,9 +84,8 @@ class IndexStage(Stage):
             for name in (*self.only, *self.skip):
                 if name not in known:
                     raise UsageError(f'no shard "{name}"', where=", ".join(self.sources))
-            self._shards = [
-                entry for entry in found if (not self.only or entry[0] in self.only) and entry[0] not in self.skip
-            ]
+            taken = (set(self.only) or known) - set(self.skip)
+            self._shards = [entry for entry in found if entry[0] in taken]
             if not self._shards:
                 raise UsageError("no shard is left to index", where=", ".join(self.sources))
         return self._shards
@@ -98,12 +93,8 @@ class IndexStage(Stage):
     def plan(self) -> list[Unit]:
         names, units = source_names(self.sources), []
         for name, i, shard in self.shards():
-            inputs = {"tar": _token(shard.tar)}
-            runtime: dict[str, Any] = {
-                "tar": shard.tar,
-                "reference": f"pool{i}/{shard.name}.tar",
-                "stream": shard.stream,
-            }
+            inputs, reference = {"tar": _token(shard.tar)}, f"pool{i}/{shard.name}.tar"
+            runtime: dict[str, Any] = {"tar": shard.tar, "reference": reference, "stream": shard.stream}
             if shard.parquet:
                 inputs["parquet"] = storage.version_token(shard.parquet)
                 runtime["parquet"] = shard.parquet
@@ -173,10 +164,9 @@ class IndexStage(Stage):
         uids = [decode_uids(read_parquet(self.url(f"{name}.parquet"), ["uid"])["uid"]) for name in names]
         if not uids:
             return {}
-        counts = [len(part) for part in uids]
         every = np.concatenate(uids)
-        owner = np.repeat(np.arange(len(names)), counts)
-        row = np.concatenate([np.arange(count) for count in counts])
+        owner = np.repeat(np.arange(len(names)), [len(part) for part in uids])
+        row = np.concatenate([np.arange(len(part)) for part in uids])
         order = np.lexsort((np.arange(len(every)), every["f1"], every["f0"]))
         ordered = every[order]
         result: dict[str, list[int]] = {}

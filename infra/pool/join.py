@@ -31,11 +31,7 @@ def read_rows(url: str, shard: str, skipped: list[Skipped]) -> pa.Table | None:
 def join(rows: list[dict[str, Any]], parquet: pa.Table, shard: str, skipped: list[Skipped]) -> pa.Table:
     """A view: the tar's rows, with the columns of the parquet.
 
-    Args:
-        rows: as `row_of` makes them.
-        parquet: the shard's parquet.
-        shard: name, for messages.
-        skipped: gets what is in one of the two alone, or differs between them.
+    `skipped` gets the samples that are in one of the two alone, or differ between them.
 
     Raises:
         WinnowError: no column identifies the rows.
@@ -77,11 +73,8 @@ def _identity(rows: list[dict[str, Any]], parquet: pa.Table, shard: str) -> tupl
     # By order only where captions can show that the order is the same.
     if parquet.num_rows == len(rows) and "text" in names and any(row["text"] is not None for row in rows):
         return "order", list(range(len(rows))), list(range(len(rows)))
-    raise WinnowError(
-        f"the parquet ({parquet.num_rows} rows) and the tar ({len(rows)} samples) have no column to join them by",
-        where=shard,
-        do="Add a column key, uid, url or sha256 to the parquet.",
-    )
+    what = f"the parquet ({parquet.num_rows} rows) and the tar ({len(rows)} samples) have no column to join them by"
+    raise WinnowError(what, where=shard, do="Add a column key, uid, url or sha256 to the parquet.")
 
 
 def _difference(row: dict[str, Any], columns: dict[str, list[Any]], at: int) -> str | None:
@@ -100,9 +93,9 @@ def _with_columns(table: pa.Table, parquet: pa.Table) -> pa.Table:
         if name in parquet.column_names:
             sizes = pc.coalesce(parquet[name].cast(pa.int32()), table[name].cast(pa.int32()))
             table = table.set_column(table.column_names.index(name), name, sizes)
+    known = {*_DOWNLOAD, *IDENTITY.names, *LOCATION.names}
     for name in parquet.column_names:
-        known = name in _DOWNLOAD or name in IDENTITY.names or name in LOCATION.names
-        if known or pa.types.is_null(parquet[name].type):
+        if name in known or pa.types.is_null(parquet[name].type):
             continue
         table = table.drop_columns([name]) if name in table.column_names else table
         table = table.append_column(name, parquet[name])
@@ -115,9 +108,9 @@ def without_duplicates(table: pa.Table, shard: str, skipped: list[Skipped]) -> p
     keep = []
     for uid, key in zip(table["uid"].to_pylist(), table["key"].to_pylist(), strict=True):
         valid = isinstance(uid, str) and len(uid) == 32 and _HEX.issuperset(uid)
-        if not valid or uid in seen:
+        keep.append(valid and uid not in seen)
+        if not keep[-1]:
             reason = "duplicated uid" if valid else "uid is not 32 hex characters"
             skipped.append(Skipped(f"{shard}/{key}", reason))
-        keep.append(valid and uid not in seen)
         seen.add(uid)
     return table if all(keep) else table.filter(pa.array(keep, pa.bool_()))

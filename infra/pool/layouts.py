@@ -68,9 +68,8 @@ def find_shards(source: str) -> list[str]:
 
 def _below(source: str, folder: str = "") -> list[ShardFiles]:
     url = storage.join(source, folder)
-    names = storage.list_names(url)
+    names, found = storage.list_names(url), []
     known = set(names)
-    found = []
     for stem in (name.removesuffix(".tar") for name in names if name.endswith(".tar")):
         parquet = storage.join(url, f"{stem}.parquet") if f"{stem}.parquet" in known else None
         found.append(ShardFiles(folder + stem, storage.join(url, f"{stem}.tar"), parquet))
@@ -94,13 +93,10 @@ def source_names(sources: Sequence[str]) -> list[str]:
         >>> source_names(["/data/a/shards", "/data/b/shards"])
         ['a/shards', 'b/shards']
     """
-    parts = [shard_files(url)[0].name.split("/") if storage.is_pipe(url) else _parts(url) for url in sources]
+    urls = [shard_files(url)[0].name if storage.is_pipe(url) else storage.absolute(url) for url in sources]
+    parts = [[part for part in url.removesuffix(".tar").split("/") if part] for url in urls]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-count:]) for part in parts]
         if len(set(names)) == len(names):
             return names
     return names
-
-
-def _parts(url: str) -> list[str]:
-    return [part for part in storage.absolute(url).removesuffix(".tar").split("/") if part]

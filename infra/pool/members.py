@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
-from winnow.infra.io.arrow import int_values, one_chunk
-from winnow.infra.pool.views import ROLES
+from winnow.infra.io.arrow import int_values
+from winnow.infra.pool.views import LOCATION, ROLES
 
 _NONE = -1  # offset of a member that a sample does not have
 
@@ -45,17 +44,9 @@ def member_ranges(table: pa.Table, member: str) -> tuple[np.ndarray, np.ndarray]
     name = ROLES.get(member, member)
     if f"{name}_offset" in table.column_names:
         return int_values(table[f"{name}_offset"], _NONE), int_values(table[f"{name}_size"], _NONE)
-    offset, size = np.full(table.num_rows, _NONE), np.full(table.num_rows, _NONE)
-    image = np.array([ext == name for ext in table["image_ext"].to_pylist()], dtype=bool)
-    offset[image] = int_values(table["image_offset"], _NONE)[image]
-    size[image] = int_values(table["image_size"], _NONE)[image]
-    other = one_chunk(table["other"])
-    parents = int_values(pc.list_parent_indices(other))
-    ext, starts, sizes = pc.list_flatten(other).flatten()
-    wanted = np.array([value == name for value in ext.to_pylist()], dtype=bool)
-    offset[parents[wanted]] = int_values(starts, _NONE)[wanted]
-    size[parents[wanted]] = int_values(sizes, _NONE)[wanted]
-    return offset, size
+    rows = table.select(LOCATION.names).to_pylist()
+    ranges = np.array([_ranges(row).get(name, (_NONE, _NONE)) for row in rows], np.int64).reshape(-1, 2)
+    return ranges[:, 0], ranges[:, 1]
 
 
 def _read(tar: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
@@ -66,12 +57,9 @@ def _read(tar: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[bytes]
 
 
 class MemberBlock:
-    """The members of some samples of a shard, read when they are asked for.
+    """The members of some samples of a shard, given their LOCATION columns, read when they are asked for.
 
-    Args:
-        tars: the shard's.
-        rows: the LOCATION columns of each sample.
-        together: extensions that are read for all samples at once, at the first access; others one by one.
+    Extensions in `together` are read for all samples at once, at the first access; others one by one.
     """
 
     def __init__(self, tars: Sequence[str], rows: Sequence[Mapping[str, Any]], together: Collection[str]) -> None:
@@ -79,10 +67,6 @@ class MemberBlock:
         self._tar = [row["tar"] for row in rows]
         self._ranges = [_ranges(row) for row in rows]
         self._read: dict[str, dict[int, bytes]] = {}
-
-    def sample(self, row: int) -> Mapping[str, bytes]:
-        """The members of one sample by extension."""
-        return _Members(self, row)
 
     def extensions(self, row: int) -> Collection[str]:
         return self._ranges[row].keys()
@@ -105,7 +89,9 @@ class MemberBlock:
         return found
 
 
-class _Members(Mapping[str, bytes]):
+class Members(Mapping[str, bytes]):
+    """The members of one sample of a block, by extension."""
+
     def __init__(self, block: MemberBlock, row: int) -> None:
         self._block, self._row = block, row
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
+from winnow.infra.io.arrays import read_header
 from winnow.infra.stages.stage import LOCATIONS, MANIFEST, RECORDS
 
 # Members of the .npz (DataComp's names): L2-normalised CLIP ViT-L/14 and ViT-B/32 embeddings, float16.
@@ -32,12 +33,11 @@ def metadata_files(url: str) -> list[tuple[str, str, str | None, str]]:
     """(stem, parquet URL, npz URL or None, version token) of each parquet in a folder, by name."""
     tokens = storage.list_tokens(url)
     found = []
-    for name in sorted(tokens):
-        stem, dot, ext = name.rpartition(".")
-        if dot and ext == "parquet":
-            features = f"{stem}.npz" if f"{stem}.npz" in tokens else None
-            token = tokens[name] + (f"+{tokens[features]}" if features else "")
-            found.append((stem, storage.join(url, name), storage.join(url, features) if features else None, token))
+    for name in sorted(name for name in tokens if name.endswith(".parquet")):
+        stem = name.removesuffix(".parquet")
+        features = f"{stem}.npz" if f"{stem}.npz" in tokens else None
+        token = tokens[name] + (f"+{tokens[features]}" if features else "")
+        found.append((stem, storage.join(url, name), storage.join(url, features) if features else None, token))
     return found
 
 
@@ -49,15 +49,7 @@ def feature_dims(url: str) -> dict[str, int]:
 
 
 def read_feature(url: str, name: str, rows: int) -> pa.FixedSizeListArray:
-    """One array of an .npz, without reading the others.
-
-    Args:
-        url: of the .npz.
-        name: one of FEATURES.
-        rows: how many it must have.
-
-    Returns:
-        float16 lists of fixed size, shape [rows].
+    """One array of an .npz, one of FEATURES, as float16 lists of fixed size, shape [rows]; the others are not read.
 
     Raises:
         WinnowError: no such file or member, not a matrix of floats, or another number of rows.
@@ -82,9 +74,8 @@ def _archive(url: str) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(storage.open_read(url))
     except (zipfile.BadZipFile, OSError) as error:
-        raise WinnowError(
-            f"is not a readable .npz file ({error})", where=url, do="Download or create it again."
-        ) from error
+        do = "Download or create it again."
+        raise WinnowError(f"is not a readable .npz file ({error})", where=url, do=do) from error
 
 
 def _header(archive: zipfile.ZipFile, name: str, url: str) -> tuple[Any, tuple[tuple[int, int], bool, np.dtype]]:
@@ -95,11 +86,9 @@ def _header(archive: zipfile.ZipFile, name: str, url: str) -> tuple[Any, tuple[t
         known = ", ".join(sorted(item.removesuffix(".npy") for item in archive.namelist()))
         raise WinnowError(f'holds no array "{name}"', where=url, do=f"It holds: {known}.") from None
     try:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
+        shape, fortran, dtype = read_header(file)
     except (ValueError, zipfile.BadZipFile, OSError) as error:
         raise WinnowError(f"{name} is not a NumPy array ({error})", where=url) from error
     if len(shape) != 2 or dtype.kind != "f":
         raise WinnowError(f"{name} is {dtype} of shape {shape}, not a matrix of floats", where=url)
-    return file, (shape, fortran, dtype)
+    return file, ((shape[0], shape[1]), fortran, dtype)

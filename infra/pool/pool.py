@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from winnow.infra.io.images import EXTENSIONS
 from winnow.infra.io.parquet import open_parquet, unreadable
 from winnow.infra.io.prefetch import prefetch
 from winnow.infra.io.storage import digest_json
-from winnow.infra.pool.members import MemberBlock, read_members
+from winnow.infra.pool.members import MemberBlock, Members, read_members
 from winnow.infra.pool.metadata import FEATURES, feature_dims, is_metadata, metadata_files, read_feature
 from winnow.infra.pool.sample import Sample
 from winnow.infra.pool.uids import decode_uids
@@ -91,11 +92,9 @@ class Shard:
             keep[list(self.dropped)] = False
             table = table.filter(mask_array(keep))
         if columns is not None and table.column_names != list(columns):
-            arrays = [
-                table[name] if name in table.column_names else pa.nulls(table.num_rows, _type_of(name))
-                for name in columns
-            ]
-            table = pa.Table.from_arrays(arrays, names=list(columns))
+            for name in set(columns) - set(table.column_names):
+                table = table.append_column(name, pa.nulls(table.num_rows, _type_of(name)))
+            table = table.select(columns)
         return table
 
     def _with_features(self, table: pa.Table, names: Iterable[str]) -> pa.Table:
@@ -103,11 +102,8 @@ class Shard:
             if name not in FEATURES:
                 raise WinnowError(f'has no column "{name}"', where=self.view)
             if self.features is None:
-                raise WinnowError(
-                    f'no "{name}": {self.name}.npz is missing',
-                    where=self.view,
-                    do="Download the features next to the parquet.",
-                )
+                do = "Download the features next to the parquet."
+                raise WinnowError(f'no "{name}": {self.name}.npz is missing', where=self.view, do=do)
             table = table.append_column(name, read_feature(self.features, name, table.num_rows))
         return table
 
@@ -143,21 +139,14 @@ class Shard:
             rows = table.slice(start, _BLOCK).to_pylist()
             block = MemberBlock(self.tars, rows, together)
             for i, row in enumerate(rows):
-                yield Sample(
-                    uid=row["uid"] or "",
-                    key=row["key"] or "",
-                    text=row["text"] or "",
-                    label=row.get("label"),
-                    columns={name: row[name] for name in columns},
-                    members=block.sample(i),
-                )
+                identity: dict[str, Any] = {name: row[name] or "" for name in ("uid", "key", "text")}
+                asked = {name: row[name] for name in columns}
+                yield Sample(**identity, label=row.get("label"), columns=asked, members=Members(block, i))
 
 
 def _type_of(column: str) -> pa.DataType:
-    for schema in (IDENTITY, LOCATION):
-        if column in schema.names:
-            return schema.field(column).type
-    return pa.null()
+    types = {field.name: field.type for schema in (IDENTITY, LOCATION) for field in schema}
+    return types.get(column, pa.null())
 
 
 @dataclass(frozen=True)
@@ -182,27 +171,16 @@ class Pool:
                 Shard(stem, view, (), None, digest_json(token), features=features)
                 for stem, view, features, token in metadata_files(url)
             ]
-            return Pool(url, tuple(shards), digest_json([[shard.name, shard.digest] for shard in shards]))
-        manifest = need_manifest(url, "pool")
-        if "shards" not in manifest.values:
-            raise WinnowError(f"is the output of {manifest.stage}, not a pool", where=url)
-        locations = read_locations(url) | {HERE: url}
-        shards = []
-        for entry in manifest.values["shards"]:
-            tars = []
-            for reference in entry["tars"]:
-                location, _, path = reference.partition("/")
-                tars.append(storage.join(locations[location], path))
-            shards.append(
-                Shard(
-                    name=entry["name"],
-                    view=storage.join(url, entry["view"]),
-                    tars=tuple(tars),
-                    count=entry["rows"],
-                    digest=entry["digest"],
-                    dropped=tuple(entry.get("dropped", ())),
-                )
-            )
+        else:
+            manifest = need_manifest(url, "pool")
+            if "shards" not in manifest.values:
+                raise WinnowError(f"is the output of {manifest.stage}, not a pool", where=url)
+            locations, shards = read_locations(url) | {HERE: url}, []
+            for entry in manifest.values["shards"]:
+                parts = (reference.partition("/") for reference in entry["tars"])
+                tars = tuple(storage.join(locations[location], path) for location, _, path in parts)
+                view, dropped = storage.join(url, entry["view"]), tuple(entry.get("dropped", ()))
+                shards.append(Shard(entry["name"], view, tars, entry["rows"], entry["digest"], dropped))
         return Pool(url, tuple(shards), digest_json([[shard.name, shard.digest] for shard in shards]))
 
     def __len__(self) -> int:

@@ -22,10 +22,7 @@ _JSON_FIELDS = {"url": str, "sha256": str, "source": str, "original_width": int,
 def row_of(key: str, members: Mapping[str, Member], require: frozenset[str]) -> dict[str, Any]:
     """A row with the columns IDENTITY, LOCATION and some of the json, and `from_json`, the names in the json.
 
-    Args:
-        key: of the sample in its tar.
-        members: by extension, with the data of those in READ.
-        require: what the sample must have: "image", "text", or an extension.
+    `members` hold the data of the extensions in READ; `require` lists "image", "text", or extensions.
 
     Raises:
         WinnowError: the sample cannot be used; `what` is a short fixed phrase.
@@ -41,15 +38,9 @@ def row_of(key: str, members: Mapping[str, Member], require: frozenset[str]) -> 
     facts, text = _json(members), _text(members)
     if text is None and isinstance(facts.get("text"), str):
         text = facts["text"]
-    uid = facts.get("uid")
-    row: dict[str, Any] = {
-        "uid": uid if isinstance(uid, str) else None,
-        "key": key,
-        "text": text,
-        "original_width": width,
-        "original_height": height,
-        **locate(members),
-    }
+    uid = facts["uid"] if isinstance(facts.get("uid"), str) else None
+    row: dict[str, Any] = {"uid": uid, "key": key, "text": text} | locate(members)
+    row |= {"original_width": width, "original_height": height}
     for name, kind in _JSON_FIELDS.items():
         value = facts.get(name)
         if type(value) is kind and (not isinstance(value, int) or 0 <= value < 1 << 31):

@@ -16,8 +16,7 @@ class Sample:
     Args:
         uid: 32 hexadecimal digits, or "" where there is none.
         key: name in its tar.
-        text: the caption; "" where there is none.
-        texts: all captions, where there are several; `(text,)` by default.
+        text, texts: the caption ("" where there is none), and all captions; `(text,)` by default.
         label: the class, where there is one.
         columns: pool and measured columns that were asked for, by name.
         members: the files of the sample by extension ("jpg", "wav", "npy", "2.txt"). Values are read when accessed.
@@ -51,7 +50,7 @@ class Sample:
 
     @property
     def has_image(self) -> bool:
-        """Whether it has an image, decoded or as a member; a member may still turn out to be undecodable."""
+        """Whether it has an image, decoded or as a member, which may be undecodable."""
         return self._image is not None or image_extension(self.members) is not None
 
     def image(self, flatten: bool = True) -> Image.Image:

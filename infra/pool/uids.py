@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from winnow.infra.errors import WinnowError
+from winnow.infra.io.arrow import Column, one_chunk
 from winnow.infra.io.storage import read_bytes, writing
 
 UID_DTYPE = np.dtype("u8,u8")
@@ -18,19 +19,16 @@ _HEX = np.frombuffer(b"0123456789abcdef", dtype=np.uint8)
 _DIGITS = set("0123456789abcdefABCDEF")
 
 
-def decode_uids(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+def decode_uids(column: Column) -> np.ndarray:
     """Hex uids to pairs of 64-bit halves, vectorised.
 
-    Args:
-        column: strings of 32 hex characters, none null; shape [n].
-
     Returns:
-        array of dtype `u8,u8`, shape [n]: (first 16 digits, last 16 digits), as DataComp's subset files hold them.
+        dtype `u8,u8`, shape [n]: (first 16 digits, last 16 digits), as DataComp's subset files hold them.
 
     Raises:
         WinnowError: a uid is null, not 32 characters long, or not hexadecimal.
     """
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    array = one_chunk(column)
     if not pa.types.is_string(array.type):
         array = array.cast(pa.string())
     n = len(array)

@@ -13,42 +13,20 @@ from winnow.infra.io.tar import Member
 
 # Byte ranges of a sample's members. `tar` is an index into the shard's list of tars, sizes are in bytes. A member that
 # the sample does not have is null. `other` lists what is neither the image nor `txt` nor `json`.
-LOCATION = pa.schema(
-    [
-        ("tar", pa.uint8()),
-        ("image_ext", pa.string()),
-        ("image_offset", pa.int64()),
-        ("image_size", pa.int64()),
-        ("text_offset", pa.int64()),
-        ("text_size", pa.int64()),
-        ("json_offset", pa.int64()),
-        ("json_size", pa.int64()),
-        ("other", pa.list_(pa.struct([("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]))),
-    ]
-)
-IDENTITY = pa.schema(
-    [
-        ("uid", pa.string()),
-        ("key", pa.string()),
-        ("text", pa.string()),
-        ("original_width", pa.int32()),
-        ("original_height", pa.int32()),
-    ]
-)
+_OTHER = pa.list_(pa.struct([("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]))
+_RANGES = [(f"{role}_{what}", pa.int64()) for role in ("image", "text", "json") for what in ("offset", "size")]
+LOCATION = pa.schema([("tar", pa.uint8()), ("image_ext", pa.string()), *_RANGES, ("other", _OTHER)])
+_SIZES = [("original_width", pa.int32()), ("original_height", pa.int32())]
+IDENTITY = pa.schema([("uid", pa.string()), ("key", pa.string()), ("text", pa.string()), *_SIZES])
 SOURCE = pa.field("source", pa.dictionary(pa.int32(), pa.string()))  # where a sample came from
 HERE = "."  # location of tars in the directory of the pool itself
 ROLES = {"txt": "text", "json": "json"}  # extension: prefix of its columns
 
 
 def locate(members: Mapping[str, Member], tar: int = 0) -> dict[str, Any]:
-    """The LOCATION columns of one sample.
-
-    Args:
-        members: by extension.
-        tar: index of their tar in the shard's list.
-    """
+    """The LOCATION columns of one sample whose members, by extension, are in the given tar of the shard's list."""
     image = image_extension(members)
-    row: dict[str, Any] = {"tar": tar, "image_ext": image, "other": []}
+    row: dict[str, Any] = {"tar": tar, "image_ext": image}
     for name, ext in (("image", image), ("text", "txt"), ("json", "json")):
         member = members.get(ext) if ext else None
         row[f"{name}_offset"] = member.offset if member else None

@@ -52,13 +52,9 @@ class PoolWriter:
         self.files.append(name)
 
     def view(self, table: pa.Table, skipped: Sequence[Skipped] = (), **values: Any) -> Output:
-        """Write the view and return the unit's output.
+        """Write the view and return the unit's output, with the given JSON values in its record.
 
-        Args:
-            table: the view.
-            skipped: samples left out.
-            values: JSON values for the record. `content` replaces the digest of the view's file as what decides the
-                digest of the shard.
+        The value `content`, if given, decides the digest of the shard instead of the digest of the view's file.
         """
         view = f"{self.name}.parquet"
         with storage.writing(storage.join(self.out, view)) as path:
@@ -68,12 +64,7 @@ class PoolWriter:
 
 
 class SampleWriter:
-    """Appends samples to a tar.
-
-    Args:
-        tar: open for writing.
-        index: of the tar in the shard's list of tars.
-    """
+    """Appends samples to an open tar, which has an index in the shard's list of tars."""
 
     def __init__(self, tar: TarWriter, index: int = 0) -> None:
         self._tar, self.index = tar, index
@@ -92,25 +83,14 @@ def view_digest(table: pa.Table) -> str:
 
 
 def shard_entries(records: Iterable[Record], dropped: Mapping[str, list[int]] | None = None) -> list[dict[str, Any]]:
-    """The shards as a pool's manifest lists them.
-
-    Args:
-        records: of units that `PoolWriter.view` finished, in order.
-        dropped: by shard, the rows of the view that are skipped.
-    """
-    entries = []
+    """The shards as a pool's manifest lists them: records of `PoolWriter.view`, in order, and by shard the rows of
+    the view that are skipped."""
+    entries: list[dict[str, Any]] = []
     for record in records:
         view, rows = f"{record.unit}.parquet", (dropped or {}).get(record.unit, [])
         content = record.values.get("content", record.files[view]["sha256"])
-        tars = record.values["tars"]
-        entries.append(
-            {
-                "name": record.unit,
-                "view": view,
-                "tars": [reference for reference, _ in tars],
-                "rows": record.values["rows"] - len(rows),
-                "digest": digest_json([content, [digest for _, digest in tars], rows]),
-                "dropped": rows,
-            }
-        )
+        tars, digests = zip(*record.values["tars"], strict=True) if record.values["tars"] else ((), ())
+        count, digest = record.values["rows"] - len(rows), digest_json([content, digests, rows])
+        entry = {"name": record.unit, "view": view, "tars": list(tars), "rows": count}
+        entries.append(entry | {"digest": digest, "dropped": rows})
     return entries

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -15,9 +16,11 @@ from typing import Any, Protocol
 from winnow.infra import importing
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io.storage import digest_json
+from winnow.infra.stages.progress import clock
+from winnow.infra.stages.resources import RESOURCE_LIMIT, Resources
 from winnow.infra.stages.stage import Record, Stage, Unit, attempt
 
-TICK = 2.0  # seconds after which None is yielded, so that the driver can look at progress notes
+TICK = 2.0  # seconds after which a text is yielded, so that the driver can look at progress notes
 Group = tuple[int, list[Unit]]  # its index, and the units that run together
 _thread = threading.local()
 _set_up: set[str] = set()  # stages whose `setup` this process has called
@@ -25,12 +28,14 @@ _set_up_lock = threading.Lock()
 
 
 def setup_token(stage: Stage) -> str:
-    """Names a stage with its parameters, so that a process knows whether it has called `setup`."""
-    return digest_json([stage.name, stage.version, stage.params(), stage.out])
+    """Identifies what `Stage.setup` loads, so that a process calls it once."""
+    return digest_json([stage.name, stage.version, stage.setup_key(), stage.out])
 
 
 def run_here(stage: Stage, units: list[Unit], token: str) -> list[Record]:
     """Run one group in this process, after `Stage.setup` if this is the stage's first here."""
+    if not units:  # the executor only asks whether there is room for a worker
+        return []
     with _set_up_lock:
         if token not in _set_up:
             stage.setup()
@@ -53,11 +58,10 @@ class Result:
 
 
 class Executor(Protocol):
-    """Runs groups of units. Yields a Result as each ends, and None every few seconds while none does."""
+    """Runs groups of units. Yields a Result as each ends; every few seconds while none does, the resources that the
+    stage waits for, or "" while units run."""
 
-    name: str
-
-    def results(self, stage: Stage, groups: list[Group]) -> Iterator[Result | None]: ...
+    def results(self, stage: Stage, groups: list[Group]) -> Iterator[Result | str]: ...
 
     def close(self) -> None: ...
 
@@ -65,9 +69,7 @@ class Executor(Protocol):
 class SerialExecutor:
     """One group after the other in this process: for tests and debugging."""
 
-    name = "serial"
-
-    def results(self, stage: Stage, groups: list[Group]) -> Iterator[Result | None]:
+    def results(self, stage: Stage, groups: list[Group]) -> Iterator[Result | str]:
         token = setup_token(stage)
         for index, units in groups:
             try:
@@ -91,12 +93,9 @@ class RayExecutor:
         num_cpus: cores of a locally started Ray; None for all.
     """
 
-    name = "ray"
-
     def __init__(self, address: str | None = None, num_cpus: int | None = None) -> None:
         self.address, self.num_cpus = address, num_cpus
-        self._started = False
-        self._owns = False
+        self._started = self._owns = False
 
     def _would_start(self) -> bool:
         """Whether connecting would start Ray on this machine."""
@@ -122,16 +121,14 @@ class RayExecutor:
             try:
                 ray.init(**options)
             except (ConnectionError, RuntimeError, ValueError) as error:
-                raise WinnowError(
-                    f"Ray did not start or answer ({error})",
-                    where=address or "local Ray",
-                    do="If the cluster wants a token, set RAY_AUTH_MODE=token." if address else None,
-                ) from error
+                do = "If the cluster wants a token, set RAY_AUTH_MODE=token." if address else None
+                where = address or "local Ray"
+                raise WinnowError(f"Ray did not start or answer ({error})", where=where, do=do) from error
             self._owns = True
         self._started = True
         return ray
 
-    def results(self, stage: Stage, groups: list[Group]) -> Iterator[Result | None]:
+    def results(self, stage: Stage, groups: list[Group]) -> Iterator[Result | str]:
         if stage.run_on_driver and len(groups) == 1 and self._would_start():
             return SerialExecutor().results(stage, groups)
         ray = self.connect()
@@ -139,17 +136,16 @@ class RayExecutor:
         cpus, gpus = total.get("CPU", 0), total.get("GPU", 0)
         wanted = stage.resources.within(cpus, gpus)
         if (lacking := wanted.lacking(cpus, gpus)) is not None:
-            raise UsageError(
-                f"a unit of {stage.name} {lacking} in the cluster",
-                do="Ask for less in the recipe, or connect to a larger cluster with --address.",
-            )
+            do = "Ask for less in the recipe, or connect to a larger cluster with --address."
+            raise UsageError(f"a unit of {stage.name} {lacking} in the cluster", do=do)
         slots = wanted.slots(cpus, gpus)
         if stage.launches_workers:
-            return _in_threads(stage, groups, slots)
+            return _in_threads(ray, stage, groups, slots, wanted)
         options = {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus, "memory": wanted.memory or None}
+        room = _Room(stage.name, wanted)
         if wanted.gpus or stage.keep_workers:
-            return _on_actors(ray, stage, groups, min(slots, len(groups)), options)
-        return _as_tasks(ray, stage, groups, max(8, 4 * int(cpus)), options)
+            return _on_actors(ray, stage, groups, min(slots, len(groups)), options, room)
+        return _as_tasks(ray, stage, groups, max(8, 4 * int(cpus)), options, room)
 
     def close(self) -> None:
         if self._owns:
@@ -159,14 +155,34 @@ class RayExecutor:
             self._started = self._owns = False
 
 
+class _Room:
+    """Limits how long a stage waits for resources while none of its units runs."""
+
+    def __init__(self, stage: str, wanted: Resources) -> None:
+        self.stage, self.wanted, self.since = stage, wanted, time.monotonic()
+
+    def note(self, running: bool) -> str:
+        """What the stage waits for; "" while units run. Raises WinnowError after RESOURCE_LIMIT seconds."""
+        now = time.monotonic()
+        if running:
+            self.since = now
+            return ""
+        if now - self.since > RESOURCE_LIMIT:
+            what = f"waited {clock(now - self.since)} for {self.wanted}, which other work on the cluster holds"
+            do = "Free them, ask for less in the recipe, or run again later."
+            raise WinnowError(what, where=self.stage, do=do)
+        return f"waiting for {self.wanted}"
+
+
 def _as_tasks(
-    ray: Any, stage: Stage, groups: list[Group], window: int, options: dict[str, Any]
-) -> Iterator[Result | None]:
+    ray: Any, stage: Stage, groups: list[Group], window: int, options: dict[str, Any], room: _Room
+) -> Iterator[Result | str]:
     """Groups as tasks, `window` at most in flight: enough to feed every core, few enough for the scheduler."""
     run = ray.remote(max_retries=0, **options)(run_here)
     shared, token = ray.put(stage), setup_token(stage)
-    waiting = deque(groups)
-    flying: dict[Any, int] = {}
+    waiting, found_room = deque(groups), False
+    # Tasks start in order, so there is room for the stage once the first, without units, has run.
+    flying: dict[Any, int | None] = {run.remote(shared, [], token): None}
     try:
         while waiting or flying:
             while waiting and len(flying) < window:
@@ -174,83 +190,61 @@ def _as_tasks(
                 flying[run.remote(shared, units, token)] = index
             ready, _ = ray.wait(list(flying), num_returns=1, timeout=TICK)
             if not ready:
-                yield None
+                yield room.note(found_room)
             for reference in ready:
-                yield _result(ray, reference, flying.pop(reference))
+                found_room, of = True, flying.pop(reference)
+                if of is not None:
+                    yield _result(ray, reference, of)
     finally:
         for reference in flying:
             ray.cancel(reference, force=True)
 
 
 def _on_actors(
-    ray: Any, stage: Stage, groups: list[Group], count: int, options: dict[str, Any]
-) -> Iterator[Result | None]:
+    ray: Any, stage: Stage, groups: list[Group], count: int, options: dict[str, Any], room: _Room
+) -> Iterator[Result | str]:
     """Groups on long-lived actors, one group at a time each; an actor that dies is replaced."""
-    workers, waiting, done = _Workers(ray, stage, options), deque(groups), 0
+    actor, shared, token = ray.remote(max_restarts=0, **options)(_Worker), ray.put(stage), setup_token(stage)
+    waiting, done = deque(groups), 0
+    flying: dict[Any, tuple[Any, int | None]] = {}  # the actor and the index of its group; None while it starts
+
+    def send(worker: Any, units: list[Unit], index: int | None) -> None:
+        flying[worker.run.remote(shared, units, token)] = worker, index
+
+    # An actor gets its first group once it has started, so that no group waits for resources that others use.
     for _ in range(count):
-        workers.start()
+        send(actor.remote(), [], None)
     try:
         while done < len(groups):
-            ready, _ = ray.wait(list(workers.flying), num_returns=1, timeout=TICK)
+            ready, _ = ray.wait(list(flying), num_returns=1, timeout=TICK)
             if not ready:
-                yield None
+                yield room.note(any(index is not None for _, index in flying.values()))
             for reference in ready:
-                worker, index = workers.flying.pop(reference)
+                worker, index = flying.pop(reference)
                 result = _result(ray, reference, -1 if index is None else index)
                 if index is None and result.error is not None:
                     raise WinnowError(f"a worker of {stage.name} did not start ({result.error})")
-                if not isinstance(result.error, ray.exceptions.RayActorError):
-                    workers.dispatch(worker, waiting)
+                if isinstance(result.error, ray.exceptions.RayActorError):
+                    if waiting:
+                        send(actor.remote(), [], None)
                 elif waiting:
-                    workers.start()
+                    following, units = waiting.popleft()
+                    send(worker, units, following)
+                else:
+                    ray.kill(worker)
                 if index is not None:
                     done += 1
                     yield result
     finally:
-        workers.kill()
-
-
-class _Workers:
-    """The actors of a stage.
-
-    Attributes:
-        flying: the actor, and the index of its group, for each pending result; None for the result of starting. An
-            actor gets its first group once it has started, so that no group waits for resources others use.
-    """
-
-    def __init__(self, ray: Any, stage: Stage, options: dict[str, Any]) -> None:
-        self._ray, self._stage, self._token = ray, ray.put(stage), setup_token(stage)
-        self._actor = ray.remote(max_restarts=0, **options)(_Worker)
-        self.flying: dict[Any, tuple[Any, int | None]] = {}
-
-    def start(self) -> None:
-        worker = self._actor.remote(self._stage, self._token)
-        self.flying[worker.started.remote()] = worker, None
-
-    def dispatch(self, worker: Any, waiting: deque[Group]) -> None:
-        """Give an idle actor the next group, or end it when none is left."""
-        if waiting:
-            index, units = waiting.popleft()
-            self.flying[worker.run.remote(units)] = worker, index
-        else:
-            self._ray.kill(worker)
-
-    def kill(self) -> None:
-        for worker, _ in self.flying.values():
-            self._ray.kill(worker)
+        for worker, _ in flying.values():
+            ray.kill(worker)
 
 
 class _Worker:
     """A process that keeps what `Stage.setup` loads and runs groups one after the other."""
 
-    def __init__(self, stage: Stage, token: str) -> None:
-        self._stage, self._token = stage, token
-
-    def started(self) -> None:
-        return
-
-    def run(self, units: list[Unit]) -> list[Record]:
-        return run_here(self._stage, units, self._token)
+    def run(self, stage: Stage, units: list[Unit], token: str) -> list[Record]:
+        return run_here(stage, units, token)
 
 
 def _result(ray: Any, reference: Any, index: int) -> Result:
@@ -262,21 +256,27 @@ def _result(ray: Any, reference: Any, index: int) -> Result:
         return Result(index, error=error)
 
 
-def _in_threads(stage: Stage, groups: list[Group], at_once: int) -> Iterator[Result | None]:
+def _in_threads(ray: Any, stage: Stage, groups: list[Group], at_once: int, wanted: Resources) -> Iterator[Result | str]:
     """Groups in threads of the driver, for stages whose units ask the cluster for processes themselves."""
     token = setup_token(stage)
+    notes: dict[int, str] = {}  # of the groups that wait for resources
 
-    def here(units: list[Unit]) -> list[Record]:
+    def here(index: int, units: list[Unit]) -> list[Record]:
         _thread.on_ray = True
+        room = _Room(stage.name, wanted)
+        while wanted.lacking((free := ray.available_resources()).get("CPU", 0), free.get("GPU", 0)):
+            notes[index] = room.note(False)
+            time.sleep(0.2)
+        notes.pop(index, None)
         return run_here(stage, units, token)
 
     with ThreadPoolExecutor(at_once) as threads:
-        flying = {threads.submit(here, units): index for index, units in groups}
+        flying = {threads.submit(here, index, units): index for index, units in groups}
         try:
             while flying:
                 ready, _ = wait(flying, timeout=TICK, return_when=FIRST_COMPLETED)
                 if not ready:
-                    yield None
+                    yield next(iter(list(notes.values())), "")
                 for future in ready:
                     index, error = flying.pop(future), future.exception()
                     if error is not None and not isinstance(error, Exception):

@@ -6,7 +6,6 @@ import json
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 from winnow.infra.io import storage
@@ -38,7 +37,7 @@ class RunLog:
     Args:
         url: local directory for `log.jsonl`; None to keep no file.
         stream: for people; None for silence.
-        steps: which stage of how many is running. Code that runs several stages sets it before each.
+        steps: which stage of how many is running; set before each stage of a run.
     """
 
     def __init__(
@@ -49,8 +48,7 @@ class RunLog:
         self.file: TextIO | None = None
         if url is not None and storage.is_local(url):
             storage.make_dir(url)
-            path = storage.local_path(storage.join(url, "log.jsonl"))
-            self.file = path.open("a", encoding="utf-8")
+            self.file = (storage.local_path(url) / "log.jsonl").open("a", encoding="utf-8")
 
     def say(self, text: str) -> None:
         if self.console is not None:
@@ -74,23 +72,13 @@ def _console(stream: TextIO | None) -> Console | None:
     return None if console.is_dumb_terminal else console
 
 
-@dataclass
-class Counts:
-    units: int = 0
-    items: int = 0
-    bytes: int = 0
-    skipped: int = 0
-
-
 class StageProgress:
-    """Counts of one stage as it runs. Reports them at most every `every` seconds; on a terminal, draws a live bar.
-
-    Use as a context manager, so that the bar is removed however the stage ends.
-    """
+    """Counts of one stage as it runs. Reports them at most every `every` seconds; on a terminal, draws a live bar,
+    which the end of the `with` block removes."""
 
     def __init__(self, log: RunLog, label: str, units: int, items: int, every: float = 5.0) -> None:
         self.log, self.label, self.units, self.items, self.every = log, label, units, items, every
-        self.counts = Counts()
+        self.done = self.n_items = self.n_bytes = self.n_skipped = 0
         self.started = self.last = time.monotonic()
         self._bar: Progress | None = None
         self._notes = ""
@@ -115,14 +103,14 @@ class StageProgress:
 
     def _draw(self) -> None:
         if self._bar is not None:
-            state = "  ".join([f"{self.counts.units}/{self.units}", *self._rates()])
-            self._bar.update(self._bar.task_ids[0], completed=self.counts.units, state=state, notes=self._notes)
+            state = "  ".join([f"{self.done}/{self.units}", *self._rates()])
+            self._bar.update(self._bar.task_ids[0], completed=self.done, state=state, notes=self._notes)
 
     def add(self, *, items: int, size: int, skipped: int) -> None:
-        self.counts.units += 1
-        self.counts.items += items
-        self.counts.bytes += size
-        self.counts.skipped += skipped
+        self.done += 1
+        self.n_items += items
+        self.n_bytes += size
+        self.n_skipped += skipped
         self.tick(self._notes if self._bar is not None else "")
 
     def tick(self, notes: str = "") -> None:
@@ -139,31 +127,25 @@ class StageProgress:
 
     def facts(self) -> dict[str, Any]:
         seconds = time.monotonic() - self.started
-        return {
-            "units": self.counts.units,
-            "of": self.units,
-            "items": self.counts.items,
-            "bytes": self.counts.bytes,
-            "skipped": self.counts.skipped,
-            "seconds": round(seconds, 3),
-            "items_per_second": round(self.counts.items / seconds, 1) if seconds > 0 else 0.0,
-        }
+        counts = {"units": self.done, "of": self.units, "items": self.n_items, "bytes": self.n_bytes}
+        rate = round(self.n_items / seconds, 1) if seconds > 0 else 0.0
+        return counts | {"skipped": self.n_skipped, "seconds": round(seconds, 3), "items_per_second": rate}
 
     def _rates(self) -> list[str]:
         seconds = time.monotonic() - self.started
         parts = []
-        if self.counts.items:
-            parts.append(f"{self.counts.items:,} items {self.counts.items / max(seconds, 1e-9):,.0f}/s")
-        if self.counts.bytes:
-            parts.append(f"{size_text(self.counts.bytes)} written")
-        return [*parts, f"{self.counts.skipped} skipped"] if self.counts.skipped else parts
+        if self.n_items:
+            parts.append(f"{self.n_items:,} items {self.n_items / max(seconds, 1e-9):,.0f}/s")
+        if self.n_bytes:
+            parts.append(f"{size_text(self.n_bytes)} written")
+        return [*parts, f"{self.n_skipped} skipped"] if self.n_skipped else parts
 
     def line(self) -> str:
         seconds, rates = time.monotonic() - self.started, self._rates()
-        if 0 < self.counts.units < self.units:
-            left = f"{clock(seconds / self.counts.units * (self.units - self.counts.units))} left"
-            rates.insert(len(rates) - bool(self.counts.skipped), left)
-        return "  ".join([f"{self.label:<24} {self.counts.units}/{self.units}", *rates, f"[{clock(seconds)}]"])
+        if 0 < self.done < self.units:
+            left = f"{clock(seconds / self.done * (self.units - self.done))} left"
+            rates.insert(len(rates) - bool(self.n_skipped), left)
+        return "  ".join([f"{self.label:<24} {self.done}/{self.units}", *rates, f"[{clock(seconds)}]"])
 
 
 _notes_lock = threading.Lock()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+RESOURCE_LIMIT = 3600.0  # seconds that work waits for cores, GPUs or memory that other work on the cluster holds
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -21,8 +23,12 @@ class Resources:
     memory: int = 0
     gpu_optional: bool = False
 
+    def __str__(self) -> str:
+        wanted = (self.cpus, "CPU"), (self.gpus, "GPU"), (self.memory / 1e9, "GB of memory")
+        return ", ".join(f"{count:g} {name}" for count, name in wanted if count)
+
     def within(self, cpus: float, gpus: float) -> Resources:
-        """What the unit takes on a machine with so many cores and GPUs: optional GPUs are limited to what it has."""
+        """What the unit takes on a machine with so many cores and GPUs: optional GPUs are limited to these."""
         return replace(self, gpus=min(self.gpus, gpus)) if self.gpu_optional else self
 
     def lacking(self, cpus: float, gpus: float) -> str | None:

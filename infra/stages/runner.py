@@ -17,9 +17,9 @@ from winnow.infra.stages.stage import (
     MANIFEST,
     Manifest,
     Record,
-    Skipped,
     Stage,
     Unit,
+    are_whole,
     describe_files,
     pending_units,
     read_locations,
@@ -44,22 +44,13 @@ class Budget:
             raise UsageError(f"max_skipped cannot be {self.max_skipped:g}", do="Give a fraction or a number.")
 
     def check(self, reasons: Counter[str], items: int, where: str) -> None:
-        """Raises WinnowError when too much was skipped.
-
-        Args:
-            reasons: number of skipped items by reason.
-            items: number of items that were not skipped.
-            where: the stage, for the message.
-        """
+        """Raises WinnowError when too much was skipped: numbers by reason, against items that were not skipped."""
         count, total = reasons.total(), items + reasons.total()
         limit = self.max_skipped * total if self.max_skipped < 1 else self.max_skipped
         if count > limit:
-            raise WinnowError(
-                f"{count} of {total} skipped, the budget is {self} "
-                f"({', '.join(f'{reason}: {n}' for reason, n in reasons.most_common(5))})",
-                where=where,
-                do="Fix the input, or raise max_skipped.",
-            )
+            listed = ", ".join(f"{reason}: {n}" for reason, n in reasons.most_common(5))
+            what = f"{count} of {total} skipped, the budget is {self} ({listed})"
+            raise WinnowError(what, where=where, do="Fix the input, or raise max_skipped.")
 
     def __str__(self) -> str:
         return f"{self.max_skipped:.1%}" if self.max_skipped < 1 else f"{self.max_skipped:.0f}"
@@ -74,7 +65,7 @@ def execute(
     retries: int = 2,
     label: str | None = None,
 ) -> Manifest:
-    """Bring a stage to its manifest.
+    """Bring a stage to its manifest, which is read back or newly written.
 
     Args:
         stage: what to run.
@@ -84,41 +75,48 @@ def execute(
         retries: how often a failed group is retried.
         label: the stage's name in messages.
 
-    Returns:
-        the manifest, read back or newly written.
-
     Raises:
-        UsageError: the recipe is wrong.
+        UsageError: the recipe is wrong, or another process is writing the stage's directory.
         WinnowError: units kept failing, or more was skipped than the budget allows.
     """
     budget, log, label = budget or Budget(), log or RunLog(stream=None), label or stage.name
     units, done = pending_units(stage)
     key = stage.manifest_key(units)
     todo = [unit for unit in units if unit.name not in done]
+    groups: dict[str, list[Unit]] = {}
+    for unit in todo:
+        groups.setdefault(unit.group or f"\0{unit.name}", []).append(unit)
     previous = read_manifest(stage.out)
     _refuse_inputs(stage, previous)
-    _write_locations(stage)
-    if not todo and previous is not None and previous.key == key and _whole(stage, previous, done):
-        budget.check(Counter(previous.skipped["reasons"]), previous.items, label)
-        log.event(event="unchanged", stage=label, units=len(units))
-        log.say(f"{label:<24} unchanged ({len(units)} units)")
-        return previous
+    with storage.locked(stage.out):
+        _write_locations(stage)
+        if not todo and previous is not None and previous.key == key and _whole(stage, previous, done):
+            budget.check(Counter(previous.skipped["reasons"]), previous.items, label)
+            log.event(event="unchanged", stage=label, units=len(units))
+            log.say(f"{label:<24} unchanged ({len(units)} units)")
+            return previous
 
-    started = time.monotonic()
-    log.event(event="start", stage=label, units=len(units), todo=len(todo))
-    progress = StageProgress(log, label, len(todo), sum(unit.items for unit in todo))
-    failures: dict[str, Exception] = {}
-    if todo:
-        storage.remove(stage.url(MANIFEST))  # it describes files that are about to be replaced
-        with progress:
-            _run_groups(stage, executor, _groups(todo), retries, progress, done, failures)
-    storage.remove(stage.url(NOTES))
-    _report_failures(stage, units, failures, log)
-    manifest = _finish(stage, units, done, failures, budget, label)
+        started = time.monotonic()
+        log.event(event="start", stage=label, units=len(units), todo=len(todo))
+        progress = StageProgress(log, label, len(todo), sum(unit.items for unit in todo))
+        failures: dict[str, Exception] = {}
+        if todo:
+            storage.remove(stage.url(MANIFEST))  # it describes files that are about to be replaced
+            with progress:
+                _run_groups(stage, executor, list(groups.values()), retries, progress, done, failures)
+        storage.remove(stage.url(NOTES))
+        _report_failures(stage, units, failures, log)
+        manifest = _finish(stage, units, done, failures, budget, label)
     log.say(progress.line() if not manifest.skipped["count"] else f"{progress.line()}  {manifest.state}")
     seconds = round(time.monotonic() - started, 3)
     log.event(event="done", stage=label, state=manifest.state, **progress.facts() | {"seconds": seconds})
     return manifest
+
+
+def _whole(stage: Stage, manifest: Manifest, done: dict[str, Record]) -> bool:
+    """Whether the files that `finish` wrote are there; those of units were checked with their records."""
+    checked = {path for record in done.values() for path in record.files}
+    return are_whole(stage, {path: facts for path, facts in manifest.files.items() if path not in checked})
 
 
 def _write_locations(stage: Stage) -> None:
@@ -128,12 +126,7 @@ def _write_locations(stage: Stage) -> None:
 
 
 def _finish(
-    stage: Stage,
-    units: list[Unit],
-    done: dict[str, Record],
-    failures: dict[str, Exception],
-    budget: Budget,
-    label: str,
+    stage: Stage, units: list[Unit], done: dict[str, Record], failures: dict[str, Exception], budget: Budget, label: str
 ) -> Manifest:
     """Run the stage's last step and write the manifest, unless more was skipped than the budget allows."""
     records = [done[unit.name] for unit in units if unit.name in done]
@@ -154,6 +147,7 @@ def _finish(
     reasons.update(item.reason for item in finished.skipped)
     budget.check(reasons, items, label)
     remove_stale(stage, units, files)
+    by_reason = dict(sorted(Counter(item["reason"] for item in skipped).items()))
     manifest = Manifest(
         stage=stage.name,
         version=stage.version,
@@ -162,12 +156,7 @@ def _finish(
         parents=stage.parents(),
         units=len(records),
         items=items,
-        skipped={
-            "count": reasons.total(),
-            "reasons": dict(sorted(Counter(item["reason"] for item in skipped).items())),
-            "samples": skipped[:1000],
-            "units": lost,
-        },
+        skipped={"count": reasons.total(), "reasons": by_reason, "samples": skipped[:1000], "units": lost},
         files=dict(sorted(files.items())),
         values=finished.values,
         url=stage.out,
@@ -183,34 +172,14 @@ def _finish(
 def _refuse_inputs(stage: Stage, previous: Manifest | None) -> None:
     """Raises UsageError where a stage would overwrite what it reads, or the output of another kind of stage."""
     if previous is not None and previous.stage != stage.name:
-        raise UsageError(
-            f"holds the output of {previous.stage}, and {stage.name} would overwrite it",
-            where=stage.out,
-            do="Give another directory.",
-        )
+        what = f"holds the output of {previous.stage}, and {stage.name} would overwrite it"
+        raise UsageError(what, where=stage.out, do="Give another directory.")
     read = list(stage.locations().values())
     for url in tuple(read):
         with contextlib.suppress(WinnowError):  # no such file
             read += map(str, read_locations(url).values())
     if storage.absolute(stage.out).rstrip("/") in (storage.absolute(url).rstrip("/") for url in read):
         raise UsageError(f"{stage.name} would overwrite what it reads", where=stage.out, do="Give another directory.")
-
-
-def _whole(stage: Stage, manifest: Manifest, done: dict[str, Record]) -> bool:
-    """Whether the files that `finish` wrote are there; those of units were checked with their records."""
-    checked = {path for record in done.values() for path in record.files}
-    return all(
-        storage.exists(stage.url(path)) and storage.size_of(stage.url(path)) == facts["bytes"]
-        for path, facts in manifest.files.items()
-        if path not in checked
-    )
-
-
-def _groups(units: list[Unit]) -> list[list[Unit]]:
-    groups: dict[str, list[Unit]] = {}
-    for unit in units:
-        groups.setdefault(unit.group or f"\0{unit.name}", []).append(unit)
-    return list(groups.values())
 
 
 def _run_groups(
@@ -228,8 +197,8 @@ def _run_groups(
     while waiting:
         retry = []
         for result in executor.results(stage, [(index, groups[index]) for index in waiting]):
-            if result is None:
-                progress.tick(_notes(stage))
+            if isinstance(result, str):
+                progress.tick("  ".join(filter(None, (result, _notes(stage)))))
             elif result.error is None:
                 for record in result.records:
                     done[record.unit] = record
@@ -240,8 +209,8 @@ def _run_groups(
             else:
                 attempts[result.index] += 1
                 names = [unit.name for unit in groups[result.index]]
-                log, error = progress.log, str(result.error)
-                log.event(event="failure", stage=progress.label, units=", ".join(names), error=error)
+                facts = {"units": ", ".join(names), "error": str(result.error)}
+                progress.log.event(event="failure", stage=progress.label, **facts)
                 if attempts[result.index] <= retries and not isinstance(result.error, WinnowError):
                     retry.append(result.index)
                 else:
@@ -251,24 +220,18 @@ def _run_groups(
 
 def _report_failures(stage: Stage, units: list[Unit], failures: dict[str, Exception], log: RunLog) -> None:
     """Say which units failed. Raises WinnowError where the stage allows no failures, or no unit succeeded."""
-    lost = [unit.name for unit in units if unit.name in failures]
-    if not lost:
-        return
     reasons: dict[str, list[str]] = {}
-    for name in lost:
+    for name in (lost := [unit.name for unit in units if unit.name in failures]):
         reasons.setdefault(_reason(failures[name]), []).append(name)
     for reason, names in reasons.items():
         log.say(f"{stage.name}: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} failed: {reason}")
-    if stage.allow_failures and len(lost) < len(units):
+    if not lost or (stage.allow_failures and len(lost) < len(units)):
         return
     first = failures[lost[0]]
     if len(lost) == 1 and isinstance(first, WinnowError):
         raise first
-    raise WinnowError(
-        f"{len(lost)} of {len(units)} units failed; the first, {lost[0]}: {type(first).__name__}: {first}",
-        where=stage.name,
-        do="What is finished is kept; run again to retry the rest.",
-    ) from first
+    what = f"{len(lost)} of {len(units)} units failed; the first, {lost[0]}: {type(first).__name__}: {first}"
+    raise WinnowError(what, where=stage.name, do="What is finished is kept; run again to retry the rest.") from first
 
 
 def _reason(error: Exception) -> str:
@@ -277,14 +240,10 @@ def _reason(error: Exception) -> str:
 
 def _notes(stage: Stage) -> str:
     url = stage.url(NOTES)
-    if not storage.is_local(url):
-        return ""
-    return "  ".join(filter(None, (read_note(storage.join(url, name)) for name in storage.list_names(url))))
+    names = storage.list_names(url) if storage.is_local(url) else []
+    return "  ".join(filter(None, (read_note(storage.join(url, name)) for name in names)))
 
 
 def note_url(stage: Stage, unit: Unit) -> str:
     """Where a unit of a stage writes its progress note."""
     return stage.url(NOTES, unit.name.replace("/", "-"))
-
-
-__all__ = ["Budget", "Skipped", "execute", "note_url"]

@@ -1,9 +1,7 @@
 """The Stage contract: plan(inputs) -> units, run(unit) -> output, finish(records) -> manifest.
 
-A stage writes a directory. The files of a unit are written atomically, its record after them, and the manifest last. A
-unit is finished when its record has the key `sha256(stage, version, parameters, input digests)`, independent of the
-executor and the number of workers. So a second run does only what is missing, and changed parameters or inputs never
-reuse an old file.
+The files of a unit are written atomically, its record after them, and the manifest last. A unit is finished when its
+record has the key `sha256(stage, version, parameters, input digests)`, whatever the executor and the number of workers.
 """
 
 from __future__ import annotations
@@ -21,12 +19,8 @@ from winnow.infra.io import storage
 from winnow.infra.io.storage import digest_json
 from winnow.infra.stages.resources import Resources
 
-RECORDS = "units"
-MANIFEST = "manifest.json"
-LOCATIONS = "locations.json"
-# Names that files written by earlier versions use.
-_OLD_LOCATIONS = "places.json"
-_OLD_FIELDS = {"set_aside": "skipped"}
+RECORDS, MANIFEST, LOCATIONS = "units", "manifest.json", "locations.json"
+_OLD_LOCATIONS, _OLD_FIELDS = "places.json", {"set_aside": "skipped"}  # of files that earlier versions wrote
 INCOMPLETE = "incomplete"  # key of a record or manifest that the next run must redo
 
 
@@ -67,7 +61,6 @@ class Output:
     Attributes:
         files: written, relative to the stage's directory.
         items: number of samples (or steps) done.
-        skipped: samples left out.
         values: JSON values for the record (of `Stage.finish`: for the manifest).
         retry: whether the next run repeats the unit, because its problems may be temporary.
     """
@@ -150,6 +143,10 @@ class Stage(abc.ABC):
         first unit. Keep what is loaded in the process (a cache of the module), not in the stage."""
         return
 
+    def setup_key(self) -> Any:
+        """What decides what `setup` loads; a JSON value. A process calls `setup` again when it differs."""
+        return self.params()
+
     @abc.abstractmethod
     def params(self) -> dict[str, Any]:
         """Everything but the inputs that decides the output; JSON values, no paths."""
@@ -205,17 +202,17 @@ def describe_files(stage: Stage, files: Iterable[str]) -> dict[str, dict[str, An
 
 def write_record(stage: Stage, unit: Unit, output: Output) -> Record:
     """Write the record of a unit whose files are complete."""
-    record = Record(
-        unit=unit.name,
-        key=INCOMPLETE if output.retry else stage.key(unit),
-        files=describe_files(stage, output.files),
-        items=output.items,
-        skipped=[asdict(item) for item in output.skipped],
-        values=output.values,
-    )
-    storage.write_json(record_url(stage, unit.name), asdict(record))
+    record = {
+        "unit": unit.name,
+        "key": INCOMPLETE if output.retry else stage.key(unit),
+        "files": describe_files(stage, output.files),
+        "items": output.items,
+        "skipped": [asdict(item) for item in output.skipped],
+        "values": output.values,
+    }
+    storage.write_json(record_url(stage, unit.name), record)
     # Converted as by reading it back, so that `finish` cannot distinguish a new record from an old one.
-    return Record(**json.loads(storage.canonical_json(asdict(record))))
+    return Record(**json.loads(storage.canonical_json(record)))
 
 
 def read_record(stage: Stage, unit: Unit) -> Record | None:
@@ -227,12 +224,13 @@ def read_record(stage: Stage, unit: Unit) -> Record | None:
         record = Record(**_renamed(storage.read_json(url)))
     except (WinnowError, TypeError):
         return None
-    if record.key != stage.key(unit):
-        return None
-    for path, facts in record.files.items():
-        if not storage.exists(stage.url(path)) or storage.size_of(stage.url(path)) != facts["bytes"]:
-            return None
-    return record
+    return record if record.key == stage.key(unit) and are_whole(stage, record.files) else None
+
+
+def are_whole(stage: Stage, files: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether files exist with their recorded sizes."""
+    urls = {stage.url(path): facts["bytes"] for path, facts in files.items()}
+    return all(storage.exists(url) and storage.size_of(url) == size for url, size in urls.items())
 
 
 def attempt(stage: Stage, units: list[Unit]) -> list[Record]:
@@ -254,11 +252,8 @@ def read_manifest(url: str) -> Manifest | None:
     try:
         return Manifest(**_renamed(storage.read_json(path)), url=url)
     except TypeError:
-        raise WinnowError(
-            "is not a winnow manifest",
-            where=path,
-            do="Give another directory. If the file is winnow's and damaged, remove it and run again.",
-        ) from None
+        do = "Give another directory. If the file is winnow's and damaged, remove it and run again."
+        raise WinnowError("is not a winnow manifest", where=path, do=do) from None
 
 
 def _renamed(content: dict[str, Any]) -> dict[str, Any]:

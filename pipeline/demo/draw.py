@@ -32,10 +32,8 @@ COLOURS: dict[str, Colour] = {
 PATTERNS = ("plain", "striped", "dotted", "checkered")
 SCENES = ("paper", "sunset", "noise", "grass", "night", "bricks", "sea", "wood")
 
-_HABIT = 0.75
-_GRID = 256
+_HABIT, _GRID, _VARIANTS = 0.75, 256, 12
 MAX_SIDE = _TEXTURE = 160
-_VARIANTS = 12
 
 
 def _ring(n: int, radius: float, turn: float = -90.0, centre: tuple[float, float] = (0.5, 0.5)) -> list:
@@ -50,13 +48,8 @@ def _star(points: int, inner: float) -> list:
 
 def _heart() -> list:
     turns = [2 * math.pi * i / 60 for i in range(60)]
-    return [
-        (
-            0.5 + 0.03 * 16 * math.sin(t) ** 3,
-            0.46 - 0.03 * (13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)),
-        )
-        for t in turns
-    ]
+    heights = [13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) for t in turns]
+    return [(0.5 + 0.03 * 16 * math.sin(t) ** 3, 0.46 - 0.03 * y) for t, y in zip(turns, heights, strict=True)]
 
 
 # A silhouette is a list of strokes on the unit square: (figure, points, fill). Fill 0 cuts a hole.
@@ -132,8 +125,7 @@ def _mask(kind: str, size: int) -> Image.Image:
     image = Image.new("L", (_GRID, _GRID))
     draw = ImageDraw.Draw(image)
     for figure, points, fill in _KINDS[kind]:
-        xy = [(x * _GRID, y * _GRID) for x, y in points]
-        getattr(draw, figure)(xy, fill=255 * fill)
+        getattr(draw, figure)([(x * _GRID, y * _GRID) for x, y in points], fill=255 * fill)
     return image.resize((size, size), Image.Resampling.BOX)
 
 
@@ -176,8 +168,7 @@ def _texture(scene: str, variant: int) -> Image.Image:
         return np.array(a) * (1 - weight) + np.array(b) * weight
 
     if scene == "paper":
-        tone = rng.uniform(175, 250) + rng.uniform(-12, 12, 3)
-        return _image(tone + 3 * grain)
+        return _image(rng.uniform(175, 250) + rng.uniform(-12, 12, 3) + 3 * grain)
     if scene == "sunset":
         return _image(blend((90, 50, 130), (255, 170, 90), y * 1.1 + rng.uniform(-0.2, 0.2)) + 3 * grain)
     if scene == "noise":
@@ -189,8 +180,7 @@ def _texture(scene: str, variant: int) -> Image.Image:
         return _image(blend((30, 90, 30), (120, 180, 70), 0.5 + 0.4 * blades))
     if scene == "night":
         sky = blend((8, 10, 36), (30, 34, 80), y + rng.uniform(-0.3, 0.3))
-        stars = rng.random((n, n, 1)) > 0.985
-        return _image(np.where(stars, rng.uniform(150, 255, (n, n, 1)), sky))
+        return _image(np.where(rng.random((n, n, 1)) > 0.985, rng.uniform(150, 255, (n, n, 1)), sky))
     if scene == "bricks":
         height, width = rng.integers(9, 13), rng.integers(20, 28)
         rows, columns = np.mgrid[:n, :n]
@@ -286,14 +276,8 @@ def _place(rng: Random, image: Image.Image, thing: Thing) -> None:
     turn, flip = math.radians(rng.uniform(-15, 15)), rng.choice((-1, 1))
     cos, sin = math.cos(turn) * source / side, math.sin(turn) * source / side
     middle = side / 2
-    affine = (
-        flip * cos,
-        flip * sin,
-        source / 2 - flip * (cos + sin) * middle,
-        -sin,
-        cos,
-        source / 2 - (cos - sin) * middle,
-    )
+    shift_x, shift_y = source / 2 - flip * (cos + sin) * middle, source / 2 - (cos - sin) * middle
+    affine = (flip * cos, flip * sin, shift_x, -sin, cos, shift_y)
     mask = _mask(thing.kind, source).transform((side, side), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
     colour = _shade(rng, COLOURS[thing.colour], 16)
     fill = Image.new("RGB", (side, side), colour)
@@ -303,8 +287,7 @@ def _place(rng: Random, image: Image.Image, thing: Thing) -> None:
         at = rng.randint(0, _TEXTURE - side), rng.randint(0, _TEXTURE - side)
         pattern = _pattern(thing.pattern, rng.randrange(_VARIANTS)).crop((*at, at[0] + side, at[1] + side))
         fill.paste(second, (0, 0), pattern)
-    corner = round(thing.x * image.width - middle), round(thing.y * image.height - middle)
-    image.paste(fill, corner, mask)
+    image.paste(fill, (round(thing.x * image.width - middle), round(thing.y * image.height - middle)), mask)
 
 
 def _develop(rng: Random, image: Image.Image) -> Image.Image:
@@ -374,9 +357,8 @@ def _code(rng: Random, draw: ImageDraw.ImageDraw, width: int, height: int) -> No
     for i in range(19):
         for j in range(19):
             if rng.random() < 0.5:
-                draw.rectangle(
-                    (side * (i + 1), side * (j + 1), side * (i + 2) - 1, side * (j + 2) - 1), fill=(15, 15, 15)
-                )
+                box = side * (i + 1), side * (j + 1), side * (i + 2) - 1, side * (j + 2) - 1
+                draw.rectangle(box, fill=(15, 15, 15))
 
 
 def _ink(rng: Random) -> Colour:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -27,19 +28,8 @@ from winnow.infra.pool.writer import SampleWriter
 from winnow.infra.stages.stage import Output, Record, Stage, Unit
 from winnow.pipeline.demo import draw, words
 
-_SCHEMA = pa.schema(
-    [
-        ("uid", pa.string()),
-        ("key", pa.string()),
-        ("url", pa.string()),
-        ("text", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("original_width", pa.int32()),
-        ("original_height", pa.int32()),
-        ("sha256", pa.string()),
-    ]
-)
+_TEXTS, _SIZES = ("uid", "key", "url", "text"), ("width", "height", "original_width", "original_height")
+_SCHEMA = pa.schema([*((n, pa.string()) for n in _TEXTS), *((n, pa.int32()) for n in _SIZES), ("sha256", pa.string())])
 
 
 class DemoConfig(Section):
@@ -93,9 +83,7 @@ CLASSIFICATION: dict[str, Classes] = {
         ("a {c} thing.", "an image of a {c} shape.", "a drawing of a {c} thing."),
     ),
     "demo-scene": Classes(
-        "scene",
-        words.SCENE_NAMES,
-        ("a thing on {c}.", "an image of a shape on {c}.", "a drawing in front of {c}."),
+        "scene", words.SCENE_NAMES, ("a thing on {c}.", "an image of a shape on {c}.", "a drawing in front of {c}.")
     ),
 }
 RETRIEVAL = "demo-retrieval"
@@ -142,23 +130,20 @@ class DemoStage(Stage):
         return self._classification(**unit.params)
 
     def finish(self, records: list[Record]) -> Output:
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         for record in records:
-            part = record.unit.partition("/")[0] if not record.unit.startswith("eval/") else record.unit
-            counts[part] = counts.get(part, 0) + record.items
-        return Output(values={"samples": counts})
+            counts[record.unit if record.unit.startswith("eval/") else record.unit.partition("/")[0]] += record.items
+        return Output(values={"samples": dict(counts)})
 
     def _shard(self, set: str, shard: int, start: int, count: int) -> Output:
-        rows = []
-        base = f"{set}/{shard:05d}"
+        rows, base = [], f"{set}/{shard:05d}"
         with storage.writing(self.url(f"{base}.tar")) as path, TarWriter(path) as file:
             tar = SampleWriter(file)
             for i in range(count):
                 row, image = self._sample(set, start + i, key=f"{shard:05d}{i:04d}")
-                text = row["text"]
-                facts = {name: value for name, value in row.items() if name != "text"} | {"caption": text}
-                members = {"jpg": image, "txt": text.encode(), "json": json.dumps(facts, sort_keys=True).encode()}
-                tar.add(row["key"], members)
+                facts = {"caption" if name == "text" else name: value for name, value in row.items()}
+                text, facts_json = row["text"].encode(), json.dumps(facts, sort_keys=True).encode()
+                tar.add(row["key"], {"jpg": image, "txt": text, "json": facts_json})
                 rows.append(row)
         with storage.writing(self.url(f"{base}.parquet")) as path:
             pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), path)
@@ -194,10 +179,10 @@ class DemoStage(Stage):
         classes = CLASSIFICATION[task]
         keys = tuple(classes.names)
 
-        def members(rng: Random, number: int, image: Callable[..., bytes]) -> Iterator[tuple[str, bytes]]:
+        def members(rng: Random, number: int) -> dict[str, bytes]:
             label = number % len(keys)
-            yield "jpg", image(draw.random_view(rng, two=0.0, **{classes.field: keys[label]}))
-            yield "cls", str(label).encode()
+            view = draw.random_view(rng, two=0.0, **{classes.field: keys[label]})
+            return {"jpg": self._image(rng, view), "cls": str(label).encode()}
 
         files = self._split(task, split, count, members)
         if split == "test":
@@ -206,27 +191,22 @@ class DemoStage(Stage):
         return Output(files, count)
 
     def _retrieval(self, task: str, split: str, count: int) -> Output:
-        def members(rng: Random, number: int, image: Callable[..., bytes]) -> Iterator[tuple[str, bytes]]:
+        def members(rng: Random, number: int) -> dict[str, bytes]:
             view = draw.random_view(rng)
-            yield "jpg", image(view)
-            yield "txt", "\n".join(words.describe(rng, view) for _ in range(_CAPTIONS)).encode()
+            image = self._image(rng, view)
+            return {"jpg": image, "txt": "\n".join(words.describe(rng, view) for _ in range(_CAPTIONS)).encode()}
 
         files = self._split(task, split, count, members)
         return Output(files + self._text(task, "dataset_type.txt", ["retrieval"]), count)
 
     def _split(
-        self, task: str, split: str, count: int, members: Callable[..., Iterator[tuple[str, bytes]]]
+        self, task: str, split: str, count: int, members: Callable[[Random, int], dict[str, bytes]]
     ) -> list[str]:
         base = f"eval/wds_{task}_test/{split}"
         with storage.writing(self.url(f"{base}/0.tar")) as path, TarWriter(path) as file:
             tar = SampleWriter(file)
             for number in range(count):
-                rng = self._rng(task, split, number)
-
-                def image(view: draw.View, rng: Random = rng) -> bytes:
-                    return _jpeg(rng, draw.paint(rng, view, *self._size(rng)))
-
-                tar.add(f"s{number:07d}", dict(members(rng, number, image)))
+                tar.add(f"s{number:07d}", members(self._rng(task, split, number), number))
         storage.write_bytes(self.url(f"{base}/nshards.txt"), b"1")
         return [f"{base}/0.tar", f"{base}/nshards.txt"]
 
@@ -241,6 +221,9 @@ class DemoStage(Stage):
     def _size(self, rng: Random) -> tuple[int, int]:
         bounds = self.config.min_side, self.config.max_side
         return rng.randint(*bounds), rng.randint(*bounds)
+
+    def _image(self, rng: Random, view: draw.View) -> bytes:
+        return _jpeg(rng, draw.paint(rng, view, *self._size(rng)))
 
 
 def _jpeg(rng: Random, image: Any) -> bytes:

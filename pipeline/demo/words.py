@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from random import Random
 
 from winnow.pipeline.demo.draw import Thing, View
@@ -66,62 +67,35 @@ _RELATION_WORDS: dict[str, tuple[str, ...]] = {
     "left of": ("to the left of", "left of", "beside"),
     "right of": ("to the right of", "right of", "next to"),
 }
-_TEMPLATES = (
-    "{thing} {scene}",
-    "{thing} {scene}",
-    "a picture of {thing} {scene}",
-    "a drawing of {thing} {scene}",
-    "an illustration of {thing} {scene}",
-    "photo: {thing} {scene}",
-    "here is {thing} {scene}",
-    "we saw {thing} {scene} last summer",
-    "my daughter drew {thing} {scene}",
-    "{thing} {scene}, free clip art",
-    "{thing} {scene} - stock illustration {number}",
-    "{thing} sticker {scene}, only ${price}",
-    "poster of {thing} {scene} for the nursery",
-    "{scene}: {thing}",
-    "{thing} {scene} #{kind} #{tag}",
-    "greeting card with {thing}",
-    "{thing}",
-    "how to draw {thing} step by step",
-    "{thing} vector icon, ${price}",
-    "the story of {thing} {scene}",
-)
+# Templates and words are divided by "|" or a new line.
+_TEMPLATES = """
+{thing} {scene} | {thing} {scene} | a picture of {thing} {scene} | a drawing of {thing} {scene}
+an illustration of {thing} {scene} | photo: {thing} {scene} | here is {thing} {scene}
+we saw {thing} {scene} last summer | my daughter drew {thing} {scene} | {thing} {scene}, free clip art
+{thing} {scene} - stock illustration {number} | {thing} sticker {scene}, only ${price}
+poster of {thing} {scene} for the nursery | {scene}: {thing} | {thing} {scene} #{kind} #{tag}
+greeting card with {thing} | {thing} | how to draw {thing} step by step | {thing} vector icon, ${price}
+the story of {thing} {scene}
+"""
 _TAGS = ("art", "design", "kids", "cute", "drawing", "handmade", "icon")
-_PLACES = (
-    "the northern region",
-    "our online shop",
-    "the city council",
-    "all branches",
-    "the school",
-    "the annual report",
-)
-_MATTERS = ("quarterly sales", "monthly rainfall", "survey answers", "website visits", "energy use", "exam results")
-_PAPER_TEMPLATES: dict[str, tuple[str, ...]] = {
-    "bar chart": (
-        "Bar chart of {matter} for {place}, {year}",
-        "{matter} in {year} shown as bars",
-        "Figure {n}: {matter} by month",
-    ),
-    "line chart": (
-        "Line graph showing {matter} since {year}",
-        "Trend of {matter} for {place}",
-        "{matter} {year} forecast line chart",
-    ),
-    "pie chart": ("Pie chart: {matter} of {place}", "Share of {matter} in {year}", "Breakdown of {matter}, {place}"),
-    "page": (
-        "Page {n} of the {year} notes on {matter}",
-        "Scanned letter about {matter} from {place}",
-        "Read the full text on {matter} (PDF)",
-    ),
-    "table": (
-        "Table {n}. {matter} for {place} in {year}",
-        "Spreadsheet of {matter}",
-        "Price list and {matter}, updated {year}",
-    ),
-    "code": ("Scan this code to see {matter}", "QR code for {place}", "Ticket code {n}{year}, please keep it safe"),
+_PLACES = "the northern region | our online shop | the city council | all branches | the school | the annual report"
+_MATTERS = "quarterly sales | monthly rainfall | survey answers | website visits | energy use | exam results"
+_PAPER_TEMPLATES: dict[str, str] = {
+    "bar chart": """Bar chart of {matter} for {place}, {year} | {matter} in {year} shown as bars
+Figure {n}: {matter} by month""",
+    "line chart": """Line graph showing {matter} since {year} | Trend of {matter} for {place}
+{matter} {year} forecast line chart""",
+    "pie chart": "Pie chart: {matter} of {place} | Share of {matter} in {year} | Breakdown of {matter}, {place}",
+    "page": """Page {n} of the {year} notes on {matter} | Scanned letter about {matter} from {place}
+Read the full text on {matter} (PDF)""",
+    "table": """Table {n}. {matter} for {place} in {year} | Spreadsheet of {matter}
+Price list and {matter}, updated {year}""",
+    "code": "Scan this code to see {matter} | QR code for {place} | Ticket code {n}{year}, please keep it safe",
 }
+
+
+def _pick(rng: Random, phrases: str) -> str:
+    return rng.choice(re.split(r" \| |\n", phrases.strip()))
 
 
 def _word(rng: Random, words: tuple[str, ...]) -> str:
@@ -152,7 +126,7 @@ def describe(rng: Random, view: View) -> str:
     thing = _phrase(rng, view.things[0])
     if len(view.things) == 2:
         thing = f"{thing} {_word(rng, _RELATION_WORDS[view.relation])} {_phrase(rng, view.things[1])}"
-    text = rng.choice(_TEMPLATES).format(
+    text = _pick(rng, _TEMPLATES).format(
         thing=thing,
         scene=_word(rng, SCENE_WORDS[view.scene]) if rng.random() < 0.85 else "",
         kind=KIND_WORDS[view.things[0].kind][0],
@@ -165,8 +139,8 @@ def describe(rng: Random, view: View) -> str:
 
 def describe_paper(rng: Random, paper: str) -> str:
     """A caption for one of `draw.PAPERS`."""
-    text = rng.choice(_PAPER_TEMPLATES[paper]).format(
-        matter=rng.choice(_MATTERS), place=rng.choice(_PLACES), year=rng.randint(1998, 2023), n=rng.randint(1, 40)
+    text = _pick(rng, _PAPER_TEMPLATES[paper]).format(
+        matter=_pick(rng, _MATTERS), place=_pick(rng, _PLACES), year=rng.randint(1998, 2023), n=rng.randint(1, 40)
     )
     return _finish(rng, text)
 

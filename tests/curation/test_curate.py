@@ -16,8 +16,9 @@ from winnow.curation.filters.basic import Basic
 from winnow.curation.filters.clip_score import ClipScore
 from winnow.curation.measures.caption import Caption
 from winnow.curation.measures.stage import MeasureStage
-from winnow.curation.reshard import ReshardStage, subset_digest
+from winnow.curation.reshard import ReshardStage
 from winnow.infra.errors import WinnowError
+from winnow.infra.io.storage import digest_file
 from winnow.infra.pool.index import IndexStage
 from winnow.infra.pool.pool import Pool
 from winnow.infra.pool.uids import encode_uids, load_subset, save_subset
@@ -91,7 +92,7 @@ def test_resharded_samples_are_those_of_the_subset(small_pool, tmp_path):
     save_subset(str(tmp_path / "subset.npy"), uids[[20, 3, 7, 8, 11, 15, 22]])
     url = str(tmp_path / "subset.npy")
     out = tmp_path / "shards"
-    run(ReshardStage(small_pool, url, subset_digest(url), str(out), samples_per_shard=3))
+    run(ReshardStage(small_pool, url, digest_file(url), str(out), samples_per_shard=3))
     wanted = {row["uid"]: row for row in rows(small_pool) if row["uid"] in set(encode_uids(load_subset(url)))}
     names = [f"{i:05d}" for i in range(3)]
     found = list(wds.WebDataset([str(out / f"{name}.tar") for name in names], shardshuffle=False, empty_check=False))
@@ -139,7 +140,7 @@ def test_a_subset_of_another_pool_is_refused(small_pool, tmp_path):
     url = str(tmp_path / "subset.npy")
     save_subset(url, uids)
     with pytest.raises(WinnowError, match="1 of the subset's 3 uids are not in the pool"):
-        run(ReshardStage(small_pool, url, subset_digest(url), str(tmp_path / "out")))
+        run(ReshardStage(small_pool, url, digest_file(url), str(tmp_path / "out")))
     save_subset(url, uids[:0])
     with pytest.raises(WinnowError, match="empty"):
-        run(ReshardStage(small_pool, url, subset_digest(url), str(tmp_path / "out")))
+        run(ReshardStage(small_pool, url, digest_file(url), str(tmp_path / "out")))

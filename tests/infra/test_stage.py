@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 
@@ -9,6 +11,7 @@ import pytest
 
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
+from winnow.infra.stages import executors
 from winnow.infra.stages.executors import SerialExecutor
 from winnow.infra.stages.resources import Resources
 from winnow.infra.stages.runner import Budget, execute
@@ -235,6 +238,26 @@ def test_files_of_units_no_longer_planned_are_removed(tmp_path):
     assert (tmp_path / "1.txt").exists()
 
 
+HOLD = """
+import sys, time
+from tests.infra.test_stage import Square, go
+class Slow(Square):
+    def run(self, unit):
+        print("running", flush=True)
+        time.sleep(100)
+go(Slow((1,), sys.argv[1]))
+"""
+
+
+def test_a_second_driver_is_refused_until_the_first_ends(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE) as first:
+        assert first.stdout.readline() == b"running\n"
+        with pytest.raises(UsageError, match="another run is writing this directory"):
+            go(Square((1, 2), str(tmp_path)))
+        first.kill()
+    assert go(Square((1, 2), str(tmp_path))).units == 2
+
+
 def test_groups_run_together(tmp_path):
     seen = []
 
@@ -307,6 +330,16 @@ def test_setup_is_called_once_in_this_process(tmp_path):
     assert len(storage.list_names(str(tmp_path / "setup"))) == 1
 
 
+def test_setup_is_called_again_for_another_setup_key(tmp_path):
+    class Keyed(Warm):
+        def setup_key(self):
+            return list(self.numbers)
+
+    for numbers in [(1,), (1, 2), (1, 2, 3)]:
+        go(Keyed(numbers, str(tmp_path)))
+    assert len(storage.list_names(str(tmp_path / "setup"))) == 3
+
+
 @pytest.mark.parametrize("kind", [Warm, Kept])
 def test_setup_is_called_once_a_process_on_ray(tmp_path, ray_executor, kind):
     numbers = tuple(range(1, 9))
@@ -348,6 +381,26 @@ def test_more_than_the_cluster_has_is_refused(tmp_path, ray_executor):
 
     with pytest.raises(UsageError, match="wants 999 CPU"):
         execute(Greedy((1,), str(tmp_path)), ray_executor)
+
+
+class Holder:
+    """As an actor, holds a core."""
+
+    def started(self):
+        return True
+
+
+@pytest.mark.parametrize("trait", ["", "keep_workers", "launches_workers"])
+def test_waiting_for_resources_has_a_limit(tmp_path, ray_executor, monkeypatch, trait):
+    ray = ray_executor.connect()
+    monkeypatch.setattr(executors, "RESOURCE_LIMIT", 0.3)
+    monkeypatch.setattr(executors, "TICK", 0.2)
+    stage = type("Wide", (Square,), {"resources": Resources(cpus=2), trait or "keep_workers": bool(trait)})
+    other = ray.remote(num_cpus=1)(Holder).remote()
+    ray.get(other.started.remote())
+    with pytest.raises(WinnowError, match=r"waited 0:0\d for 2 CPU, which other work"):
+        execute(stage((1,), str(tmp_path)), ray_executor)
+    ray.kill(other)
 
 
 def test_the_record_is_the_last_thing_written(tmp_path):

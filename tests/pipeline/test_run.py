@@ -264,7 +264,8 @@ def test_a_run_on_an_object_store_gives_the_same(bucket, tmp_path):
     from winnow.curation.filters.basic import Basic
     from winnow.curation.measures.caption import Caption
     from winnow.curation.measures.stage import MeasureStage
-    from winnow.curation.reshard import ReshardStage, subset_digest
+    from winnow.curation.reshard import ReshardStage
+    from winnow.infra.io.storage import digest_file
 
     write_pool(tmp_path / "shards", shards=2, per_shard=6)
     fsspec.filesystem("s3").put(str(tmp_path / "shards"), f"{bucket}/shards", recursive=True)
@@ -278,8 +279,8 @@ def test_a_run_on_an_object_store_gives_the_same(bucket, tmp_path):
         go(MeasureStage(f"{out}/pool", (Caption(),), f"{out}/columns"))
         curated = go(CurateStage(MeasuredPool(f"{out}/pool", f"{out}/columns"), (("a", tree),), f"{out}/subsets"))
         url = f"{out}/subsets/a/subset.npy"
-        shards = go(ReshardStage(f"{out}/pool", url, subset_digest(url), f"{out}/a", samples_per_shard=4))
-        again = go(ReshardStage(f"{out}/pool", url, subset_digest(url), f"{out}/a", samples_per_shard=4))
+        shards = go(ReshardStage(f"{out}/pool", url, digest_file(url), f"{out}/a", samples_per_shard=4))
+        again = go(ReshardStage(f"{out}/pool", url, digest_file(url), f"{out}/a", samples_per_shard=4))
         assert again == shards
         pool = Pool.open(f"{out}/a")
         return curated, shards, [data for shard in pool.shards for data in shard.image_bytes(shard.table())]

@@ -27,15 +27,7 @@ from winnow.infra.registry import unknown
 from winnow.infra.stages.executors import Executor
 from winnow.infra.stages.progress import RunLog
 from winnow.infra.stages.runner import Budget
-from winnow.infra.stages.stage import (
-    LOCATIONS,
-    RECORDS,
-    Manifest,
-    Stage,
-    need_manifest,
-    pending_units,
-    read_manifest,
-)
+from winnow.infra.stages.stage import LOCATIONS, RECORDS, Manifest, Stage, need_manifest, pending_units, read_manifest
 from winnow.pipeline.demo.stage import DemoStage
 from winnow.pipeline.recipe.check import check_images
 from winnow.pipeline.recipe.schema import DEMO, Recipe

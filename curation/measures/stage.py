@@ -20,14 +20,7 @@ from winnow.infra.io.images import ImageError, decode_image
 from winnow.infra.io.storage import digest_json
 from winnow.infra.pool.pool import LOCATION, Pool, Shard, read_members
 from winnow.infra.stages.resources import Resources
-from winnow.infra.stages.stage import (
-    Output,
-    Record,
-    Skipped,
-    Stage,
-    Unit,
-    read_manifest,
-)
+from winnow.infra.stages.stage import Output, Record, Skipped, Stage, Unit, read_manifest
 
 BATCH = 256
 _LOCATION = ("tar", "image_offset", "image_size")

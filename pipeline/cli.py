@@ -13,6 +13,7 @@ import typer
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.importing import search_also
 from winnow.infra.io import storage
+from winnow.infra.registry import unknown
 from winnow.infra.stages.executors import make_executor
 from winnow.infra.stages.progress import RunLog
 from winnow.infra.stages.runner import Budget
@@ -30,8 +31,25 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+
+def _known_executor(name: str) -> str:
+    """Refuses another name before a recipe's models are checked, which imports torch."""
+    make_executor(name)
+    return name
+
+
+def _known_step(name: str | None) -> str | None:
+    from winnow.pipeline.steps import STEPS
+
+    if name is not None and name not in STEPS:
+        raise unknown("stage", name, STEPS, "--until")
+    return name
+
+
 Out = Annotated[str, typer.Option("--out", help="Directory or URL to write to.")]
-ExecutorName = Annotated[str, typer.Option("--executor", help="Where units run: ray or serial.")]
+ExecutorName = Annotated[
+    str, typer.Option("--executor", help="Where units run: ray or serial.", callback=_known_executor)
+]
 Address = Annotated[str | None, typer.Option("--address", help="Ray cluster to join; none starts one on this machine.")]
 MaxSkipped = Annotated[
     float, typer.Option("--max-skipped", help="Budget of samples skipped: a share below 1, else a number.")
@@ -58,6 +76,17 @@ def _run(graph: Graph, executor: str, address: str | None, until: str | None = N
         runner.close()
 
 
+def _graph(recipe: str, out: str | None, overrides: list[str] | None) -> Graph:
+    """The graph of a recipe, which is checked before anything heavy is imported."""
+    from winnow.pipeline.recipe.load import load_recipe
+
+    _search_custom(recipe)
+    read = load_recipe(recipe, overrides)
+    from winnow.pipeline.graph import Graph
+
+    return Graph(read, out or f"runs/{Path(recipe).stem}")
+
+
 def _names(text: str) -> tuple[str, ...]:
     """Names divided by commas, each once."""
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
@@ -70,17 +99,13 @@ def run(
     overrides: Overrides = None,
     executor: ExecutorName = "ray",
     address: Address = None,
-    until: Annotated[str | None, typer.Option("--until", help="Stop after this stage (curate, say).")] = None,
+    until: Annotated[
+        str | None, typer.Option("--until", help="Stop after this stage (curate, say).", callback=_known_step)
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Run a recipe from the pool to the report. What is finished is not done again."""
-    from winnow.pipeline.recipe.load import load_recipe
-
-    _search_custom(recipe)
-    read = load_recipe(recipe, overrides)
-    from winnow.pipeline.graph import Graph
-
-    graph = Graph(read, out or f"runs/{Path(recipe).stem}")
+    graph = _graph(recipe, out, overrides)
     manifests = _run(graph, executor, address, until)
     if "compare" in manifests:
         typer.echo(storage.read_bytes(graph.url("report", "comparison.txt")).decode())
@@ -95,14 +120,7 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Check a recipe and say what running it would do, without doing it."""
-    from winnow.pipeline.recipe.load import load_recipe
-
-    _search_custom(recipe)
-    read = load_recipe(recipe, overrides)
-    from winnow.pipeline.graph import Graph
-
-    graph = Graph(read, out or f"runs/{Path(recipe).stem}")
-    for step in graph.plan():
+    for step in _graph(recipe, out, overrides).plan():
         typer.echo(f"{step.name:<24} {step.text}")
 
 
@@ -347,7 +365,7 @@ def compare(
 
 @app.command()
 def ls(
-    what: Annotated[str, typer.Argument(help="filters, measures, objectives, tasks, protocols or recipes.")],
+    what: Annotated[str, typer.Argument(help="filters, measures, objectives, tasks, protocols, kinds or recipes.")],
     debug: Debug = False,
 ) -> None:
     """List what is registered."""

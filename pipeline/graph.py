@@ -23,7 +23,6 @@ from winnow.infra.io.storage import digest_json, join
 from winnow.infra.pool.index import IndexStage
 from winnow.infra.pool.metadata import is_metadata
 from winnow.infra.pool.pool import Pool
-from winnow.infra.registry import unknown
 from winnow.infra.stages.executors import Executor
 from winnow.infra.stages.progress import RunLog
 from winnow.infra.stages.runner import Budget
@@ -31,7 +30,7 @@ from winnow.infra.stages.stage import LOCATIONS, RECORDS, Manifest, Stage, need_
 from winnow.pipeline.demo.stage import DemoStage
 from winnow.pipeline.recipe.check import check_images
 from winnow.pipeline.recipe.schema import DEMO, Recipe
-from winnow.pipeline.steps import STEPS, FinishedRun, Step, StepPlan, run_steps
+from winnow.pipeline.steps import FinishedRun, Step, StepPlan, run_steps
 from winnow.pretrain.encoder import encoder_digest
 from winnow.pretrain.stage import PretrainStage, TrainRun
 
@@ -177,13 +176,10 @@ class Graph:
             until: the last step to run, one of `STEPS`; all if None.
 
         Raises:
-            UsageError: there is no such step.
             WinnowError: at the first step that fails.
         """
         steps = self.steps()
         if until is not None:
-            if until not in STEPS:
-                raise unknown("stage", until, STEPS, "--until")
             last = [i for i, step in enumerate(steps) if step.name.split()[0] == until]
             steps = steps[: last[-1] + 1] if last else steps
         if self.layout.recipe:

@@ -47,9 +47,6 @@ class ClusterBalanced(SelectionFilter):
     paper: ClassVar[str] = "Vo et al. 2024 (automatic data curation)"
     example: ClassVar[dict[str, Any]] = {"clusters": 100, "fraction": 0.3}
 
-    def columns(self) -> tuple[str, ...]:
-        return ("uid", self.column)
-
     def numeric(self) -> tuple[str, ...]:
         return (self.column,)
 

@@ -95,14 +95,7 @@ def ready_pool(url: str) -> str | None:
 
 
 class Graph:
-    """A recipe bound to a directory.
-
-    Args:
-        recipe: checked.
-        out: directory of the run.
-        layout: where in it the steps write.
-        given: what need not be made.
-    """
+    """A checked recipe bound to the directory of its run."""
 
     def __init__(self, recipe: Recipe, out: str, layout: Layout = Layout(), given: Given = Given()) -> None:
         self.recipe, self.out, self.layout, self.given = recipe, storage.absolute(out), layout, given
@@ -168,16 +161,8 @@ class Graph:
         return steps
 
     def run(self, executor: Executor, log: RunLog, until: str | None = None) -> dict[str, Manifest]:
-        """Bring every step to its manifest.
-
-        Args:
-            executor: where units run.
-            log: where progress is reported.
-            until: the last step to run, one of `STEPS`; all if None.
-
-        Raises:
-            WinnowError: at the first step that fails.
-        """
+        """Bring every step, or those to `until` (one of `STEPS`), to its manifest. Raises WinnowError at the first step
+        that fails."""
         steps = self.steps()
         if until is not None:
             last = [i for i, step in enumerate(steps) if step.name.split()[0] == until]
@@ -202,24 +187,19 @@ class Graph:
 
     def plan(self) -> list[StepPlan]:
         """How far each step is, without doing anything."""
-        plans = []
-        waits = False
-        for step in self.steps():
-            if waits:
-                plans.append(StepPlan(step.name))
-                continue
+        plans: list[StepPlan] = []
+        steps = self.steps()
+        for step in steps:
             try:
                 stage = step.build()
                 units, done = pending_units(stage)
             except WinnowError:
-                plans.append(StepPlan(step.name))
-                waits = True
-                continue
-            manifest = read_manifest(stage.out)
-            current = manifest is not None and manifest.key == stage.manifest_key(units)
+                break
             plans.append(StepPlan(step.name, len(done), len(units)))
-            waits = not current
-        return plans
+            manifest = read_manifest(stage.out)
+            if manifest is None or manifest.key != stage.manifest_key(units):
+                break
+        return plans + [StepPlan(step.name) for step in steps[len(plans) :]]
 
     # One method a step.
 
@@ -347,11 +327,8 @@ class Graph:
         params = manifest.params if manifest is not None else {}
         without = params.get("captions") is False or "text" not in params.get("require", ["text"])
         if config and config.reads_text and without:
-            raise UsageError(
-                f"was indexed without asking for captions, from which {config.objective_name} learns",
-                where=self.given.pool,
-                do="Index it again, without --no-captions.",
-            )
+            what = f"was indexed without asking for captions, from which {config.objective_name} learns"
+            raise UsageError(what, where=self.given.pool, do="Index it again, without --no-captions.")
 
     def _finished_run(self) -> FinishedRun:
         assert self.recipe.pretrain is not None

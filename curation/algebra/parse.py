@@ -10,8 +10,7 @@ from typing import Any
 from winnow.curation.algebra.nodes import All, AnyOf, Node, Not
 from winnow.curation.filters import FILTERS
 from winnow.curation.filters.base import Filter
-from winnow.curation.located import located
-from winnow.infra.errors import UsageError
+from winnow.curation.located import load_class, located
 from winnow.infra.io.content import content_digest
 from winnow.infra.params import ParameterError, build
 from winnow.infra.registry import unknown
@@ -44,7 +43,7 @@ def parse(tree: Any) -> Node:
         if name == "not":
             return Not(parse(body))
         if name not in _JOINS:
-            return _parse_filter(str(name), {} if body is None else body)
+            return _parse_filter(str(name), body)
         if not isinstance(body, (list, tuple)) or not body:
             raise ParameterError(f"`{name}` takes a list of filters")
         nodes = []
@@ -57,14 +56,7 @@ def parse(tree: Any) -> Node:
 def _parse_filter(name: str, given: Any) -> Filter:
     if ":" not in name and name not in FILTERS.table:
         raise unknown("filter", name, [*FILTERS.table, *_JOINS, "not"])
-    kind = FILTERS.load(name)
-    if not (inspect.isclass(kind) and issubclass(kind, Filter) and hasattr(kind, "__pydantic_fields__")):
-        base, decorator = "winnow.curation.filters.base.Filter", "winnow.infra.params.params"
-        raise UsageError(
-            f"{kind} is not a Filter", do=f"A filter derives from {base} and is decorated with {decorator}."
-        )
-    if not isinstance(given, Mapping):
-        raise UsageError(f"{kind.name}: parameters are written `name: value`, this is {given!r}")
+    kind, given = load_class(FILTERS, name, Filter, given)  # type: ignore[type-abstract]
     return build(kind, given, kind.name)
 
 

@@ -14,9 +14,8 @@ import pyarrow as pa
 from PIL.Image import Image
 from pydantic import Field
 
-from winnow.curation.located import located
+from winnow.curation.located import load_class, located
 from winnow.curation.measures import MEASURES
-from winnow.infra.errors import UsageError
 from winnow.infra.io.storage import digest_json
 from winnow.infra.params import ParameterError, build, names_of
 from winnow.infra.registry import unknown
@@ -189,15 +188,7 @@ def _parse_entry(key: str, body: Any) -> MeasureSpec:
 
 
 def _parse_params(path: str, params: Any, name: str | None) -> MeasureSpec:
-    kind = MEASURES.load(path)
-    if not (isinstance(kind, type) and issubclass(kind, Measure) and hasattr(kind, "__pydantic_fields__")):
-        base, decorator = "winnow.curation.measures.base.Measure", "winnow.infra.params.params"
-        raise UsageError(
-            f"{kind} is not a Measure", do=f"A measure derives from {base} and is decorated with {decorator}."
-        )
-    params = {} if params is None else params
-    if not isinstance(params, Mapping):
-        raise UsageError(f"{kind.name}: parameters are written `name: value`, this is {params!r}")
+    kind, params = load_class(MEASURES, path, Measure, params)  # type: ignore[type-abstract]
     if hidden := [key for key in params if key in kind.filled]:
         known = [item for item in names_of(kind) if item not in kind.filled]
         with located(hidden[0]):

@@ -37,5 +37,6 @@ def load_class(registry: Registry, name: str, base: type[T], given: Any) -> tupl
         raise UsageError(f"{kind} is not a {word}", do=do)
     given = {} if given is None else given
     if not isinstance(given, Mapping):
-        raise UsageError(f"{kind.name}: parameters are written `name: value`, this is {given!r}")
+        label = getattr(kind, "name", name)
+        raise UsageError(f"{label}: parameters are written `name: value`, this is {given!r}")
     return kind, given

@@ -132,13 +132,7 @@ class Measure(abc.ABC):
 
 @dataclass(frozen=True)
 class MeasureSpec:
-    """A measure as a recipe names it.
-
-    Attributes:
-        name: of the instance; its columns are `NAME.column`.
-        kind: the class.
-        params: those of its parameters that are given.
-    """
+    """A measure as a recipe names it: the name of the instance, its class, and the parameters that are given."""
 
     name: str
     kind: type[Measure]

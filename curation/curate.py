@@ -86,25 +86,21 @@ class CurateStage(Stage):
         for name, node in self.subsets:
             view.check(columns_of(node))
             inputs = {"columns": view.digest(columns_of(node))}
-            for number, (target, columns) in enumerate(_wanted(node)):
-                view.target(target).check(columns)
-                inputs[f"target{number}"] = view.target(target).digest(columns)
+            wanted = [(view.target(name), item.target_columns()) for item in node.filters() for name in item.targets()]
+            for number, (target, columns) in enumerate(wanted):
+                target.check(columns)
+                inputs[f"target{number}"] = target.digest(columns)
             for item in node.filters():
                 item.check(view)
-            units.append(
-                Unit(
-                    name or "subset",
-                    inputs,
-                    {"tree": fingerprint(node)},
-                    {"subset": name},
-                    items=len(view) if view.pool.counted else 0,
-                )
-            )
+            params, items = {"tree": fingerprint(node)}, len(view) if view.pool.counted else 0
+            units.append(Unit(name or "subset", inputs, params, {"subset": name}, items=items))
         return units
 
     def run(self, unit: Unit) -> Output:
         prefix, view = unit.runtime["subset"], self._view()
         node = dict(self.subsets)[prefix]
+        names = [storage.join(prefix, name).lstrip("/") for name in ("subset.npy", "funnel.json", "reasons.parquet")]
+        files = names if self.reasons else names[:2]
         timings: dict[str, float] = {}
         evaluator = TreeEvaluator(node, self.states(node, view, timings))
         kept, dropped, seen = bytearray(), [], 0
@@ -126,12 +122,10 @@ class CurateStage(Stage):
             "kept": len(uids),
             "tree": evaluator.counts.as_json(),
         }
-        files = [storage.join(prefix, name).lstrip("/") for name in ("subset.npy", "funnel.json")]
         storage.write_json(self.url(storage.join(prefix, "timings.json").lstrip("/")), timings)
         save_subset(self.url(files[0]), uids)
         storage.write_json(self.url(files[1]), funnel)
         if self.reasons:
-            files.append(storage.join(prefix, "reasons.parquet").lstrip("/"))
             table = pa.concat_tables(dropped) if dropped else pa.table({"uid": pa.array([], pa.string())})
             with storage.writing(self.url(files[2])) as path:
                 pq.write_table(table, path, compression="zstd", use_dictionary=["reason"])
@@ -177,14 +171,8 @@ class CurateStage(Stage):
         return Output(values=values)
 
     def why(self, subset: str, uid: str) -> tuple[str | None, list[NodeDecision]]:
-        """Why a sample is or is not in a subset.
-
-        Args:
-            subset: its name.
-            uid: 32 hex characters.
-
-        Returns:
-            the label of the first node that dropped the sample (None if it was kept), and each node's decision.
+        """Why a sample is or is not in a subset: the label of the first node that dropped it (None if it was kept), and
+        each node's decision.
 
         Raises:
             UsageError: the uid is malformed.
@@ -202,12 +190,7 @@ class CurateStage(Stage):
 
 
 def check_trees(source: MeasuredPool, nodes: Iterable[Node], targets: Mapping[str, MeasuredPool] | None = None) -> None:
-    """Refuse trees that cannot be applied to a pool, before anything is measured.
-
-    Args:
-        source: the pool; its measures need not be finished.
-        nodes: the trees.
-        targets: the target sets that are ready.
+    """Refuse trees that cannot be applied to a pool, before anything is measured. `targets` are the sets ready by now.
 
     Raises:
         WinnowError: the pool lacks a column, has too few samples, or holds arrays of another dimension.
@@ -226,8 +209,3 @@ def check_uid(uid: str) -> np.void:
         return decode_uids(pa.array([uid], pa.string()))[0]
     except WinnowError as error:
         raise UsageError(error.what, do="A uid has 32 hexadecimal digits.") from None
-
-
-def _wanted(node: Node) -> list[tuple[str, tuple[str, ...]]]:
-    """The target sets of a tree, with the columns that are read of each."""
-    return [(target, item.target_columns()) for item in node.filters() for target in item.targets()]

@@ -42,11 +42,9 @@ def open_pool(url: str | Path) -> Pool:
 def index(
     shards: str | Path | Sequence[str | Path], out: str | Path, *, captions: bool = True, executor: str = "serial"
 ) -> Pool:
-    """Index shards and open the pool.
+    """Index shards (directories or URLs of NAME.tar, with or without NAME.parquet) and open the pool.
 
     Args:
-        shards: one or several directories or URLs of NAME.tar, with or without NAME.parquet.
-        out: directory of the index.
         captions: whether a sample must have a caption.
         executor: "serial" or "ray".
 
@@ -118,15 +116,8 @@ def parse_filters(tree: Mapping[str, Any]) -> Node:
 def embed(
     encoder: str | Encoder, *, images: Sequence[Image] | None = None, texts: Sequence[str] | None = None
 ) -> np.ndarray:
-    """Embeddings of images or of texts.
-
-    Args:
-        encoder: an encoder, or what `load_encoder` takes.
-        images: RGB images.
-        texts: texts, for an encoder that reads them.
-
-    Returns:
-        L2-normalised float32, shape [n, dim].
+    """Embeddings of RGB images or of texts, by an encoder or what `load_encoder` takes; L2-normalised float32, shape
+    [n, dim].
 
     Raises:
         UsageError: the encoder reads no text.
@@ -211,16 +202,8 @@ def run(
 
 
 def compare(runs: Sequence[str | Path], out: str | Path, *, baseline: str | None = None) -> dict[str, Any]:
-    """Compare the subsets of finished runs.
-
-    Args:
-        runs: directories of runs.
-        out: directory for the table and the HTML report.
-        baseline: the subset the others are compared with.
-
-    Returns:
-        the content of `out/comparison.json`.
-    """
+    """Compare the subsets of finished runs with one of them. `out` gets the table and the HTML report. Returns the
+    content of `out/comparison.json`."""
     from winnow.pipeline.steps import compare_steps, run_steps
 
     steps = compare_steps(list(map(str, runs)), baseline, str(out))

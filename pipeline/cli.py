@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.importing import search_also
 from winnow.infra.io import storage
+from winnow.infra.registry import unknown
 from winnow.infra.stages.executors import make_executor
 from winnow.infra.stages.progress import RunLog
 from winnow.infra.stages.runner import Budget
@@ -30,19 +32,30 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Out = Annotated[str, typer.Option("--out", help="Directory or URL to write to.")]
-ExecutorName = Annotated[str, typer.Option("--executor", help="Where units run: ray or serial.")]
-Address = Annotated[str | None, typer.Option("--address", help="Ray cluster to join; none starts one on this machine.")]
+
+def _known_executor(name: str) -> str:
+    """Refuses another name before a recipe's models are checked, which imports torch."""
+    make_executor(name)
+    return name
+
+
+def _known_step(name: str | None) -> str | None:
+    from winnow.pipeline.steps import STEPS
+
+    if name is not None and name not in STEPS:
+        raise unknown("stage", name, STEPS, "--until")
+    return name
+
+
+Out = Annotated[str, Option("--out", help="Directory or URL to write to.")]
+ExecutorName = Annotated[str, Option("--executor", help="Where units run: ray or serial.", callback=_known_executor)]
+Address = Annotated[str | None, Option("--address", help="Ray cluster to join; none starts one on this machine.")]
 MaxSkipped = Annotated[
-    float, typer.Option("--max-skipped", help="Budget of samples skipped: a share below 1, else a number.")
+    float, Option("--max-skipped", help="Budget of samples skipped: a share below 1, else a number.")
 ]
-ScorerSpec = Annotated[
-    str | None, typer.Option("--scorer", help="Encoder of the clip measure: a checkpoint, or NAME:TAG.")
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, value in YAML.")
-]
+ScorerSpec = Annotated[str | None, Option("--scorer", help="Encoder of the clip measure: a checkpoint, or NAME:TAG.")]
+Debug = Annotated[bool, Option("--debug", help="Show tracebacks.")]
+Overrides = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a key, value in YAML.")]
 
 
 def _search_custom(*files: str | None) -> None:
@@ -58,6 +71,17 @@ def _run(graph: Graph, executor: str, address: str | None, until: str | None = N
         runner.close()
 
 
+def _graph(recipe: str, out: str | None, overrides: list[str] | None) -> Graph:
+    """The graph of a recipe, which is checked before anything heavy is imported."""
+    from winnow.pipeline.recipe.load import load_recipe
+
+    _search_custom(recipe)
+    read = load_recipe(recipe, overrides)
+    from winnow.pipeline.graph import Graph
+
+    return Graph(read, out or f"runs/{Path(recipe).stem}")
+
+
 def _names(text: str) -> tuple[str, ...]:
     """Names divided by commas, each once."""
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
@@ -65,22 +89,18 @@ def _names(text: str) -> tuple[str, ...]:
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a packaged one (quickstart, real).")],
-    out: Annotated[str | None, typer.Option("--out", help="Directory of the run; runs/NAME if not given.")] = None,
+    recipe: Annotated[str, Argument(help="Recipe file, or the name of a packaged one (quickstart, real).")],
+    out: Annotated[str | None, Option("--out", help="Directory of the run; runs/NAME if not given.")] = None,
     overrides: Overrides = None,
     executor: ExecutorName = "ray",
     address: Address = None,
-    until: Annotated[str | None, typer.Option("--until", help="Stop after this stage (curate, say).")] = None,
+    until: Annotated[
+        str | None, Option("--until", help="Stop after this stage (curate, say).", callback=_known_step)
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Run a recipe from the pool to the report. What is finished is not done again."""
-    from winnow.pipeline.recipe.load import load_recipe
-
-    _search_custom(recipe)
-    read = load_recipe(recipe, overrides)
-    from winnow.pipeline.graph import Graph
-
-    graph = Graph(read, out or f"runs/{Path(recipe).stem}")
+    graph = _graph(recipe, out, overrides)
     manifests = _run(graph, executor, address, until)
     if "compare" in manifests:
         typer.echo(storage.read_bytes(graph.url("report", "comparison.txt")).decode())
@@ -89,28 +109,21 @@ def run(
 
 @app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a packaged one.")],
-    out: Annotated[str | None, typer.Option("--out", help="Directory of the run; runs/NAME if not given.")] = None,
+    recipe: Annotated[str, Argument(help="Recipe file, or the name of a packaged one.")],
+    out: Annotated[str | None, Option("--out", help="Directory of the run; runs/NAME if not given.")] = None,
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
     """Check a recipe and say what running it would do, without doing it."""
-    from winnow.pipeline.recipe.load import load_recipe
-
-    _search_custom(recipe)
-    read = load_recipe(recipe, overrides)
-    from winnow.pipeline.graph import Graph
-
-    graph = Graph(read, out or f"runs/{Path(recipe).stem}")
-    for step in graph.plan():
+    for step in _graph(recipe, out, overrides).plan():
         typer.echo(f"{step.name:<24} {step.text}")
 
 
 @app.command()
 def index(
-    pool: Annotated[list[str], typer.Argument(help="Folders or URLs of NAME.tar, with or without NAME.parquet.")],
+    pool: Annotated[list[str], Argument(help="Folders or URLs of NAME.tar, with or without NAME.parquet.")],
     out: Out,
-    captions: Annotated[bool, typer.Option(help="Whether a sample must have a caption.")] = True,
+    captions: Annotated[bool, Option(help="Whether a sample must have a caption.")] = True,
     executor: ExecutorName = "ray",
     address: Address = None,
     max_skipped: MaxSkipped = 0.05,
@@ -125,15 +138,14 @@ def index(
 
 @app.command()
 def measure(
-    pool: Annotated[str, typer.Argument(help="Indexed pool, shards to index first, or DataComp's metadata folder.")],
+    pool: Annotated[str, Argument(help="Indexed pool, shards to index first, or DataComp's metadata folder.")],
     out: Out,
     measures: Annotated[
-        str,
-        typer.Option("--measures", help="Names, comma-separated, or a YAML mapping or file as a recipe's `measures:`."),
+        str, Option("--measures", help="Names, comma-separated, or a YAML mapping or file as a recipe's `measures:`.")
     ],
     overrides: Overrides = None,
     scorer: ScorerSpec = None,
-    captions: Annotated[bool, typer.Option(help="Whether a sample must have a caption.")] = True,
+    captions: Annotated[bool, Option(help="Whether a sample must have a caption.")] = True,
     executor: ExecutorName = "ray",
     address: Address = None,
     max_skipped: MaxSkipped = 0.05,
@@ -152,24 +164,24 @@ def measure(
 
 @app.command()
 def curate(
-    pool: Annotated[str, typer.Argument(help="Indexed pool, shards to index first, or DataComp's metadata folder.")],
+    pool: Annotated[str, Argument(help="Indexed pool, shards to index first, or DataComp's metadata folder.")],
     out: Out,
-    filters: Annotated[str, typer.Option("--filters", help="YAML file with one tree of filters.")],
+    filters: Annotated[str, Option("--filters", help="YAML file with one tree of filters.")],
     measures: Annotated[
         str | None,
-        typer.Option("--measures", help="Parameters of measures: a YAML mapping or file as a recipe's `measures:`."),
+        Option("--measures", help="Parameters of measures: a YAML mapping or file as a recipe's `measures:`."),
     ] = None,
     overrides: Overrides = None,
     scorer: ScorerSpec = None,
     columns: Annotated[
-        str | None, typer.Option("--columns", help="Columns measured before; else they are measured here.")
+        str | None, Option("--columns", help="Columns measured before; else they are measured here.")
     ] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Print the funnel.")] = False,
+    explain: Annotated[bool, Option("--explain", help="Print the funnel.")] = False,
     why: Annotated[
-        str | None, typer.Option("--why", metavar="UID", help="Report what each node decided about this sample.")
+        str | None, Option("--why", metavar="UID", help="Report what each node decided about this sample.")
     ] = None,
     reasons: Annotated[
-        bool, typer.Option("--reasons", help="Write reasons.parquet: for each dropped sample, which node dropped it.")
+        bool, Option("--reasons", help="Write reasons.parquet: for each dropped sample, which node dropped it.")
     ] = False,
     executor: ExecutorName = "ray",
     address: Address = None,
@@ -200,12 +212,10 @@ def curate(
 
 @app.command()
 def reshard(
-    pool: Annotated[str, typer.Argument(help="Indexed pool, or shards to index first.")],
+    pool: Annotated[str, Argument(help="Indexed pool, or shards to index first.")],
     out: Out,
-    subset: Annotated[
-        str | None, typer.Option("--subset", help="Subset file (.npy); the whole pool if not given.")
-    ] = None,
-    samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples in each shard but the last.")] = 10_000,
+    subset: Annotated[str | None, Option("--subset", help="Subset file (.npy); the whole pool if not given.")] = None,
+    samples_per_shard: Annotated[int, Option(min=1, help="Samples in each shard but the last.")] = 10_000,
     executor: ExecutorName = "ray",
     address: Address = None,
     debug: Debug = False,
@@ -219,14 +229,12 @@ def reshard(
 
 @app.command()
 def pretrain(
-    pool: Annotated[str, typer.Argument(help="Indexed pool or resharded subset, or shards to index first.")],
+    pool: Annotated[str, Argument(help="Indexed pool or resharded subset, or shards to index first.")],
     out: Out,
-    config: Annotated[
-        str | None, typer.Option("--config", help="YAML file with the keys of a recipe's `pretrain:`.")
-    ] = None,
+    config: Annotated[str | None, Option("--config", help="YAML file with the keys of a recipe's `pretrain:`.")] = None,
     overrides: Overrides = None,
-    subset: Annotated[str | None, typer.Option("--subset", help="Subset file (.npy) to train on.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the weights and the order.")] = 0,
+    subset: Annotated[str | None, Option("--subset", help="Subset file (.npy) to train on.")] = None,
+    seed: Annotated[int, Option(min=0, help="Of the weights and the order.")] = 0,
     executor: ExecutorName = "ray",
     address: Address = None,
     debug: Debug = False,
@@ -244,22 +252,20 @@ def pretrain(
 
 @app.command()
 def sample(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder of a diffusion training.")],
-    out: Annotated[str, typer.Option("--out", help="PNG file to write the grid of samples to.")],
-    n: Annotated[int, typer.Option("--n", min=1, help="Number of samples.")] = 64,
-    steps: Annotated[int, typer.Option(min=1, help="Timesteps that the sampler visits.")] = 50,
-    guidance: Annotated[float, typer.Option(help="Weight w of classifier-free guidance; 0 for none.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    sampler: Annotated[str, typer.Option(help="ddim or ancestral.")] = "ddim",
-    eta: Annotated[float, typer.Option(min=0, help="Of DDIM: 0 adds no noise, 1 as much as ancestral sampling.")] = 0.0,
-    classes: Annotated[str | None, typer.Option(help="Classes, comma-separated, in turn; all if not given.")] = None,
-    caption: Annotated[list[str] | None, typer.Option("--caption", help="A caption; several take turns.")] = None,
+    checkpoint: Annotated[str, Argument(help="Checkpoint folder of a diffusion training.")],
+    out: Annotated[str, Option("--out", help="PNG file to write the grid of samples to.")],
+    n: Annotated[int, Option("--n", min=1, help="Number of samples.")] = 64,
+    steps: Annotated[int, Option(min=1, help="Timesteps that the sampler visits.")] = 50,
+    guidance: Annotated[float, Option(help="Weight w of classifier-free guidance; 0 for none.")] = 0.0,
+    seed: Annotated[int, Option(help="Of the noise.")] = 0,
+    sampler: Annotated[str, Option(help="ddim or ancestral.")] = "ddim",
+    eta: Annotated[float, Option(min=0, help="Of DDIM: 0 adds no noise, 1 as much as ancestral sampling.")] = 0.0,
+    classes: Annotated[str | None, Option(help="Classes, comma-separated, in turn; all if not given.")] = None,
+    caption: Annotated[list[str] | None, Option("--caption", help="A caption; several take turns.")] = None,
     against: Annotated[
-        str | None, typer.Option("--against", help="Indexed pool to say the samples' Fréchet distance from.")
+        str | None, Option("--against", help="Indexed pool to say the samples' Fréchet distance from.")
     ] = None,
-    features: Annotated[
-        str | None, typer.Option("--features", help="Encoder over whose features that distance is.")
-    ] = None,
+    features: Annotated[str | None, Option("--features", help="Encoder over whose features that distance is.")] = None,
     debug: Debug = False,
 ) -> None:
     """Draw images from a diffusion checkpoint."""
@@ -275,34 +281,31 @@ def sample(
 @app.command()
 def evaluate(
     data: Annotated[
-        str, typer.Option("--data", help="Folder of evaluation sets in DataComp's layout, or hf://datasets/OWNER.")
+        str, Option("--data", help="Folder of evaluation sets in DataComp's layout, or hf://datasets/OWNER.")
     ],
     specs: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="SPEC...", help="Checkpoint folders, NAME:TAG, NAME:FILE, CONFIG.json:WEIGHTS, pixels:SIZE."
-        ),
+        Argument(metavar="SPEC...", help="Checkpoint folders, NAME:TAG, NAME:FILE, CONFIG.json:WEIGHTS, pixels:SIZE."),
     ] = None,
-    out: Annotated[str | None, typer.Option("--out", help="Directory or URL to write to.")] = None,
-    tasks: Annotated[str, typer.Option("--tasks", help="all, or names, comma-separated.")] = "all",
+    out: Annotated[str | None, Option("--out", help="Directory or URL to write to.")] = None,
+    tasks: Annotated[str, Option("--tasks", help="all, or names, comma-separated.")] = "all",
     protocols: Annotated[
-        str, typer.Option("--protocols", help="Comma-separated; `winnow ls protocols` lists them.")
+        str, Option("--protocols", help="Comma-separated; `winnow ls protocols` lists them.")
     ] = "zeroshot",
     features: Annotated[
-        str | None,
-        typer.Option("--features", help="Where embeddings are kept and looked for; OUT/features if not given."),
+        str | None, Option("--features", help="Where embeddings are kept and looked for; OUT/features if not given.")
     ] = None,
     precision: Annotated[
-        str, typer.Option("--precision", help="Of the encoders: float32, or bfloat16, faster on a GPU.")
+        str, Option("--precision", help="Of the encoders: float32, or bfloat16, faster on a GPU.")
     ] = "float32",
     check: Annotated[
-        bool, typer.Option("--check", help="Say which sets are there, whole or in part, and do nothing else.")
+        bool, Option("--check", help="Say which sets are there, whole or in part, and do nothing else.")
     ] = False,
     executor: ExecutorName = "ray",
     address: Address = None,
     max_skipped: Annotated[
         float,
-        typer.Option(
+        Option(
             "--max-skipped",
             help="Share (or number, from 1 up) of a set's images that may be undecodable; with more it is left out.",
         ),
@@ -331,9 +334,9 @@ def evaluate(
 
 @app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Directories of finished runs.")],
+    runs: Annotated[list[str], Argument(metavar="RUN...", help="Directories of finished runs.")],
     out: Out,
-    baseline: Annotated[str | None, typer.Option("--baseline", help="Subset the others are compared with.")] = None,
+    baseline: Annotated[str | None, Option("--baseline", help="Subset the others are compared with.")] = None,
     debug: Debug = False,
 ) -> None:
     """Compare the subsets of one or more runs: table, CSV and HTML report."""
@@ -347,7 +350,7 @@ def compare(
 
 @app.command()
 def ls(
-    what: Annotated[str, typer.Argument(help="filters, measures, objectives, tasks, protocols or recipes.")],
+    what: Annotated[str, Argument(help="filters, measures, objectives, tasks, protocols, kinds or recipes.")],
     debug: Debug = False,
 ) -> None:
     """List what is registered."""

@@ -18,18 +18,10 @@ from winnow.pipeline.recipe.check import check_images, check_measures
 from winnow.pipeline.recipe.schema import Recipe
 from winnow.pretrain.config import PretrainConfig
 
-# Where `curate`, `reshard` and `pretrain` keep what they make on the way.
-_WORK = Layout(
-    recipe="",
-    pool="work/pool",
-    columns="work/columns",
-    targets="work/target-{digest}",
-    target_columns="work/target-{digest}/columns",
-    subsets="",
-    shards="",
-    checkpoints="",
-    scores="",
-)
+# `curate`, `reshard` and `pretrain` keep what they make on the way in `work`.
+_TARGETS = {"targets": "work/target-{digest}", "target_columns": "work/target-{digest}/columns"}
+_OUTPUTS = dict.fromkeys(("recipe", "subsets", "shards", "checkpoints", "scores"), "")
+_WORK = Layout(pool="work/pool", columns="work/columns", **_TARGETS, **_OUTPUTS)
 
 
 def index_graph(pools: Sequence[str], out: str, captions: bool = True, max_skipped: float = 0.05) -> Graph:
@@ -114,10 +106,9 @@ def evaluate_graph(
 
 def _recipe(**sections: Any) -> Recipe:
     """The recipe of a command: its own sections and nothing else."""
+    given = {"reshard": None} | {key: value for key, value in sections.items() if value is not None}
     try:
-        return build(
-            Recipe, {"reshard": None} | {key: value for key, value in sections.items() if value is not None}, ""
-        )
+        return build(Recipe, given, "")
     except ParameterError as error:
         raise UsageError(error.what, do=error.do) from None
 
@@ -125,19 +116,9 @@ def _recipe(**sections: Any) -> Recipe:
 def draw_samples(
     checkpoint: str, out: str, n: int, settings: dict[str, Any], pool: str | None, encoder: str | None
 ) -> list[str]:
-    """Write a grid of samples as a PNG; with a pool and an encoder also measure how far from its images they are.
-
-    Args:
-        checkpoint: folder of a diffusion training.
-        out: the PNG file.
-        n: number of samples.
-        settings: keyword arguments of `winnow.pretrain.diffusion.sampling.sample`.
-        pool: indexed pool to compare with.
-        encoder: over whose features the Fréchet distance is taken.
-
-    Returns:
-        lines for the user.
-    """
+    """Write a grid of n samples of a diffusion checkpoint as a PNG, and return lines for the user; with a pool and an
+    encoder also the Fréchet distance from its images. `settings` are keyword arguments of
+    `winnow.pretrain.diffusion.sampling.sample`."""
     if (pool is None) != (encoder is None):
         raise UsageError("a Fréchet distance takes both a pool and an encoder", do="Give --against and --features.")
     if not out.lower().endswith(".png"):

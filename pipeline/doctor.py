@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import winnow
+from winnow.infra.io.prefetch import cores
 
 PACKAGES = (
     "torch",
@@ -28,8 +28,7 @@ PACKAGES = (
 )
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One line: what was looked at, how it is ("ok", "warn", "fail"), what to do."""
 
     subject: str
@@ -90,30 +89,22 @@ def _packages() -> list[Finding]:
 
 
 def _devices() -> list[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    findings = [Finding("cpu", "ok", f"{cores} cores")]
+    cpu = Finding("cpu", "ok", f"{cores()} cores")
     try:
         import torch
     except ImportError:
-        return findings
-    if torch.cuda.is_available():
-        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-        findings.append(Finding("gpu", "ok", f"{names}; bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}"))
-    else:
-        findings.append(Finding("gpu", "warn", "none; everything runs on the CPU, training slowly"))
-    return findings
+        return [cpu]
+    if not torch.cuda.is_available():
+        return [cpu, Finding("gpu", "warn", "none; everything runs on the CPU, training slowly")]
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return [cpu, Finding("gpu", "ok", f"{names}; bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}")]
 
 
 def _space() -> list[Finding]:
-    findings = []
-    disk = shutil.disk_usage(Path.cwd())
-    level = "ok" if disk.free > 5e9 else "warn"
-    findings.append(Finding("disk", level, f"{disk.free / 1e9:.0f} GB free here"))
-    shm = Path("/dev/shm")
-    if shm.exists():
+    free = shutil.disk_usage(Path.cwd()).free
+    findings = [Finding("disk", "ok" if free > 5e9 else "warn", f"{free / 1e9:.0f} GB free here")]
+    if (shm := Path("/dev/shm")).exists():
         free = shutil.disk_usage(shm).free
-        text = f"{free / 1e9:.1f} GB shared memory"
-        findings.append(
-            Finding("shm", "ok" if free > 1e9 else "warn", text if free > 1e9 else f"{text}; Ray will spill to disk")
-        )
+        level, end = ("ok", "") if free > 1e9 else ("warn", "; Ray will spill to disk")
+        findings.append(Finding("shm", level, f"{free / 1e9:.1f} GB shared memory{end}"))
     return findings

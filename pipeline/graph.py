@@ -23,23 +23,15 @@ from winnow.infra.io.storage import digest_json, join
 from winnow.infra.pool.index import IndexStage
 from winnow.infra.pool.metadata import is_metadata
 from winnow.infra.pool.pool import Pool
-from winnow.infra.registry import unknown
 from winnow.infra.stages.executors import Executor
 from winnow.infra.stages.progress import RunLog
 from winnow.infra.stages.runner import Budget
-from winnow.infra.stages.stage import (
-    LOCATIONS,
-    RECORDS,
-    Manifest,
-    Stage,
-    need_manifest,
-    pending_units,
-    read_manifest,
-)
+from winnow.infra.stages.stage import LOCATIONS, RECORDS, Manifest, Stage, need_manifest, pending_units, read_manifest
 from winnow.pipeline.demo.stage import DemoStage
 from winnow.pipeline.recipe.check import check_images
 from winnow.pipeline.recipe.schema import DEMO, Recipe
-from winnow.pipeline.steps import STEPS, FinishedRun, Step, StepPlan, run_steps
+from winnow.pipeline.steps import FinishedRun, Step, StepPlan, run_steps
+from winnow.pretrain.config import PretrainConfig
 from winnow.pretrain.encoder import encoder_digest
 from winnow.pretrain.stage import PretrainStage, TrainRun
 
@@ -104,14 +96,7 @@ def ready_pool(url: str) -> str | None:
 
 
 class Graph:
-    """A recipe bound to a directory.
-
-    Args:
-        recipe: checked.
-        out: directory of the run.
-        layout: where in it the steps write.
-        given: what need not be made.
-    """
+    """A checked recipe bound to the directory of its run."""
 
     def __init__(self, recipe: Recipe, out: str, layout: Layout = Layout(), given: Given = Given()) -> None:
         self.recipe, self.out, self.layout, self.given = recipe, storage.absolute(out), layout, given
@@ -145,9 +130,10 @@ class Graph:
         if recipe.subsets:
             steps.append(Step("curate", self.curate_stage))
         if recipe.reshard is not None:
-            steps += [Step(f"reshard {name}".strip(), partial(self._reshard, name)) for name in self.subsets]
+            size = recipe.reshard.samples_per_shard
+            steps += [Step(f"reshard {name}".strip(), partial(self._reshard, name, size)) for name in self.subsets]
         if recipe.pretrain is not None:
-            steps.append(Step("pretrain", self._pretrain))
+            steps.append(Step("pretrain", partial(self._pretrain, recipe.pretrain)))
         if recipe.evaluate is not None:
             # A broken set is missing, and the other scores stay; how many images a set may lack the stage knows.
             budget = Budget(math.inf)
@@ -161,11 +147,12 @@ class Graph:
         """The steps that make the pool, the scorer and the target sets ready."""
         recipe, steps = self.recipe, []
         if recipe.demo is not None:
-            steps.append(Step("demo", self._demo))
+            steps.append(Step("demo", partial(DemoStage, config=recipe.demo, out=self.url("demo"))))
         if recipe.pool and self.given.pool is None:
             steps.append(Step("index", self._index))
         if recipe.inject is not None:
-            steps.append(Step("inject", self._inject))
+            pool, out = self.url(self.layout.pool), self.url("injected")
+            steps.append(Step("inject", partial(InjectStage, pool=pool, config=recipe.inject, out=out)))
         if recipe.scorer is not None and recipe.scorer.trusted is not None:
             steps += [Step("index trusted", self._trusted), Step("pretrain scorer", self._scorer)]
         for target in recipe.targets():
@@ -177,21 +164,10 @@ class Graph:
         return steps
 
     def run(self, executor: Executor, log: RunLog, until: str | None = None) -> dict[str, Manifest]:
-        """Bring every step to its manifest.
-
-        Args:
-            executor: where units run.
-            log: where progress is reported.
-            until: the last step to run, one of `STEPS`; all if None.
-
-        Raises:
-            UsageError: there is no such step.
-            WinnowError: at the first step that fails.
-        """
+        """Bring every step, or those to `until` (one of `STEPS`), to its manifest. Raises WinnowError at the first step
+        that fails."""
         steps = self.steps()
         if until is not None:
-            if until not in STEPS:
-                raise unknown("stage", until, STEPS, "--until")
             last = [i for i, step in enumerate(steps) if step.name.split()[0] == until]
             steps = steps[: last[-1] + 1] if last else steps
         if self.layout.recipe:
@@ -214,30 +190,21 @@ class Graph:
 
     def plan(self) -> list[StepPlan]:
         """How far each step is, without doing anything."""
-        plans = []
-        waits = False
-        for step in self.steps():
-            if waits:
-                plans.append(StepPlan(step.name))
-                continue
+        plans: list[StepPlan] = []
+        steps = self.steps()
+        for step in steps:
             try:
                 stage = step.build()
                 units, done = pending_units(stage)
             except WinnowError:
-                plans.append(StepPlan(step.name))
-                waits = True
-                continue
-            manifest = read_manifest(stage.out)
-            current = manifest is not None and manifest.key == stage.manifest_key(units)
+                break
             plans.append(StepPlan(step.name, len(done), len(units)))
-            waits = not current
-        return plans
+            manifest = read_manifest(stage.out)
+            if manifest is None or manifest.key != stage.manifest_key(units):
+                break
+        return plans + [StepPlan(step.name) for step in steps[len(plans) :]]
 
     # One method a step.
-
-    def _demo(self) -> Stage:
-        assert self.recipe.demo is not None
-        return DemoStage(config=self.recipe.demo, out=self.url("demo"))
 
     def _index(self) -> Stage:
         trusted = self.recipe.scorer.trusted if self.recipe.scorer else None
@@ -253,10 +220,6 @@ class Graph:
         columns = {column for item in recipe.filters() for column in item.columns()}
         others = recipe.scorer or recipe.inject or recipe.pool_measures() or "text" in columns
         return recipe.pretrain.reads_text or bool(others)
-
-    def _inject(self) -> Stage:
-        assert self.recipe.inject is not None
-        return InjectStage(pool=self.url(self.layout.pool), config=self.recipe.inject, out=self.url("injected"))
 
     def _trusted(self) -> Stage:
         assert self.recipe.scorer is not None and self.recipe.scorer.trusted is not None
@@ -331,15 +294,12 @@ class Graph:
         file = join(name, "subset.npy")
         return self.url(self.layout.subsets, file), manifest.files[file]["sha256"]
 
-    def _reshard(self, name: str) -> Stage:
-        assert self.recipe.reshard is not None
+    def _reshard(self, name: str, size: int) -> Stage:
         url, digest = self._subset(name)
-        out, size = self.url(self.layout.shards.format(name=name)), self.recipe.reshard.samples_per_shard
-        return ReshardStage(self.pool_url, url, digest or "", out, size)
+        return ReshardStage(self.pool_url, url, digest or "", self.url(self.layout.shards.format(name=name)), size)
 
-    def _pretrain(self) -> Stage:
-        assert self.recipe.pretrain is not None
-        self._check_captions()
+    def _pretrain(self, config: PretrainConfig) -> Stage:
+        self._check_captions(config)
         source = Pool.open(self.pool_url).digest
         runs = []
         for name in self.subsets:
@@ -347,28 +307,24 @@ class Graph:
             # The samples and their order are the same with and without resharding, and so is the digest.
             resharded = self.recipe.reshard is not None
             pool, subset = (self.url(self.layout.shards.format(name=name)), None) if resharded else (self.pool_url, url)
-            for seed in self.recipe.pretrain.seeds:
+            for seed in config.seeds:
                 digests = digest_json([source, digest])
                 runs.append(TrainRun(name=name or "model", seed=seed, pool=pool, subset=subset, digest=digests))
-        out = self.url(self.layout.checkpoints)
-        return PretrainStage(config=self.recipe.pretrain, runs=tuple(runs), out=out)
+        return PretrainStage(config=config, runs=tuple(runs), out=self.url(self.layout.checkpoints))
 
-    def _check_captions(self) -> None:
+    def _check_captions(self, config: PretrainConfig) -> None:
         """Raises UsageError when the training reads captions and the given pool was indexed without."""
-        config, manifest = self.recipe.pretrain, read_manifest(self.given.pool) if self.given.pool else None
+        manifest = read_manifest(self.given.pool) if self.given.pool else None
         params = manifest.params if manifest is not None else {}
         without = params.get("captions") is False or "text" not in params.get("require", ["text"])
-        if config and config.reads_text and without:
-            raise UsageError(
-                f"was indexed without asking for captions, from which {config.objective_name} learns",
-                where=self.given.pool,
-                do="Index it again, without --no-captions.",
-            )
+        if config.reads_text and without:
+            what = f"was indexed without asking for captions, from which {config.objective_name} learns"
+            raise UsageError(what, where=self.given.pool, do="Index it again, without --no-captions.")
 
     def _finished_run(self) -> FinishedRun:
-        assert self.recipe.pretrain is not None
-        recipe, pool = self.recipe, self.pool_url
-        return FinishedRun(self.out, pool, tuple(recipe.subsets), self.recipe.pretrain.seeds, recipe.reference)
+        recipe = self.recipe
+        assert recipe.pretrain is not None
+        return FinishedRun(self.out, self.pool_url, tuple(recipe.subsets), recipe.pretrain.seeds, recipe.reference)
 
     def _evaluate(self) -> EvaluateStage:
         assert self.recipe.evaluate is not None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from winnow.infra.params import names_of
-from winnow.infra.registry import Registry, unknown
+from winnow.infra.registry import unknown
 from winnow.pipeline.printing import blocks, table
 
 
@@ -20,12 +21,13 @@ def listing(what: str) -> str:
         "objectives": _objectives,
         "tasks": _tasks,
         "protocols": _protocols,
+        "kinds": _kinds,
         "recipes": _recipes,
     }
     if what not in tables:
         raise unknown("list", what, tables)
     rows = tables[what]()
-    return blocks(rows) if what in ("filters", "measures") else table(rows)
+    return blocks(rows) if what in ("filters", "measures", "kinds") else table(rows)
 
 
 def parameters(kind: Any) -> str:
@@ -35,14 +37,8 @@ def parameters(kind: Any) -> str:
         if item.name in getattr(kind, "filled", ()):
             continue
         default = item.default_factory() if item.default_factory is not MISSING else item.default
-        name = item.name
-        parts.append(name if default is MISSING else f"{name}={default}")
+        parts.append(item.name if default is MISSING else f"{item.name}={default}")
     return ", ".join(parts)
-
-
-def _needs(kind: Any) -> str:
-    """The columns a filter reads."""
-    return ", ".join(kind(**kind.example).columns())
 
 
 def _filters() -> Sequence[tuple[str, ...]]:
@@ -51,7 +47,7 @@ def _filters() -> Sequence[tuple[str, ...]]:
     rows = [("name", "paper", "needs", "parameters")]
     for name in FILTERS.names():
         kind = FILTERS.load(name)
-        rows.append((name, kind.paper, _needs(kind), parameters(kind)))
+        rows.append((name, kind.paper, ", ".join(kind(**kind.example).columns()), parameters(kind)))
     return rows
 
 
@@ -70,12 +66,11 @@ def _measures() -> Sequence[tuple[str, ...]]:
 def _objectives() -> Sequence[tuple[str, ...]]:
     from winnow.pretrain.objectives import OBJECTIVES
 
-    return [("name", "parameters", "file"), *[_objective(OBJECTIVES, name) for name in OBJECTIVES.names()]]
-
-
-def _objective(registry: Registry, name: str) -> tuple[str, ...]:
-    path = registry.path(name)
-    return name, ", ".join(names_of(registry.load(name).Config)), path.partition(":")[0].replace(".", "/") + ".py"
+    rows = [("name", "parameters", "file")]
+    for name in OBJECTIVES.names():
+        file = OBJECTIVES.path(name).partition(":")[0].replace(".", "/") + ".py"
+        rows.append((name, ", ".join(names_of(OBJECTIVES.load(name).Config)), file))
+    return rows
 
 
 def _tasks() -> Sequence[tuple[str, ...]]:
@@ -99,9 +94,18 @@ def _protocols() -> Sequence[tuple[str, ...]]:
     return rows
 
 
-def _recipes() -> Sequence[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("name", "what")]
-    for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml")):
-        first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        rows.append((path.stem, first))
+def _kinds() -> Sequence[tuple[str, ...]]:
+    from winnow.evaluate.protocols import KINDS, PROTOCOLS
+    from winnow.evaluate.protocols.base import load_kind, load_protocol
+
+    rows = [("name", "metric", "protocols", "what")]
+    for name in KINDS.names():
+        kind = load_kind(name)
+        protocols = ", ".join(protocol for protocol in PROTOCOLS.table if load_protocol(protocol).applies(kind))
+        rows.append((name, kind.metric or "", protocols, (inspect.getdoc(type(kind)) or "").splitlines()[0]))
     return rows
+
+
+def _recipes() -> Sequence[tuple[str, ...]]:
+    files = sorted((Path(__file__).parent / "recipes").glob("*.yaml"))
+    return [("name", "what"), *((path.stem, path.read_text("utf-8").splitlines()[0].lstrip("# ")) for path in files)]

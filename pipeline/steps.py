@@ -22,12 +22,10 @@ STEPS = ("demo", "index", "inject", "pretrain", "measure", "curate", "reshard", 
 
 @dataclass(frozen=True)
 class Step:
-    """A stage to come.
+    """A stage to come. The first word of its name is one of `STEPS`.
 
-    Attributes:
-        name: for progress; its first word is one of `STEPS`.
-        build: makes the stage. It may read the manifests of earlier steps, so it is called when they are done.
-        budget: how much may be skipped; the recipe's if None.
+    `build` makes the stage; it may read the manifests of earlier steps, so it is called when they are done. `budget` is
+    how much may be skipped; None for the recipe's.
     """
 
     name: str
@@ -52,15 +50,8 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a comparison needs to know of a run.
-
-    Attributes:
-        url: its directory.
-        pool: URL of the pool that was curated.
-        subsets: their names, in order.
-        seeds: of the trainings.
-        reference: the subset the others are compared with.
-    """
+    """What a comparison needs to know of a run: its directory, the pool that was curated, the names of the subsets, the
+    seeds of the trainings, and the subset the others are compared with."""
 
     url: str
     pool: str
@@ -102,15 +93,8 @@ class FinishedRun:
 def run_steps(
     steps: Iterable[Step], executor: Executor, log: RunLog, budget: Budget, after: Callable[[Stage], None] | None = None
 ) -> dict[str, Manifest]:
-    """Bring every step to its manifest. Raises WinnowError at the first that fails.
-
-    Args:
-        steps: in order.
-        executor: where their units run.
-        log: where progress is reported.
-        budget: of the steps that have none.
-        after: called with each finished stage.
-    """
+    """Bring every step to its manifest, and call `after` with each finished stage. `budget` is that of the steps which
+    have none. Raises WinnowError at the first step that fails."""
     steps, manifests = list(steps), {}
     for number, step in enumerate(steps, 1):
         log.steps = (number, len(steps)) if len(steps) > 1 else None

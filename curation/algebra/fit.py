@@ -23,12 +23,7 @@ def columns_of(node: Node) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Survivors(View):
-    """What a fitted tree keeps of a pool, as a view.
-
-    Attributes:
-        node: the tree.
-        states: of its filters.
-    """
+    """What a tree with the fitted states of its filters keeps of a pool, as a view."""
 
     node: Node = field(default_factory=All)
     states: tuple[State, ...] = ()
@@ -44,7 +39,7 @@ class Survivors(View):
         return digest_json([super().digest((*columns, *columns_of(self.node))), fingerprint(self.node)])
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        evaluator = TreeEvaluator(self.node, list(self.states))
+        evaluator = TreeEvaluator(self.node, self.states)
         for batch in super().batches(tuple(dict.fromkeys((*columns, *columns_of(self.node))))):
             yield batch.filter(mask_array(evaluator.mask(batch))).select(list(columns))
 
@@ -56,12 +51,7 @@ def fit_tree(node: Node, view: View, fit: Fit) -> list[State]:
     """The states of a tree's filters, in the order of `node.filters()`.
 
     A filter with the scope "survivors" is fitted to what the earlier members of every enclosing `all` kept. The members
-    of an `any` do not affect each other.
-
-    Args:
-        node: the tree.
-        view: of the pool.
-        fit: fits one filter to a view.
+    of an `any` do not affect each other. `fit` fits one filter to a view.
     """
 
     def walk(part: Node, before: tuple[tuple[Node, tuple[State, ...]], ...]) -> tuple[State, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +17,11 @@ from winnow.infra.errors import UsageError
 
 @dataclass
 class NodeCounts:
-    """Counts of one node.
+    """Counts of samples at one node.
 
     Attributes:
-        kept, dropped: samples.
-        alone: samples that it drops and that the tree would keep without it.
-        nan: samples without a finite value in a column that the filter needs.
+        alone: dropped by it, and kept by the tree without it.
+        nan: without a finite value in a column that the filter needs.
         state, facts: of a filter: what `fit` and `report` returned.
     """
 
@@ -40,12 +39,12 @@ class NodeCounts:
     @staticmethod
     def of(node: Node, states: Iterator[State]) -> NodeCounts:
         label = str(node) if isinstance(node, Filter) else node.tree_key if node.children else "no filter"
-        counts = NodeCounts(node, label, node.tree_key)
         if isinstance(node, Filter):
-            counts.state = next(states)
-            counts.facts = node.report(counts.state)
-        counts.children = [NodeCounts.of(child, states) for child in node.children]
-        return counts
+            state = next(states)
+            return NodeCounts(node, label, node.tree_key, state=state, facts=node.report(state))
+        return NodeCounts(
+            node, label, node.tree_key, children=[NodeCounts.of(child, states) for child in node.children]
+        )
 
     def leaves(self) -> Iterator[NodeCounts]:
         """Those of the filters, in order."""
@@ -71,17 +70,11 @@ class NodeDecision:
 
 
 class TreeEvaluator:
-    """Applies a fitted tree batch by batch and counts.
+    """Applies a fitted tree batch by batch and counts. `states` are in the order of `node.filters()`."""
 
-    Args:
-        node: the tree.
-        states: of its filters, in the order of `node.filters()`.
-    """
-
-    def __init__(self, node: Node, states: list[State]) -> None:
-        if len(states) != sum(1 for _ in node.filters()):
+    def __init__(self, node: Node, states: Sequence[State]) -> None:
+        if len(states) != len(list(node.filters())):
             raise ValueError("one state for each filter")
-        self.node = node
         self.counts = NodeCounts.of(node, iter(states))
 
     def mask(self, batch: pa.Table) -> np.ndarray:
@@ -149,26 +142,23 @@ class TreeEvaluator:
         counts.kept += kept
         counts.dropped += len(mask) - kept
         counts.alone += int(np.count_nonzero(decides & ~mask))
-        parts = [masks[id(child)] for child in counts.children]
-        for i, child in enumerate(counts.children):
-            others = [part for j, part in enumerate(parts) if j != i]
+        for child in counts.children:
+            others = [masks[id(other)] for other in counts.children if other is not child]
             if isinstance(counts.node, Not):
                 inner = np.zeros_like(decides)  # what a child under `not` drops is what is kept
             elif isinstance(counts.node, AnyOf):
                 inner = decides & ~np.logical_or.reduce([np.zeros_like(decides), *others])
             else:
-                inner = decides & np.logical_and.reduce([np.ones_like(decides), *others])
+                inner = np.logical_and.reduce([decides, *others])
             self._count(child, masks, inner)
 
     def _first(
         self, counts: NodeCounts, masks: dict[int, np.ndarray], rows: np.ndarray, labels: list[str], codes: np.ndarray
     ) -> None:
         if isinstance(counts.node, All) and counts.children:
-            left = rows.copy()
             for child in counts.children:
-                here = left & ~masks[id(child)]
-                self._first(child, masks, here, labels, codes)
-                left &= ~here
+                self._first(child, masks, rows & ~masks[id(child)], labels, codes)
+                rows = rows & masks[id(child)]
             return
         codes[rows] = len(labels)
         labels.append(str(counts.node))

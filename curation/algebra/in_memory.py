@@ -13,38 +13,33 @@ from winnow.curation.algebra.fit import Survivors, columns_of, fit_tree
 from winnow.curation.algebra.funnel import TreeEvaluator
 from winnow.curation.algebra.nodes import Node
 from winnow.curation.columns.table import State, View
+from winnow.curation.filters.base import Filter
 from winnow.infra.errors import UsageError
 from winnow.infra.io.arrow import mask_array
 
 
 class TableView(View):
-    """The columns of a table, as a filter's `fit` reads those of a pool.
+    """The columns of a table, as a filter's `fit` reads those of a pool. `parent` is the table it is a part of."""
 
-    Args:
-        table: measured columns are named as filters name them (`clip.score`).
-        whole: the table that this one is a part of.
-    """
-
-    def __init__(self, table: pa.Table, whole: TableView | None = None) -> None:
+    def __init__(self, table: pa.Table, parent: TableView | None = None) -> None:
         super().__init__(pool=None)  # type: ignore[arg-type]
         object.__setattr__(self, "data", table)
-        object.__setattr__(self, "_whole", whole)
+        object.__setattr__(self, "parent", parent)
 
     data: pa.Table
+    parent: TableView | None
 
     def __len__(self) -> int:
         return int(self.data.num_rows)
 
     @property
     def whole(self) -> View:
-        return getattr(self, "_whole", None) or self
+        return self.parent or self
 
     def check(self, columns: Sequence[str]) -> None:
-        missing = [column for column in columns if column not in self.data.column_names]
-        if missing:
-            raise UsageError(
-                f'the table has no column "{missing[0]}"', do=f"It has: {', '.join(sorted(self.data.column_names))}."
-            )
+        names = self.data.column_names
+        if missing := [column for column in columns if column not in names]:
+            raise UsageError(f'the table has no column "{missing[0]}"', do=f"It has: {', '.join(sorted(names))}.")
 
     def knows(self, column: str) -> bool:
         return True
@@ -59,12 +54,7 @@ class TableView(View):
 
 @dataclass(frozen=True)
 class Fitted:
-    """A tree of filters that was fitted to a table.
-
-    Attributes:
-        node: the tree.
-        states: what each of its filters was fitted to, in order.
-    """
+    """A tree of filters that was fitted to a table. `states` has what each filter learned, in order."""
 
     node: Node
     states: tuple[State, ...]
@@ -89,7 +79,7 @@ class Fitted:
         """
         table = as_table(data)
         TableView(table).check(columns_of(self.node))
-        return TreeEvaluator(self.node, list(self.states)).mask(table)
+        return TreeEvaluator(self.node, self.states).mask(table)
 
 
 def fit(node: Node, data: Any) -> Fitted:
@@ -117,11 +107,11 @@ def fit(node: Node, data: Any) -> Fitted:
     view = TableView(table)
     view.check(columns_of(node))
 
-    def fit_one(item: Any, seen: View) -> State:
+    def fit_one(item: Filter, seen: View) -> State:
         if not isinstance(seen, Survivors):
-            return dict(item.fit(view))
-        kept = TreeEvaluator(seen.node, list(seen.states)).mask(table)
-        return dict(item.fit(TableView(table.filter(mask_array(kept)), view)))
+            return item.fit(view)
+        kept = TreeEvaluator(seen.node, seen.states).mask(table)
+        return item.fit(TableView(table.filter(mask_array(kept)), view))
 
     return Fitted(node, tuple(fit_tree(node, view, fit_one)))
 

@@ -47,47 +47,37 @@ def _by_operator(node: Node) -> bool:
     return len(node.children) > 1 and not any(type(child) is type(node) for child in node.children)
 
 
-def _joined(node: Node, sign: str) -> str:
-    if _by_operator(node):
-        return f" {sign} ".join(_wrapped(child) for child in node.children)
-    inner = ", ".join(map(str, node.children)) + ("," if len(node.children) == 1 else "")
-    return f"{type(node).__name__}({f'({inner})' if inner else ''})"
-
-
 def _wrapped(node: Node) -> str:
-    return f"({node})" if isinstance(node, (All, AnyOf)) and _by_operator(node) else str(node)
+    return f"({node})" if isinstance(node, _Join) and _by_operator(node) else str(node)
 
 
 @dataclass(frozen=True)
-class All(Node):
-    """Keeps what every child keeps. Without children it keeps everything (no filter)."""
-
+class _Join(Node):
     nodes: tuple[Node, ...] = ()
 
-    tree_key: ClassVar[str] = "all"
+    sign: ClassVar[str]
 
     @property
     def children(self) -> tuple[Node, ...]:
         return self.nodes
 
     def __str__(self) -> str:
-        return _joined(self, "&")
+        if _by_operator(self):
+            return f" {self.sign} ".join(map(_wrapped, self.nodes))
+        inner = ", ".join(map(str, self.nodes)) + ("," if len(self.nodes) == 1 else "")
+        return f"{type(self).__name__}({f'({inner})' if inner else ''})"
 
 
-@dataclass(frozen=True)
-class AnyOf(Node):
+class All(_Join):
+    """Keeps what every child keeps. Without children it keeps everything (no filter)."""
+
+    tree_key, sign = "all", "&"
+
+
+class AnyOf(_Join):
     """Keeps what at least one child keeps."""
 
-    nodes: tuple[Node, ...]
-
-    tree_key: ClassVar[str] = "any"
-
-    @property
-    def children(self) -> tuple[Node, ...]:
-        return self.nodes
-
-    def __str__(self) -> str:
-        return _joined(self, "|")
+    tree_key, sign = "any", "|"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from winnow.curation.algebra.nodes import All, AnyOf, Node, Not
 from winnow.curation.filters import FILTERS
 from winnow.curation.filters.base import Filter
-from winnow.infra.errors import UsageError
+from winnow.curation.located import load_class, located
 from winnow.infra.io.content import content_digest
 from winnow.infra.params import ParameterError, build
 from winnow.infra.registry import unknown
@@ -39,42 +39,24 @@ def parse(tree: Any) -> Node:
         names = ", ".join(map(str, tree))
         raise ParameterError(f"one filter at a time, these are {names}", do="Join them under `all:`.")
     name, body = next(iter(tree.items()))
-    try:
-        return _parse_node(str(name), body)
-    except ParameterError as error:
-        raise error.below(name) from None
-    except UsageError as error:
-        raise ParameterError(error.what, do=error.do).below(name) from None
-
-
-def _parse_node(name: str, body: Any) -> Node:
-    if name == "not":
-        return Not(parse(body))
-    if name not in _JOINS:
-        return _parse_filter(name, {} if body is None else body)
-    if not isinstance(body, (list, tuple)) or not body:
-        raise ParameterError(f"`{name}` takes a list of filters")
-    nodes = []
-    for i, child in enumerate(body):
-        try:
-            nodes.append(parse(child))
-        except ParameterError as error:
-            raise error.below(i) from None
-    return _JOINS[name](tuple(nodes))
+    with located(name):
+        if name == "not":
+            return Not(parse(body))
+        if name not in _JOINS:
+            return _parse_filter(str(name), body)
+        if not isinstance(body, (list, tuple)) or not body:
+            raise ParameterError(f"`{name}` takes a list of filters")
+        nodes = []
+        for i, child in enumerate(body):
+            with located(i):
+                nodes.append(parse(child))
+        return _JOINS[name](tuple(nodes))
 
 
 def _parse_filter(name: str, given: Any) -> Filter:
     if ":" not in name and name not in FILTERS.table:
         raise unknown("filter", name, [*FILTERS.table, *_JOINS, "not"])
-    kind = FILTERS.load(name)
-    if not (inspect.isclass(kind) and issubclass(kind, Filter) and hasattr(kind, "__pydantic_fields__")):
-        raise UsageError(
-            f"{kind} is not a Filter",
-            do="A filter derives from winnow.curation.filters.base.Filter and is decorated with "
-            "winnow.infra.params.params.",
-        )
-    if not isinstance(given, Mapping):
-        raise UsageError(f"{kind.name}: parameters are written `name: value`, this is {given!r}")
+    kind, given = load_class(FILTERS, name, Filter, given)  # type: ignore[type-abstract]
     return build(kind, given, kind.name)
 
 
@@ -88,11 +70,8 @@ def unparse(node: Node) -> dict[str, Any]:
 
 
 def fingerprint(node: Node) -> Any:
-    """What decides a tree's decision besides the data: parameters, versions, and the source of custom filters.
-
-    JSON values. Targets are left out, because their content is an input of its own. Files are represented by their
-    content.
-    """
+    """What decides a tree's decision besides the data, as JSON values: parameters, versions, and the source of custom
+    filters. Targets are left out, because their content is an input itself. Files are represented by their content."""
     if not isinstance(node, Filter):
         return {node.tree_key: [fingerprint(child) for child in node.children]}
     name, params = FILTERS.name_of(type(node)), node.identity()

@@ -88,10 +88,8 @@ class _Store:
 
     def append(self, block: np.ndarray) -> None:
         if self.dim and block.shape[1] != self.dim:
-            raise WinnowError(
-                f'embeddings of "{self.column}" have {block.shape[1]} dimensions in one shard, {self.dim} in another',
-                do="Measure the pool again with one scorer.",
-            )
+            what = f'embeddings of "{self.column}" have {block.shape[1]} dimensions in one shard, {self.dim} in another'
+            raise WinnowError(what, do="Measure the pool again with one scorer.")
         self.dim = block.shape[1]
         self.rows += len(block)
         self.file.write(np.ascontiguousarray(block, dtype=np.float16).tobytes())
@@ -135,13 +133,9 @@ def target_vectors(view: View, target: str | tuple[str, ...], column: str) -> np
 
 
 def passing(cutoff: Threshold, uids: np.ndarray, scores: np.ndarray, total: int) -> np.ndarray:
-    """Which samples a threshold keeps by their scores; bool, shape [n].
+    """Which samples a threshold keeps by their scores (float, NaN where there is none, shape [n]); bool, shape [n].
 
-    Args:
-        cutoff: a threshold, a fraction or a budget.
-        uids: dtype u8,u8, shape [n].
-        scores: float, NaN where there is none, shape [n].
-        total: rows of the pool, at least n. In a fraction, those without a score count as the lowest.
+    `total`, at least n, is the number of rows of the pool. In a fraction, those without a score count as the lowest.
     """
     named = pa.array(encode_uids(uids)) if cutoff.keep is not None else pa.nulls(len(uids), pa.string())
     absent = total - len(uids)

@@ -23,14 +23,15 @@ from winnow.infra.stages.stage import need_manifest
 # What a filter's `fit` learns about a pool: arrays by name, so that they can be kept in a file.
 State = dict[str, np.ndarray]
 
-# The measure that provides a column of DataComp's metadata.
+_DATACOMP = {
+    "b32": ("b32_img", "b32_txt", "clip_b32_similarity_score"),
+    "l14": ("l14_img", "l14_txt", "clip_l14_similarity_score"),
+}
+# How a recipe gets a column of DataComp's metadata that its pool lacks.
 _STAND_INS = {
-    "clip_b32_similarity_score": "clip (with scorer ViT-B-32:openai), as `clip_score: {model: scorer}`",
-    "clip_l14_similarity_score": "clip (with scorer ViT-L-14:openai), as `clip_score: {model: scorer}`",
-    "l14_img": "clip (with scorer ViT-L-14:openai), as `clip.image`",
-    "l14_txt": "clip (with scorer ViT-L-14:openai), as `clip.text`",
-    "b32_img": "clip (with scorer ViT-B-32:openai), as `clip.image`",
-    "b32_txt": "clip (with scorer ViT-B-32:openai), as `clip.text`",
+    column: f"clip (with scorer ViT-{model[0].upper()}-{model[1:]}:openai), as `{use}`"
+    for model, columns in _DATACOMP.items()
+    for column, use in zip(columns, ("clip.image", "clip.text", "clip_score: {model: scorer}"), strict=True)
 }
 
 
@@ -40,19 +41,9 @@ def measure_of(column: str) -> str | None:
     return name if dot else None
 
 
-_DATACOMP = {
-    "b32": ("b32_img", "b32_txt", "clip_b32_similarity_score"),
-    "l14": ("l14_img", "l14_txt", "clip_l14_similarity_score"),
-}
-
-
 def model_columns(model: str) -> tuple[str, str, str]:
-    """The columns of a model's image embeddings, text embeddings and scores.
-
-    Args:
-        model: `scorer`, the recipe's; `b32` or `l14`, those in DataComp's metadata; or an instance of the measure
-            `clip`.
-    """
+    """The columns of a model's image embeddings, text embeddings and scores. The model is `scorer`, the recipe's; `b32`
+    or `l14`, those in DataComp's metadata; or an instance of the measure `clip`."""
     name = "clip" if model == "scorer" else model
     return _DATACOMP.get(model) or (f"{name}.image", f"{name}.text", f"{name}.score")
 
@@ -81,11 +72,8 @@ class View:
         if "columns" not in manifest.values:
             raise UsageError("holds no columns", where=self.columns_url)
         if manifest.parents["pool"] != self.pool.digest:
-            raise UsageError(
-                f"the columns were measured on another pool than {self.pool.url}, or on an earlier version of it",
-                where=self.columns_url,
-                do="Measure this one.",
-            )
+            what = f"the columns were measured on another pool than {self.pool.url}, or on an earlier version of it"
+            raise UsageError(what, where=self.columns_url, do="Measure this one.")
         return dict(manifest.values["columns"])
 
     def check(self, columns: Sequence[str]) -> None:
@@ -103,17 +91,13 @@ class View:
             if column in FEATURES:
                 for shard in self.pool.shards:
                     if shard.features is None and not shard.tars:
-                        raise WinnowError(
-                            f'no "{column}": {shard.name}.npz is missing', where=shard.view, do="Download it."
-                        )
+                        what = f'no "{column}": {shard.name}.npz is missing'
+                        raise WinnowError(what, where=shard.view, do="Download it.")
             if measure is not None and measure not in ids:
                 if measure not in MEASURES.table:
                     raise unknown("measure", measure, [*ids, *MEASURES.table])
-                raise WinnowError(
-                    f'column "{column}" has not been measured',
-                    where=self.pool.url,
-                    do=f"Run the measure `{measure}` on this pool first.",
-                )
+                do = f"Run the measure `{measure}` on this pool first."
+                raise WinnowError(f'column "{column}" has not been measured', where=self.pool.url, do=do)
 
     def knows(self, column: str) -> bool:
         """Whether a column can be read: a pool column, or a measured one after the measures have run."""
@@ -146,18 +130,14 @@ class View:
         """The named columns of a shard, each once, with the rows in the order of the shard."""
         columns = list(dict.fromkeys(columns))
         ids = self._ids() if ids is None else ids
-        local = [column for column in columns if measure_of(column) is None]
-        if len(local) == len(columns):
-            return shard.table(columns)
-        arrays = {}
-        if local:
-            table = shard.table(local)
-            arrays.update({name: table[name] for name in local})
         by_measure: dict[str, list[str]] = {}
         for column in columns:
-            name, _, field_name = column.partition(".")
-            if field_name:
-                by_measure.setdefault(name, []).append(field_name)
+            if measure := measure_of(column):
+                by_measure.setdefault(measure, []).append(column.removeprefix(f"{measure}."))
+        if not by_measure:
+            return shard.table(columns)
+        local = [column for column in columns if measure_of(column) is None]
+        arrays = dict(zip(local, shard.table(local).columns, strict=True)) if local else {}
         for measure, fields in by_measure.items():
             assert self.columns_url is not None
             url = storage.join(self.columns_url, ids[measure], f"{shard.name}.parquet")
@@ -167,11 +147,8 @@ class View:
                 except (pa.ArrowException, OSError) as error:
                     raise unreadable(url, error) from error
             if table.num_rows != shard.rows:
-                raise WinnowError(
-                    f"measure {measure} has {table.num_rows} rows, the shard {shard.rows}",
-                    where=url,
-                    do="Remove that directory and measure again.",
-                )
+                what = f"measure {measure} has {table.num_rows} rows, the shard {shard.rows}"
+                raise WinnowError(what, where=url, do="Remove that directory and measure again.")
             arrays.update({f"{measure}.{name}": table[name] for name in fields})
         return pa.table({column: arrays[column] for column in columns})
 

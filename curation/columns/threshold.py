@@ -52,9 +52,8 @@ class Threshold:
             said = f", not {' and '.join(given)}" if given else ""
             raise ParameterError(f"{name} takes either a fraction, a threshold or keep{said}", do="Give exactly one.")
         if self.of != "pool" and self.threshold is not None:
-            raise ParameterError(
-                f"{name}: `of` goes with a fraction or with keep, a threshold is the same for all"
-            ).below("of")
+            what = f"{name}: `of` goes with a fraction or with keep, a threshold is the same for all"
+            raise ParameterError(what).below("of")
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -14,11 +14,12 @@ from pydantic import Field
 
 from winnow.curation.algebra.nodes import Node
 from winnow.curation.columns.table import State, View, numbers
+from winnow.curation.columns.threshold import Threshold
 from winnow.infra.params import lists
 from winnow.infra.pool.uids import decode_uids, is_member, sort_uids
 
 __all__ = ["Filter", "Fraction", "Model", "Names", "Positive", "Scope", "Search", "SelectionFilter", "State", "View"]
-__all__ += ["as_state", "numbers"]
+__all__ += ["ThresholdFilter", "as_state", "each", "numbers"]
 
 # Types of parameters that several filters have.
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -121,13 +122,9 @@ class Filter(Node, abc.ABC):
 
     def given(self) -> dict[str, Any]:
         """The parameters that differ from their defaults."""
-        kind: Any = type(self)
-        values = {name: (getattr(self, name), info) for name, info in kind.__pydantic_fields__.items()}
-        return {
-            name: value
-            for name, (value, info) in values.items()
-            if value != info.get_default(call_default_factory=True)
-        }
+        fields: dict[str, Any] = type(self).__pydantic_fields__  # type: ignore[attr-defined]
+        defaults = {name: info.get_default(call_default_factory=True) for name, info in fields.items()}
+        return {name: value for name, default in defaults.items() if (value := getattr(self, name)) != default}
 
     def yaml(self) -> dict[str, Any]:
         """`given` as YAML holds it."""
@@ -145,22 +142,41 @@ class Filter(Node, abc.ABC):
         return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.given().items())})"
 
 
+class ThresholdFilter(Filter):
+    """A filter by a score. Its parameters `fraction`, `threshold`, `keep` and `of`, as far as a subclass declares them,
+    are those of `winnow.curation.columns.threshold.Threshold`; exactly one of the first three must be given."""
+
+    fraction: float | None = None
+    threshold: float | None = None
+    keep: int | None = None
+    of: Scope = "pool"
+
+    def __post_init__(self) -> None:
+        self.cutoff.check(self.name)
+
+    @property
+    def cutoff(self) -> Threshold:
+        return Threshold(self.fraction, self.threshold, self.keep, self.of)
+
+
 class SelectionFilter(Filter):
     """A filter whose `fit` returns the uids it keeps, sorted, as `kept`. Samples that were not fitted are dropped."""
+
+    def columns(self) -> tuple[str, ...]:
+        return ("uid", *self.numeric())
 
     def mask(self, batch: pa.Table, state: State) -> np.ndarray:
         return is_member(decode_uids(batch["uid"]), state["kept"])
 
 
 def as_state(uids: np.ndarray, mask: np.ndarray, **more: np.ndarray) -> State:
-    """The state of a `SelectionFilter`.
-
-    Args:
-        uids: dtype u8,u8, shape [n].
-        mask: which are kept, bool, shape [n].
-        more: further arrays, for `report`.
-    """
+    """The state of a `SelectionFilter` that keeps the uids of a mask, bool [n], and further arrays, for `report`."""
     return {"kept": sort_uids(uids[mask]), **more}
+
+
+def each(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The words of a parameter that takes one or several."""
+    return (value,) if isinstance(value, str) else value
 
 
 def _brief(column: pa.ChunkedArray) -> Any:

@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 
 from winnow.curation.columns.table import View, model_columns
-from winnow.curation.columns.threshold import Threshold, scores_of
-from winnow.curation.filters.base import Filter, Fraction, Model, Positive, Scope, State
+from winnow.curation.columns.threshold import scores_of
+from winnow.curation.filters.base import Fraction, Model, Positive, Scope, State, ThresholdFilter
 from winnow.infra.params import params
 
 
 @params
-class ClipScore(Filter):
+class ClipScore(ThresholdFilter):
     """Keep samples whose score reaches a threshold, which is given or follows from how many to keep.
 
     Gadre et al. 2023 (DataComp), "CLIP score filtering" (threshold: Schuhmann et al. 2022, LAION);
@@ -40,13 +40,6 @@ class ClipScore(Filter):
     name: ClassVar[str] = "clip_score"
     paper: ClassVar[str] = "Gadre et al. 2023 (DataComp); Fang et al. 2023 (DFN)"
     example: ClassVar[Mapping[str, Any]] = {"fraction": 0.3}
-
-    def __post_init__(self) -> None:
-        self.cutoff.check(self.name)
-
-    @property
-    def cutoff(self) -> Threshold:
-        return Threshold(self.fraction, self.threshold, self.keep, self.of)
 
     @property
     def column(self) -> str:

@@ -47,9 +47,6 @@ class ClusterBalanced(SelectionFilter):
     paper: ClassVar[str] = "Vo et al. 2024 (automatic data curation)"
     example: ClassVar[dict[str, Any]] = {"clusters": 100, "fraction": 0.3}
 
-    def columns(self) -> tuple[str, ...]:
-        return ("uid", self.column)
-
     def numeric(self) -> tuple[str, ...]:
         return (self.column,)
 
@@ -69,13 +66,8 @@ class ClusterBalanced(SelectionFilter):
 
 
 def quotas(sizes: np.ndarray, budget: int, power: float) -> np.ndarray:
-    """How many to draw from each cluster: min(s, c s^power) in whole numbers that sum to the budget. Shape [k].
-
-    Args:
-        sizes: s, shape [k].
-        budget: at most the sum of the sizes.
-        power: in [0, 1].
-    """
+    """How many to draw from each cluster of sizes s, shape [k]: min(s, c s^power) in whole numbers, shape [k], that sum
+    to the budget, which is at most the sum of the sizes."""
     weight = np.where(sizes > 0, np.maximum(sizes, 1.0) ** power, 0.0)
     # Clusters fill up in the order of s / weight. The cap c is where the clusters that are not full take the rest.
     order = np.argsort(np.where(sizes > 0, sizes / np.maximum(weight, 1e-300), -1), kind="stable")

@@ -9,9 +9,8 @@ import numpy as np
 from pydantic import Field
 
 from winnow.curation.columns.pool_columns import collect
-from winnow.curation.columns.table import View, model_columns
-from winnow.curation.columns.threshold import Threshold
-from winnow.curation.filters.base import Fraction, Model, Positive, Scope, SelectionFilter, State, as_state
+from winnow.curation.columns.table import State, View, model_columns
+from winnow.curation.filters.base import Fraction, Model, Positive, Scope, SelectionFilter, ThresholdFilter, as_state
 from winnow.curation.search.neighbours import nearest_neighbours
 from winnow.infra.errors import WinnowError
 from winnow.infra.params import params
@@ -21,7 +20,7 @@ _FEATURES = {"image": slice(0, 1), "text": slice(1, 2), "both": slice(0, 2)}
 
 
 @params
-class D2Pruning(SelectionFilter):
+class D2Pruning(ThresholdFilter, SelectionFilter):
     """Select samples one by one by their and their neighbours' scores, lowering those of the neighbours each time.
 
     Maharana et al. 2023 (D2 Pruning), section 3. With N(i) the k nearest neighbours of i by Euclidean distance d:
@@ -61,12 +60,6 @@ class D2Pruning(SelectionFilter):
     paper: ClassVar[str] = "Maharana et al. 2023 (D2 Pruning)"
     example: ClassVar[dict[str, Any]] = {"fraction": 0.3}
 
-    def __post_init__(self) -> None:
-        Threshold(self.fraction, None, self.keep, self.of).check(self.name)
-
-    def columns(self) -> tuple[str, ...]:
-        return ("uid", *self.numeric())
-
     def numeric(self) -> tuple[str, ...]:
         return (*model_columns(self.model)[_FEATURES[self.features]], self.score or model_columns(self.model)[2])
 
@@ -76,7 +69,7 @@ class D2Pruning(SelectionFilter):
         if len(pool) <= self.neighbors:
             raise WinnowError(f"{len(pool)} samples have no {self.neighbors} neighbours each", do="Ask for fewer.")
         parts = list(pool.vectors.values())
-        points = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        points = np.concatenate(parts, axis=1) if parts[1:] else parts[0]
         neighbours, squared, recall = nearest_neighbours(points, self.neighbors)
         budget = int(pool.total * self.fraction) if self.fraction is not None else int(self.keep or 0)
         x = forward(pool.numbers[score], neighbours, squared, self.gamma_f)
@@ -92,13 +85,11 @@ def forward(scores: np.ndarray, neighbours: np.ndarray, squared: np.ndarray, gam
 
 
 def select(x: np.ndarray, neighbours: np.ndarray, weights: np.ndarray, budget: int) -> list[int]:
-    """The samples in the order of their selection.
+    """The samples in the order of their selection, up to the budget.
 
     Args:
         x: node values, float64, shape [n].
-        neighbours: shape [n, k].
-        weights: of the reverse messages, shape [n, k].
-        budget: how many to select.
+        neighbours, weights: of the reverse messages, shape [n, k].
     """
     now = x.tolist()
     heap = [(-value, i) for i, value in enumerate(now)]

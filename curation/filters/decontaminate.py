@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 
 from winnow.curation.columns.pool_columns import collect
-from winnow.curation.columns.table import View
-from winnow.curation.filters.base import Filter, Fraction, Names, State
+from winnow.curation.columns.table import View, missing
+from winnow.curation.filters.base import Filter, Fraction, Names, State, each
 from winnow.curation.filters.near_duplicates import HASH, VECTOR, Radius
 from winnow.curation.search.hamming import hamming_pairs
 from winnow.curation.search.neighbours import cosine_pairs
 from winnow.infra.errors import WinnowError
-from winnow.infra.io.arrow import as_matrix
+from winnow.infra.io.arrow import as_matrix, mask_array
 from winnow.infra.params import ParameterError, params
 from winnow.infra.pool.uids import decode_uids, is_member, sort_uids
 
@@ -60,7 +60,7 @@ class Decontaminate(Filter):
         return self.target_columns()
 
     def targets(self) -> tuple[str, ...]:
-        return (self.target,) if isinstance(self.target, str) else self.target
+        return each(self.target)
 
     def target_columns(self) -> tuple[str, ...]:
         hashed = (HASH,) if self.radius is not None else ()
@@ -95,8 +95,7 @@ class Decontaminate(Filter):
         for target in self.targets():
             name = target.rstrip("/").rsplit("/", 1)[-1]
             for shard, batch in view.target(target).shards(self.target_columns()):
-                known = ~np.logical_or.reduce([np.asarray(batch[column].is_null()) for column in batch.column_names])
-                batch = batch.filter(pa.array(known))
+                batch = batch.filter(mask_array(~missing(batch, batch.column_names)))
                 task = task_name(shard, name)
                 if task not in names:
                     names.append(task)
@@ -117,12 +116,8 @@ class Decontaminate(Filter):
 
     def report(self, state: State) -> dict[str, Any]:
         rows = zip(*(state[name].tolist() for name in ("tasks", "images", "samples", "leaked")), strict=True)
-        return {
-            "tasks": {
-                task: {"images": images, "near_samples": samples, "leaked_images": leaked}
-                for task, images, samples, leaked in rows
-            }
-        }
+        keys = ("images", "near_samples", "leaked_images")
+        return {"tasks": {task: dict(zip(keys, counts, strict=True)) for task, *counts in rows}}
 
 
 def task_name(shard: str, folder: str) -> str:

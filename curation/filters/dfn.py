@@ -16,11 +16,7 @@ class Dfn(ClipScore):
     Fang et al. 2023 (Data Filtering Networks), section 3. The decision is that of `clip_score`; the network differs.
     The recipe describes its training (`scorer: {trusted: {pool: TRUSTED}, train: {...}}`) or names a published
     network. The separate name makes reports say which of the two was meant.
-
-    Args:
-        fraction: of the pool, in (0, 1] (the paper: 0.15 to 0.2).
-        threshold: of the score; instead of a fraction.
-        keep, of: as for `clip_score`.
+    The parameters are those of `clip_score`; the paper keeps a fraction of 0.15 to 0.2.
     """
 
     name: ClassVar[str] = "dfn"

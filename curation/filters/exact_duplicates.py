@@ -8,8 +8,9 @@ from typing import ClassVar
 import numpy as np
 import pyarrow as pa
 
-from winnow.curation.columns.table import View
-from winnow.curation.filters.base import Names, Scope, SelectionFilter, State, as_state, numbers
+from winnow.curation.columns.table import View, missing
+from winnow.curation.filters.base import Names, Scope, SelectionFilter, State, as_state, each, numbers
+from winnow.infra.io.arrow import mask_array
 from winnow.infra.params import params
 from winnow.infra.pool.uids import UID_DTYPE, decode_uids
 
@@ -36,22 +37,18 @@ class ExactDuplicates(SelectionFilter):
     name: ClassVar[str] = "exact_duplicates"
     paper: ClassVar[str] = "sha256 of the file"
 
-    def _by(self) -> tuple[str, ...]:
-        return (self.by,) if isinstance(self.by, str) else self.by
-
     def columns(self) -> tuple[str, ...]:
-        return ("uid", *self._by(), *((self.score,) if self.score else ()))
+        return (*super().columns(), *((self.score,) if self.score else ()))
 
     def numeric(self) -> tuple[str, ...]:
-        return self._by()
+        return each(self.by)
 
     def fit(self, view: View) -> State:
         uids, marks, scores = [np.empty(0, UID_DTYPE)], [np.empty(0, UID_DTYPE)], [np.empty(0)]
         for batch in view.batches(self.columns()):
-            there = ~np.logical_or.reduce([np.asarray(batch[name].is_null()) for name in self._by()])
-            batch = batch.filter(pa.array(there))
+            batch = batch.filter(mask_array(~missing(batch, self.numeric())))
             uids.append(decode_uids(batch["uid"]))
-            marks.append(fingerprints([batch[name] for name in self._by()]))
+            marks.append(fingerprints([batch[name] for name in self.numeric()]))
             if self.score:
                 scores.append(numbers(batch[self.score]))
         mark = np.concatenate(marks)

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from winnow.curation.columns.pool_columns import dimensions
+from winnow.curation.columns.pool_columns import dimensions, split_targets
 from winnow.curation.columns.table import View, finite_matrix
-from winnow.curation.filters.base import Filter, Names, Positive, Search, State
-from winnow.curation.search.centroids import NearestCentroid, fitted_state, nearest_centroid_of
+from winnow.curation.filters.base import Filter, Names, Positive, Search, State, each
+from winnow.curation.search.centroids import NearestCentroid, fitted_state, hit_report, nearest_centroid_of
 from winnow.curation.search.kmeans import check_clusters, enough, sample_vectors, train_centroids
 from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrays import is_array, load_matrix, matrix_shape
@@ -71,26 +71,20 @@ class ImageBased(Filter):
 
     def __post_init__(self) -> None:
         if self.targets() and self.arrays():
-            raise ParameterError(
-                f"image_based: {self.arrays()[0]} is an array and {self.targets()[0]} a folder",
-                do="The targets are either all arrays or all folders.",
-            ).below("target")
+            what = f"image_based: {self.arrays()[0]} is an array and {self.targets()[0]} a folder"
+            raise ParameterError(what, do="The targets are either all arrays or all folders.").below("target")
         check_clusters(self.name, self.clusters, self.sample)
         if self.centroids is not None and not is_array(self.centroids):
-            raise ParameterError(
-                f'image_based: centroids "{self.centroids}" is not a .npy file',
-                do="Save them with `numpy.save`, or leave them out to cluster the pool.",
-            ).below("centroids")
-
-    def _named(self) -> tuple[str, ...]:
-        return (self.target,) if isinstance(self.target, str) else self.target
+            what = f'image_based: centroids "{self.centroids}" is not a .npy file'
+            do = "Save them with `numpy.save`, or leave them out to cluster the pool."
+            raise ParameterError(what, do=do).below("centroids")
 
     def targets(self) -> tuple[str, ...]:
-        return tuple(name for name in self._named() if not is_array(name))
+        return split_targets(self.target)[0]
 
     def arrays(self) -> tuple[str, ...]:
         """The targets that are array files."""
-        return tuple(name for name in self._named() if is_array(name))
+        return split_targets(self.target)[1]
 
     def target_columns(self) -> tuple[str, ...]:
         return (self.target_features or _MEASURED,)
@@ -107,12 +101,8 @@ class ImageBased(Filter):
         return (self.column,)
 
     def check(self, view: View) -> None:
-        """Refuse a pool or files that do not fit together.
-
-        Raises:
-            WinnowError: an empty target set, fewer samples than clusters, or embeddings of the pool, the centroids and
-                the targets that differ in dimension.
-        """
+        """Raises WinnowError for an empty target set, fewer samples than clusters, or embeddings of the pool, the
+        centroids and the targets that differ in dimension."""
         if self.centroids is None:
             enough(self.name, self.clusters, len(view))
         shapes = {name: matrix_shape(name) for name in self.arrays()}
@@ -121,7 +111,7 @@ class ImageBased(Filter):
             target = view.target(name)
             shapes[name] = (len(target), dimensions(target, self.target_columns()[0]) or 0)
         if len(known) == len(self.targets()) and not sum(rows for rows, _ in shapes.values()):
-            raise WinnowError("the target set is empty", where=", ".join(self._named()), do="Give one with images.")
+            raise WinnowError("the target set is empty", where=", ".join(shapes), do="Give one with images.")
         found = {f"the pool's {self.column}": dimensions(view, self.column)}
         if self.centroids is not None:
             found[f"the centroids {self.centroids}"] = matrix_shape(self.centroids)[1]
@@ -130,11 +120,9 @@ class ImageBased(Filter):
         found |= {f"the target {name}": width for name, (rows, width) in shapes.items() if rows}
         widths = {source: width for source, width in found.items() if width}
         if len(set(widths.values())) > 1:
-            raise WinnowError(
-                "embeddings differ in dimension: " + ", ".join(f"{source} has {n}" for source, n in widths.items()),
-                where="image_based",
-                do="All must come from one model; name the pool's column of its embeddings as `features`.",
-            )
+            listed = ", ".join(f"{source} has {n}" for source, n in widths.items())
+            do = "All must come from one model; name the pool's column of its embeddings as `features`."
+            raise WinnowError(f"embeddings differ in dimension: {listed}", where="image_based", do=do)
 
     def fit(self, view: View) -> State:
         self.check(view)
@@ -150,9 +138,8 @@ class ImageBased(Filter):
                 nearest_centroid.tune(vectors)
             hit[nearest_centroid(vectors)] = True
         if not hit.any():
-            raise WinnowError(
-                "the target set has no usable image", where=", ".join(self._named()), do="Give one that has."
-            )
+            where = ", ".join(each(self.target))
+            raise WinnowError("the target set has no usable image", where=where, do="Give one that has.")
         return fitted_state(nearest_centroid, hit)
 
     def _target_embeddings(self, view: View, block: int = 1 << 16) -> Any:
@@ -176,11 +163,7 @@ class ImageBased(Filter):
         return mask
 
     def report(self, state: State) -> dict[str, Any]:
-        return {
-            "clusters": len(state["hit"]),
-            "clusters with a target": int(state["hit"].sum()),
-            "recall of the search": float(state["recall"]),
-        }
+        return hit_report(state)
 
     def _caption(self, batch: pa.Table) -> np.ndarray:
         text = batch["text"]

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from winnow.curation.columns.table import View, finite_matrix
-from winnow.curation.filters.base import Filter, Names, Positive, Search, State
-from winnow.curation.search.centroids import NearestCentroid, fitted_state, nearest_centroid_of
+from winnow.curation.filters.base import Filter, Names, Positive, Search, State, each
+from winnow.curation.search.centroids import NearestCentroid, fitted_state, hit_report, nearest_centroid_of
 from winnow.curation.search.kmeans import check_clusters, enough, sample_vectors, train_centroids
 from winnow.infra.errors import WinnowError
 from winnow.infra.params import params
@@ -52,20 +52,15 @@ class ImageCluster(Filter):
     def columns(self) -> tuple[str, ...]:
         return (self.column,)
 
-    def numeric(self) -> tuple[str, ...]:
-        return (self.column,)
+    numeric = target_columns = columns
 
     def targets(self) -> tuple[str, ...]:
-        return (self.target,) if isinstance(self.target, str) else self.target
-
-    def target_columns(self) -> tuple[str, ...]:
-        return (self.column,)
+        return each(self.target)
 
     def check(self, view: View) -> None:
         enough(self.name, self.clusters, len(view))
-        if all(name in view.targets for name in self.targets()) and not sum(
-            len(view.target(name)) for name in self.targets()
-        ):
+        sizes = [len(view.target(name)) for name in self.targets() if name in view.targets]
+        if len(sizes) == len(self.targets()) and not sum(sizes):
             raise WinnowError("the target set is empty", where=", ".join(self.targets()), do="Give one with images.")
 
     def fit(self, view: View) -> State:
@@ -89,8 +84,4 @@ class ImageCluster(Filter):
         return (state["hit"] >= self.min_hits)[nearest_centroid_of(state)(vectors)] & usable
 
     def report(self, state: State) -> dict[str, Any]:
-        return {
-            "clusters": len(state["hit"]),
-            "clusters with a target": int((state["hit"] >= self.min_hits).sum()),
-            "recall of the search": float(state["recall"]),
-        }
+        return hit_report(state, self.min_hits)

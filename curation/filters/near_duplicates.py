@@ -56,12 +56,11 @@ class NearDuplicates(SelectionFilter):
 
     def __post_init__(self) -> None:
         if (self.radius is None) == (self.cosine is None):
-            raise ParameterError(
-                "near_duplicates takes either a radius or a cosine", do="Join two of them under `all:`."
-            )
+            what = "near_duplicates takes either a radius or a cosine"
+            raise ParameterError(what, do="Join two of them under `all:`.")
 
     def columns(self) -> tuple[str, ...]:
-        return ("uid", *self.numeric(), *((self.score,) if self.score else ()))
+        return (*super().columns(), *((self.score,) if self.score else ()))
 
     def numeric(self) -> tuple[str, ...]:
         return (self.column or (HASH if self.cosine is None else VECTOR),)

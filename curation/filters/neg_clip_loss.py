@@ -8,16 +8,15 @@ import numpy as np
 from pydantic import Field
 
 from winnow.curation.columns.pool_columns import collect, passing
-from winnow.curation.columns.table import View, model_columns
-from winnow.curation.columns.threshold import Threshold
-from winnow.curation.filters.base import Fraction, Model, Positive, Scope, SelectionFilter, State, as_state
+from winnow.curation.columns.table import State, View, model_columns
+from winnow.curation.filters.base import Fraction, Model, Positive, Scope, SelectionFilter, ThresholdFilter, as_state
 from winnow.infra.params import params
 
 _ROWS = 2048
 
 
 @params
-class NegClipLoss(SelectionFilter):
+class NegClipLoss(ThresholdFilter, SelectionFilter):
     """Keep samples whose negative CLIP loss, averaged over random batches, is largest.
 
     Wang et al. 2024 ("CLIPLoss and Norm-Based Data Selection Methods"), section 3.1: for sample i in a batch B, with
@@ -51,16 +50,6 @@ class NegClipLoss(SelectionFilter):
     paper: ClassVar[str] = "Wang et al. 2024 (negCLIPLoss, NormSim)"
     example: ClassVar[dict[str, Any]] = {"fraction": 0.3}
 
-    def __post_init__(self) -> None:
-        self.cutoff.check(self.name)
-
-    @property
-    def cutoff(self) -> Threshold:
-        return Threshold(self.fraction, self.threshold, self.keep, self.of)
-
-    def columns(self) -> tuple[str, ...]:
-        return ("uid", *self.numeric())
-
     def numeric(self) -> tuple[str, ...]:
         return model_columns(self.model)[:2]
 
@@ -76,13 +65,11 @@ class NegClipLoss(SelectionFilter):
 def neg_clip_loss(
     image: np.ndarray, text: np.ndarray, divisions: list[np.ndarray], tau: float, batch_size: int
 ) -> np.ndarray:
-    """negCLIPLoss of each pair, float64, shape [n].
+    """negCLIPLoss of each pair, float64, shape [n]. 2,048 rows of logits are in memory at a time.
 
     Args:
         image, text: L2-normalised embeddings, shape [n, d].
         divisions: permutations of 0 to n - 1; each is cut into batches of `batch_size`.
-        tau: temperature.
-        batch_size: of each division; 2,048 rows of logits are in memory at a time.
     """
     import torch
 

@@ -7,9 +7,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from winnow.curation.columns.pool_columns import dimensions, passing, split_targets, target_vectors
-from winnow.curation.columns.table import View, finite_matrix, measure_of
-from winnow.curation.columns.threshold import Threshold
-from winnow.curation.filters.base import Fraction, Names, Positive, Scope, SelectionFilter, State, as_state
+from winnow.curation.columns.table import State, View, finite_matrix, measure_of
+from winnow.curation.filters.base import Fraction, Names, Positive, Scope, SelectionFilter, ThresholdFilter, as_state
 from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrays import matrix_shape
 from winnow.infra.params import params
@@ -19,7 +18,7 @@ _ROWS = 1024
 
 
 @params
-class NormSim(SelectionFilter):
+class NormSim(ThresholdFilter, SelectionFilter):
     """Keep samples whose p-norm of the cosines with all target images is largest.
 
     Wang et al. 2024 ("CLIPLoss and Norm-Based Data Selection Methods"), section 3.2, with f the image embedding:
@@ -49,16 +48,6 @@ class NormSim(SelectionFilter):
     example: ClassVar[dict[str, Any]] = {"target": "targets", "threshold": 0.7}
     files: ClassVar[tuple[str, ...]] = ("target",)
 
-    def __post_init__(self) -> None:
-        self.cutoff.check(self.name)
-
-    @property
-    def cutoff(self) -> Threshold:
-        return Threshold(self.fraction, self.threshold, self.keep, self.of)
-
-    def columns(self) -> tuple[str, ...]:
-        return ("uid", self.column)
-
     def numeric(self) -> tuple[str, ...]:
         return (self.column,)
 
@@ -74,28 +63,25 @@ class NormSim(SelectionFilter):
             rows, dim = matrix_shape(name)
             if not rows:
                 raise WinnowError("the target set is empty", where=name, do="Give one with images.")
-            if width is not None and dim != width:
-                raise WinnowError(
-                    f'the pool\'s "{self.column}" has {width} dimensions, the targets {dim}',
-                    where=name,
-                    do="Both must come from one model.",
-                )
+            if width is not None:
+                self._compare(width, dim, name)
 
     def fit(self, view: View) -> State:
         target = target_vectors(view, self.target, self.target_columns()[0])
         scores, uids = [np.empty(0)], [np.empty(0, UID_DTYPE)]
         for batch in view.batches(self.columns()):
             vectors, usable = finite_matrix(batch[self.column])
-            if vectors.shape[1] != target.shape[1]:
-                raise WinnowError(
-                    f'the pool\'s "{self.column}" has {vectors.shape[1]} dimensions, the targets {target.shape[1]}',
-                    do="Both must come from one model.",
-                )
+            self._compare(vectors.shape[1], target.shape[1])
             scores.append(np.where(usable, norm_sim(vectors, target, self.p), np.nan))
             uids.append(decode_uids(batch["uid"]))
         values = np.concatenate(scores)
         found = np.concatenate(uids)
         return as_state(found, passing(self.cutoff, found, values, len(values)))
+
+    def _compare(self, width: int, dim: int, where: str | None = None) -> None:
+        if dim != width:
+            what = f'the pool\'s "{self.column}" has {width} dimensions, the targets {dim}'
+            raise WinnowError(what, where=where, do="Both must come from one model.")
 
 
 def norm_sim(vectors: np.ndarray, target: np.ndarray, p: int | str) -> np.ndarray:

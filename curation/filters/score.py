@@ -12,8 +12,8 @@ from pydantic import AfterValidator, model_validator
 from pydantic_core import ArgsKwargs
 
 from winnow.curation.columns.table import View, model_columns
-from winnow.curation.columns.threshold import Threshold, scores_of
-from winnow.curation.filters.base import Filter, Fraction, Positive, Scope, State
+from winnow.curation.columns.threshold import scores_of
+from winnow.curation.filters.base import Fraction, Positive, Scope, State, ThresholdFilter
 from winnow.infra.io.arrow import mask_array
 from winnow.infra.params import ParameterError, params
 from winnow.infra.pool.uids import decode_uids, hash_unit
@@ -25,7 +25,7 @@ Weights = Annotated[dict[str, float], AfterValidator(lambda weights: dict(sorted
 
 
 @params
-class Score(Filter):
+class Score(ThresholdFilter):
     """Keep the samples with the largest weighted sum of ranked scores.
 
     The rank of a score is its percentile in the pool: the fraction of the pool's scores below it plus half of those
@@ -65,7 +65,7 @@ class Score(Filter):
         if not any(self.weights.values()):
             what = "all weights are 0" if self.weights else "there are no weights"
             raise ParameterError(f"score: {what}", do="Write them as `score: {clip: 0.5, aesthetic: 0.5, …}`.")
-        self.cutoff.check(self.name)
+        super().__post_init__()
 
     def __hash__(self) -> int:
         return hash(str(self))
@@ -76,10 +76,6 @@ class Score(Filter):
 
     def identity(self) -> dict[str, Any]:
         return super().identity() | {"weights": list(self.weights.items())}
-
-    @property
-    def cutoff(self) -> Threshold:
-        return Threshold(self.fraction, self.threshold, self.keep, self.of)
 
     def scores(self) -> dict[str, float]:
         """The weight of each column."""

@@ -64,9 +64,6 @@ class SemDeDup(SelectionFilter):
         threshold = None if self.epsilon is None else self.epsilon - 1
         return Threshold(self.fraction, threshold, None, self.of if self.fraction is not None else "pool")
 
-    def columns(self) -> tuple[str, ...]:
-        return ("uid", self.column)
-
     def numeric(self) -> tuple[str, ...]:
         return (self.column,)
 

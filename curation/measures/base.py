@@ -14,8 +14,8 @@ import pyarrow as pa
 from PIL.Image import Image
 from pydantic import Field
 
+from winnow.curation.located import load_class, located
 from winnow.curation.measures import MEASURES
-from winnow.infra.errors import UsageError
 from winnow.infra.io.storage import digest_json
 from winnow.infra.params import ParameterError, build, names_of
 from winnow.infra.registry import unknown
@@ -132,13 +132,7 @@ class Measure(abc.ABC):
 
 @dataclass(frozen=True)
 class MeasureSpec:
-    """A measure as a recipe names it.
-
-    Attributes:
-        name: of the instance; its columns are `NAME.column`.
-        kind: the class.
-        params: those of its parameters that are given.
-    """
+    """A measure as a recipe names it: the name of the instance, its class, and the parameters that are given."""
 
     name: str
     kind: type[Measure]
@@ -166,14 +160,10 @@ def parse_measures(given: Mapping[str, Any]) -> dict[str, MeasureSpec]:
     """
     specs: dict[str, MeasureSpec] = {}
     for key, body in given.items():
-        try:
+        with located(key):
             spec = _parse_entry(str(key), body)
             if spec.name in specs:
                 raise ParameterError(f'two measures are called "{spec.name}"', do="Name one: `NAME: {MEASURE: {}}`.")
-        except ParameterError as error:
-            raise error.below(key) from None
-        except UsageError as error:
-            raise ParameterError(error.what, do=error.do).below(key) from None
         specs[spec.name] = spec
     return specs
 
@@ -181,38 +171,22 @@ def parse_measures(given: Mapping[str, Any]) -> dict[str, MeasureSpec]:
 def _parse_entry(key: str, body: Any) -> MeasureSpec:
     if key in MEASURES.table or ":" in key:
         return _parse_params(key, body, None)
-    if not (isinstance(body, Mapping) and len(body) == 1):
-        raise unknown("measure", key, MEASURES.table)
-    kind, params = next(iter(body.items()))
-    if not (params is None or isinstance(params, Mapping)):
+    kind, params = next(iter(body.items())) if isinstance(body, Mapping) and len(body) == 1 else (key, body)
+    if kind == key or not isinstance(params, Mapping | None):
         raise unknown("measure", key, MEASURES.table)
     if not re.fullmatch(r"[\w-]+", key) or key in _RESERVED:
-        raise ParameterError(
-            f'"{key}" cannot name a measure', do=f"Use letters, digits, _ and -, but not {', '.join(_RESERVED)}."
-        )
-    try:
+        do = f"Use letters, digits, _ and -, but not {', '.join(_RESERVED)}."
+        raise ParameterError(f'"{key}" cannot name a measure', do=do)
+    with located(kind):
         return _parse_params(str(kind), params, key)
-    except ParameterError as error:
-        raise error.below(kind) from None
-    except UsageError as error:
-        raise ParameterError(error.what, do=error.do).below(kind) from None
 
 
 def _parse_params(path: str, params: Any, name: str | None) -> MeasureSpec:
-    kind = MEASURES.load(path)
-    if not (isinstance(kind, type) and issubclass(kind, Measure) and hasattr(kind, "__pydantic_fields__")):
-        raise UsageError(
-            f"{kind} is not a Measure",
-            do="A measure derives from winnow.curation.measures.base.Measure and is decorated with "
-            "winnow.infra.params.params.",
-        )
-    params = {} if params is None else params
-    if not isinstance(params, Mapping):
-        raise UsageError(f"{kind.name}: parameters are written `name: value`, this is {params!r}")
+    kind, params = load_class(MEASURES, path, Measure, params)  # type: ignore[type-abstract]
     if hidden := [key for key in params if key in kind.filled]:
         known = [item for item in names_of(kind) if item not in kind.filled]
-        error = unknown(f"parameter of {kind.name}", hidden[0], known or ["(none)"])
-        raise ParameterError(error.what, do=error.do).below(hidden[0])
+        with located(hidden[0]):
+            raise unknown(f"parameter of {kind.name}", hidden[0], known or ["(none)"])
     spec = MeasureSpec(name or kind.name, kind, params)
     _ = spec.draft  # refuses wrong parameters
     return spec
@@ -221,9 +195,7 @@ def _parse_params(path: str, params: Any, name: str | None) -> MeasureSpec:
 def with_upstream(names: Iterable[str], specs: Mapping[str, MeasureSpec] | None = None) -> dict[str, MeasureSpec]:
     """Measures by name, with those whose columns they read, and so on.
 
-    Args:
-        names: of instances; a registered measure is the name of its default instance.
-        specs: the instances of the recipe.
+    A registered measure is the name of its default instance; `specs` are the instances of the recipe.
 
     Raises:
         UsageError: there is no such measure, or it needs a parameter.
@@ -239,25 +211,17 @@ def with_upstream(names: Iterable[str], specs: Mapping[str, MeasureSpec] | None 
             raise unknown("measure", name, [*given, *MEASURES.table])
         found[name] = given[name] if name in given else MeasureSpec(name, MEASURES.load(name))
         left += found[name].draft.upstream()
-    return {name: _with_encoder(found[name], found) for name in sorted(found)}
-
-
-def _with_encoder(spec: MeasureSpec, specs: Mapping[str, MeasureSpec]) -> MeasureSpec:
-    """A measure of embeddings with the encoder that made them, where that is not the recipe's scorer."""
-    encoders = [encoder for name in spec.draft.upstream() if (encoder := specs[name].params.get("encoder"))]
-    if encoders and "encoder" in spec.kind.filled:
-        return replace(spec, params={**spec.params, "encoder": encoders[0]})
-    return spec
+    for name, spec in found.items():
+        # A measure of embeddings needs the encoder that made them, where that is not the recipe's scorer.
+        encoders = [encoder for read in spec.draft.upstream() if (encoder := found[read].params.get("encoder"))]
+        if encoders and "encoder" in spec.kind.filled:
+            found[name] = replace(spec, params={**spec.params, "encoder": encoders[0]})
+    return dict(sorted(found.items()))
 
 
 def make(spec: MeasureSpec, scorer: Callable[[], tuple[str, str]]) -> Measure:
-    """The measure of a spec.
-
-    Args:
-        spec: as `parse_measures` or `with_upstream` returns it.
-        scorer: the recipe's scorer, as an encoder spec and the digest of its content. Called only for a measure that
-            needs an encoder and names none.
-    """
+    """The measure of a spec. `scorer` gives the recipe's scorer, as an encoder spec and the digest of its content; it
+    is called only for a measure that needs an encoder and names none."""
     params = dict(spec.params)
     if spec.needs_scorer:
         params["encoder"], params["digest"] = scorer()

@@ -74,12 +74,8 @@ class Clip(Measure):
             text[read] = encoder.encode_texts([caption for caption in captions if caption is not None])
         else:
             read[:] = False
-        score = np.einsum("nd,nd->n", image, text, dtype=np.float32)
-        columns = [
-            _vectors(image, seen, dim),
-            _vectors(text, read, dim),
-            pa.array(score, pa.float32(), mask=~(seen & read)),
-        ]
+        score = pa.array(np.einsum("nd,nd->n", image, text, dtype=np.float32), pa.float32(), mask=~(seen & read))
+        columns = [_vectors(image, seen, dim), _vectors(text, read, dim), score]
         return pa.Table.from_arrays(columns, schema=self.schema())
 
 

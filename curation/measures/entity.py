@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -61,12 +60,7 @@ class Entity(Measure):
 
 
 class Lexicon:
-    """Which words name a listed synset; each distinct word is looked up once.
-
-    Args:
-        dictionary: WordNet.
-        offsets: of the listed synsets.
-    """
+    """Which words name a synset of the given offsets; each distinct word is looked up once."""
 
     def __init__(self, dictionary: wordnet.WordNet, offsets: frozenset[int]) -> None:
         self.dictionary, self.offsets = dictionary, offsets
@@ -78,13 +72,9 @@ class Lexicon:
         if len(self._yes) + len(self._no) > MAX_WORDS:
             self._yes.clear()
             self._no.clear()
-        self._learn(set().union(*captions))
-        disjoint = self._yes.isdisjoint
-        return [not disjoint(words) for words in captions]
-
-    def _learn(self, words: Iterable[str]) -> None:
-        for word in set(words) - self._no - self._yes:
+        for word in set().union(*captions) - self._no - self._yes:
             (self._yes if self.dictionary.first(word) in self.offsets else self._no).add(word)
+        return [not self._yes.isdisjoint(words) for words in captions]
 
 
 def read_synsets(url: str) -> frozenset[int]:
@@ -116,10 +106,8 @@ def _list_url(path: str | None) -> str:
     spec = importlib.util.find_spec("timm")  # without importing it
     shipped = Path(spec.origin if spec and spec.origin else "").parent / "data/_info/imagenet21k_goog_synsets.txt"
     if not shipped.is_file():
-        raise WinnowError(
-            "ImageNet-21k's list of synsets comes with timm, which is not installed",
-            do="Install timm, or give the measure `entity` a list as `synsets`.",
-        )
+        what = "ImageNet-21k's list of synsets comes with timm, which is not installed"
+        raise WinnowError(what, do="Install timm, or give the measure `entity` a list as `synsets`.")
     return str(shipped)
 
 

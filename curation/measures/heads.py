@@ -66,28 +66,20 @@ def _check(layers: Sequence[Layer], path: str) -> None:
 
 
 def apply_head(path: str, vectors: np.ndarray, relu: bool = False, sigmoid: bool = False) -> np.ndarray:
-    """The head's output for embeddings.
+    """The output of the head in a file for L2-normalised embeddings [n, d]; float32, shape [n].
 
     Args:
-        path: for `read_head`.
-        vectors: L2-normalised, shape [n, d].
         relu: whether a ReLU follows each layer except the last.
         sigmoid: whether a sigmoid is applied to the output.
 
-    Returns:
-        float32, shape [n].
-
     Raises:
-        WinnowError: the head takes another dimension.
+        WinnowError: the head takes another dimension, or cannot be read.
     """
     layers = read_head(path)
     x = vectors.astype(np.float32)
     if x.shape[1] != layers[0][0].shape[1]:
-        raise WinnowError(
-            f"takes embeddings of {layers[0][0].shape[1]} dimensions, these have {x.shape[1]}",
-            where=path,
-            do="A head needs the embeddings of the model it was trained on.",
-        )
+        what = f"takes embeddings of {layers[0][0].shape[1]} dimensions, these have {x.shape[1]}"
+        raise WinnowError(what, where=path, do="A head needs the embeddings of the model it was trained on.")
     for number, (weight, bias) in enumerate(layers):
         x = x @ weight.T + bias
         if relu and number + 1 < len(layers):

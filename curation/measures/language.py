@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +15,9 @@ from winnow.infra.errors import WinnowError
 from winnow.infra.io.content import content_digest
 from winnow.infra.io.storage import exists
 from winnow.infra.params import ParameterError, params
+
+Found = tuple[str | None, float | None]
+Identify = Callable[[str], Found]
 
 
 @params
@@ -40,9 +44,8 @@ class Language(Measure):
 
     def __post_init__(self) -> None:
         if self.path is not None and self.identifier != "fasttext":
-            raise ParameterError(
-                "language: a path is that of a fastText model", do="Leave out path or identifier."
-            ).below("path")
+            what = "language: a path is that of a fastText model"
+            raise ParameterError(what, do="Leave out path or identifier.").below("path")
 
     def params(self) -> dict[str, Any]:
         if self.identifier == "gcld3":
@@ -55,29 +58,34 @@ class Language(Measure):
 
     def compute(self, samples: Samples) -> pa.Table:
         texts = [None if text is None else text.replace("\n", " ") for text in samples.table["text"].to_pylist()]
-        found = _by_gcld3(texts) if self.identifier == "gcld3" else _by_fasttext(texts, self.path)
-        codes, probabilities = [code for code, _ in found], [probability for _, probability in found]
-        return pa.table([codes, probabilities], schema=self.schema())
+        identify = _gcld3() if self.identifier == "gcld3" else _fasttext(self.path)
+        found = [(None, None) if text is None else identify(text) for text in texts]
+        return pa.table([[code for code, _ in found], [value for _, value in found]], schema=self.schema())
 
 
-Found = tuple[str | None, float | None]
-
-
-def _by_fasttext(texts: list[str | None], path: str | None) -> list[Found]:
+def _fasttext(path: str | None) -> Identify:
     # The call of the C++ binding, because `predict` builds an array for every text and its form for lists fails in the
     # packaged build. The newline at the end is that of fastText's command line.
     predict = _load(path).f.predict
-    found: list[Found] = []
-    for text in texts:
-        best = [] if text is None else predict(f"{text}\n", 1, 0.0, "strict")
-        found.append((best[0][1].removeprefix("__label__"), best[0][0]) if best else (None, None))
-    return found
+
+    def identify(text: str) -> Found:
+        best = predict(f"{text}\n", 1, 0.0, "strict")
+        return (best[0][1].removeprefix("__label__"), best[0][0]) if best else (None, None)
+
+    return identify
 
 
-def _by_gcld3(texts: list[str | None]) -> list[Found]:
-    identify = _load_gcld3().FindLanguage
-    results = [None if text is None else identify(text=text) for text in texts]
-    return [(None, None) if result is None else (result.language, result.probability) for result in results]
+def _gcld3() -> Identify:
+    _need_gcld3()
+    import gcld3
+
+    find = gcld3.NNetLanguageIdentifier(min_num_bytes=0, max_num_bytes=1000).FindLanguage
+
+    def identify(text: str) -> Found:
+        result = find(text=text)
+        return result.language, result.probability
+
+    return identify
 
 
 @functools.lru_cache(maxsize=2)
@@ -96,15 +104,5 @@ def _load(path: str | None) -> Any:
 
 def _need_gcld3() -> None:
     if importlib.util.find_spec("gcld3") is None:
-        raise WinnowError(
-            "the package gcld3 is not installed",
-            do="Install it (it is built from source and needs protobuf's compiler), or leave `identifier` at fasttext.",
-        )
-
-
-@functools.lru_cache(maxsize=1)
-def _load_gcld3() -> Any:
-    _need_gcld3()
-    import gcld3
-
-    return gcld3.NNetLanguageIdentifier(min_num_bytes=0, max_num_bytes=1000)
+        do = "Install it (it is built from source and needs protobuf's compiler), or leave `identifier` at fasttext."
+        raise WinnowError("the package gcld3 is not installed", do=do)

@@ -46,9 +46,8 @@ class Prompted(Measure):
 
     def __post_init__(self) -> None:
         if len(self.yes) != len(self.no):
-            raise ParameterError(
-                f"{self.name}: {len(self.yes)} prompts in `yes` and {len(self.no)} in `no` make no pairs"
-            ).below("no")
+            what = f"{self.name}: {len(self.yes)} prompts in `yes` and {len(self.no)} in `no` make no pairs"
+            raise ParameterError(what).below("no")
 
     def derived(self) -> tuple[str, ...]:
         return (f"{self.embedding}.image",)

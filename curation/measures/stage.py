@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -17,17 +16,11 @@ from winnow.curation.measures.base import Measure, Samples
 from winnow.infra.errors import UsageError
 from winnow.infra.io import storage
 from winnow.infra.io.images import ImageError, decode_image
+from winnow.infra.io.prefetch import prefetch
 from winnow.infra.io.storage import digest_json
 from winnow.infra.pool.pool import LOCATION, Pool, Shard, read_members
 from winnow.infra.stages.resources import Resources
-from winnow.infra.stages.stage import (
-    Output,
-    Record,
-    Skipped,
-    Stage,
-    Unit,
-    read_manifest,
-)
+from winnow.infra.stages.stage import Output, Record, Skipped, Stage, Unit, read_manifest
 
 BATCH = 256
 _LOCATION = ("tar", "image_offset", "image_size")
@@ -93,19 +86,18 @@ class MeasureStage(Stage):
 
     def ordered(self) -> list[Measure]:
         """The measures, each after those it reads. Raises UsageError when one of those is missing."""
-        left: list[Measure] = list(self.measures)
-        done: list[Measure] = []
+        left = {measure.name: measure for measure in self.measures}
+        done: dict[str, Measure] = {}
         while left:
-            names = {measure.name for measure in done}
-            ready = [measure for measure in left if names.issuperset(measure.upstream())]
+            ready = {name: measure for name, measure in left.items() if done.keys() >= set(measure.upstream())}
             if not ready:
-                known = {measure.name for measure in self.measures}
-                lacking = [name for measure in left for name in measure.upstream() if name not in known]
+                read = [name for measure in left.values() for name in measure.upstream()]
+                lacking = [name for name in read if name not in left and name not in done]
                 what = f'"{lacking[0]}", which is not measured' if lacking else "a measure that reads it"
-                raise UsageError(f'measure "{left[0].name}" reads {what}', do="Measure both.")
-            done += ready
-            left = [measure for measure in left if measure.name not in {item.name for item in done}]
-        return done
+                raise UsageError(f'measure "{next(iter(left))}" reads {what}', do="Measure both.")
+            done |= ready
+            left = {name: measure for name, measure in left.items() if name not in ready}
+        return list(done.values())
 
     def ids(self) -> dict[str, str]:
         """The directory of each measure's columns, by name. It depends on the measure and on what it reads."""
@@ -142,20 +134,14 @@ class MeasureStage(Stage):
         for together in filter(None, [direct, *([measure] for measure in measures if measure.derived())]):
             skipped: list[Skipped] = []
             with contextlib.ExitStack() as files:
-                writers = {}
+                writers = []
                 for measure in together:
-                    url = self.url(ids[measure.name], f"{shard.name}.parquet")
-                    writers[measure.name] = files.enter_context(
-                        pq.ParquetWriter(
-                            files.enter_context(storage.writing(url)),
-                            measure.schema(),
-                            compression="zstd",
-                            compression_level=1,
-                        )
-                    )
+                    path = files.enter_context(storage.writing(self.url(ids[measure.name], f"{shard.name}.parquet")))
+                    writer = pq.ParquetWriter(path, measure.schema(), compression="zstd", compression_level=1)
+                    writers.append(files.enter_context(writer))
                 for samples in self._samples(shard, together, ids, skipped):
-                    for measure in together:
-                        writers[measure.name].write_table(measure.compute(samples))
+                    for measure, writer in zip(together, writers, strict=True):
+                        writer.write_table(measure.compute(samples))
             for measure in together:
                 left_out = skipped if measure.pixels else []
                 unit = wanted[measure.name]
@@ -168,10 +154,8 @@ class MeasureStage(Stage):
             yield from read_samples(shard, measures, self.threads, skipped)
             return
         (measure,) = measures
-        view = View(Pool.open(self.pool), self.out)
-        table = view.table(shard, ("uid", *measure.reads, *measure.derived()), ids)
-        for start in range(0, table.num_rows, BATCH):
-            yield Samples(table.slice(start, BATCH))
+        table = View(Pool.open(self.pool), self.out).table(shard, ("uid", *measure.reads, *measure.derived()), ids)
+        yield from map(Samples, _slices(table))
 
     def finish(self, records: list[Record]) -> Output:
         digests: dict[str, dict[str, str]] = {}
@@ -184,6 +168,10 @@ class MeasureStage(Stage):
         return Output(values={"columns": columns, "digests": dict(sorted(by_id.items()))})
 
 
+def _slices(table: pa.Table) -> list[pa.Table]:
+    return [table.slice(start, BATCH) for start in range(0, table.num_rows, BATCH)]
+
+
 def read_samples(shard: Shard, measures: list[Measure], threads: int, skipped: list[Skipped]) -> Iterator[Samples]:
     """The samples of a shard in order, in batches; images are read and decoded ahead by threads."""
     pixels = any(measure.pixels for measure in measures)
@@ -193,10 +181,9 @@ def read_samples(shard: Shard, measures: list[Measure], threads: int, skipped: l
     columns += LOCATION.names if members else _LOCATION if pixels or encoded else []
     read = partial(read_members, shard.tars) if members else None
     table = shard.table(list(dict.fromkeys(columns)))
-    slices = [table.slice(start, BATCH) for start in range(0, table.num_rows, BATCH)]
+    slices = _slices(table)
     if not (pixels or encoded):
-        for part in slices:
-            yield Samples(part, read=read)
+        yield from (Samples(part, read=read) for part in slices)
         return
 
     def load(part: pa.Table) -> tuple[list[Any], list[bytes], list[Skipped]]:
@@ -211,12 +198,6 @@ def read_samples(shard: Shard, measures: list[Measure], threads: int, skipped: l
                 bad.append(Skipped(uid, error.what))
         return images, files if encoded else [], bad
 
-    with ThreadPoolExecutor(threads) as workers:
-        ahead = [workers.submit(load, part) for part in slices[: threads + 1]]
-        for number, part in enumerate(slices):
-            images, files, bad = ahead[number].result()
-            ahead[number] = None  # type: ignore[call-overload]
-            if number + threads + 1 < len(slices):
-                ahead.append(workers.submit(load, slices[number + threads + 1]))
-            skipped.extend(bad)
-            yield Samples(part, images, files, read)
+    for part, (images, files, bad) in zip(slices, prefetch(load, slices, threads, threads + 1), strict=True):
+        skipped.extend(bad)
+        yield Samples(part, images, files, read)

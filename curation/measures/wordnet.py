@@ -35,16 +35,7 @@ DETACHMENT: dict[str, tuple[tuple[str, str], ...]] = {
         ("men", "man"),
         ("ies", "y"),
     ),
-    "verb": (
-        ("s", ""),
-        ("ies", "y"),
-        ("es", "e"),
-        ("es", ""),
-        ("ed", "e"),
-        ("ed", ""),
-        ("ing", "e"),
-        ("ing", ""),
-    ),
+    "verb": (("s", ""), ("ies", "y"), ("es", "e"), ("es", ""), ("ed", "e"), ("ed", ""), ("ing", "e"), ("ing", "")),
     "adj": (("er", ""), ("est", ""), ("er", "e"), ("est", "e")),
     "adv": (),
 }
@@ -83,11 +74,8 @@ class WordNet:
     def first(self, word: str) -> int | None:
         """Offset of the first synset in the data file of its part of speech; None for a word that is not in WordNet."""
         word = word.lower()
-        for pos in ORDER:
-            lemma = self._base(word, pos)
-            if lemma is not None:
-                return self._lemmas[pos][lemma]
-        return None
+        bases = ((pos, self._base(word, pos)) for pos in ORDER)
+        return next((self._lemmas[pos][lemma] for pos, lemma in bases if lemma is not None), None)
 
     def _base(self, word: str, pos: str) -> str | None:
         lemmas, exceptions = self._lemmas[pos], self._exceptions[pos]
@@ -183,11 +171,8 @@ def find(path: str | None = None) -> str:
     for folder in candidate_folders():
         if storage.exists(folder if folder.endswith(".zip") else storage.join(folder, "index.noun")):
             return folder
-    raise WinnowError(
-        "WordNet's dictionary is not installed",
-        do="Install the package `wordnet-base` (Debian, Ubuntu) or NLTK's `wordnet`, or give the measure `entity` its "
-        "folder as `dictionary`.",
-    )
+    do = "Install the package `wordnet-base` (Debian, Ubuntu) or NLTK's `wordnet`, or give `entity` its `dictionary`."
+    raise WinnowError("WordNet's dictionary is not installed", do=do)
 
 
 @functools.lru_cache(maxsize=2)

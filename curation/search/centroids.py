@@ -126,6 +126,13 @@ def assign(vectors: np.ndarray, centroids: np.ndarray, batch: int = _BATCH, sear
     return nearest_centroid(vectors, batch)
 
 
+def hit_report(state: State, min_hits: int = 1) -> dict[str, Any]:
+    """What a filter by clusters reports of its `fitted_state`."""
+    hits = int((state["hit"] >= min_hits).sum())
+    recall = float(state["recall"])
+    return {"clusters": len(state["hit"]), "clusters with a target": hits, "recall of the search": recall}
+
+
 _last: list[tuple[np.ndarray, int, NearestCentroid]] = []
 
 

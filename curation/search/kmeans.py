@@ -20,26 +20,20 @@ LARGEST = 8 << 30
 def check_clusters(name: str, clusters: int, sample: int | None) -> None:
     """Raises ParameterError, as the filter of that name, when the sample has fewer vectors than clusters."""
     if sample is not None and sample < clusters:
-        raise ParameterError(
-            f"{name}: a sample of {sample} cannot make {clusters} clusters", do="Raise the sample."
-        ).below("sample")
+        what = f"{name}: a sample of {sample} cannot make {clusters} clusters"
+        raise ParameterError(what, do="Raise the sample.").below("sample")
 
 
 def enough(name: str, clusters: int, n: int) -> None:
     """Raises WinnowError when n samples cannot make the clusters."""
     if n < clusters:
-        raise WinnowError(
-            f"{n} samples cannot make {clusters} clusters",
-            where=name,
-            do=f"Set `clusters` to at most {n}." if n else "The pool is empty.",
-        )
+        do = f"Set `clusters` to at most {n}." if n else "The pool is empty."
+        raise WinnowError(f"{n} samples cannot make {clusters} clusters", where=name, do=do)
 
 
 def sample_size(clusters: int, dim: int, sample: int | None) -> int:
     """The number of embeddings that k-means is trained on."""
-    if sample is not None:
-        return sample
-    return max(clusters, min(PER_CENTROID * clusters, LARGEST // (4 * dim)))
+    return max(clusters, min(PER_CENTROID * clusters, LARGEST // (4 * dim))) if sample is None else sample
 
 
 def sample_vectors(view: View, column: str, clusters: int, sample: int | None, seed: int) -> np.ndarray:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 from winnow.curation.columns.table import measure_of
+from winnow.curation.located import located
 from winnow.curation.measures.base import MeasureSpec, with_upstream
 from winnow.evaluate.sets.layout import is_data
 from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.io import storage
 from winnow.infra.params import ParameterError, Path
 from winnow.infra.pool.layouts import find_shards
 from winnow.infra.pool.metadata import is_metadata
 from winnow.infra.registry import unknown
-from winnow.pipeline.recipe.schema import DEMO, Recipe
+from winnow.pipeline.recipe.schema import DEMO, EvaluateSection, Recipe, is_task_file, several
 from winnow.pretrain.models.spec import parse_spec
 
 
 def check_recipe(recipe: Recipe) -> None:
     """Raises ParameterError, whose path leads to what is wrong."""
     if recipe.baseline is not None and recipe.baseline not in recipe.subsets:
-        raise _at(("baseline",), unknown("baseline", recipe.baseline, recipe.subsets))
+        with located("baseline"):
+            raise unknown("baseline", recipe.baseline, recipe.subsets)
     check_measures(recipe)
     if recipe.evaluate is not None and recipe.pretrain is None:
         raise ParameterError("there is nothing to evaluate without `pretrain`").below("evaluate")
@@ -30,14 +32,13 @@ def check_recipe(recipe: Recipe) -> None:
 def check_models(recipe: Recipe) -> None:
     """What only an objective or a model's library knows. Imports torch, so it comes last. Raises ParameterError."""
     if recipe.scorer is not None and recipe.scorer.train is None:
-        _located(("scorer",), parse_spec, recipe.scorer.spec)
+        with located("scorer"):
+            parse_spec(recipe.scorer.spec)
     trained = [(("pretrain",), recipe.pretrain), (("scorer", "train"), recipe.scorer.train if recipe.scorer else None)]
     for path, config in trained:
         if config is not None:
-            try:
+            with located(*path):
                 config.check()
-            except ParameterError as error:
-                raise error.below(*path) from None
 
 
 def check_measures(recipe: Recipe, pool: bool = True) -> None:
@@ -51,9 +52,11 @@ def check_measures(recipe: Recipe, pool: bool = True) -> None:
         for item in node.filters():
             columns = [*(item.columns() if pool else ()), *(item.target_columns() if item.targets() else ())]
             read = [measure for column in columns if (measure := measure_of(column))]
-            _located(("subsets", name), _check_specs, recipe, read)
+            with located("subsets", name):
+                _check_specs(recipe, read)
     if pool:
-        _located(("measures",), _check_specs, recipe, list(recipe.measures))
+        with located("measures"):
+            _check_specs(recipe, list(recipe.measures))
 
 
 def _check_specs(recipe: Recipe, names: list[str]) -> None:
@@ -88,7 +91,8 @@ def _check_folders(recipe: Recipe) -> None:
             _shards(trusted.pool, path)
         for name in trusted.shards:
             if stems and name not in stems:
-                raise _at((*path, "shards"), unknown("shard", name, stems))
+                with located(*path, "shards"):
+                    raise unknown("shard", name, stems)
         if stems and set(trusted.shards) >= stems:
             raise ParameterError("every shard of the pool is trusted, none is left").below(*path, "shards")
     for target in recipe.targets():
@@ -96,9 +100,18 @@ def _check_folders(recipe: Recipe) -> None:
         path = ("subsets", next(readers))
         if not _is_demo(recipe, target, path) and not is_metadata(target):
             _shards(target, path)
-    data = recipe.evaluate.data if recipe.evaluate is not None else None
-    if data is not None and not _is_demo(recipe, data, ("evaluate", "data")) and not is_data(data):
-        raise ParameterError(f"no such folder: {data}").below("evaluate", "data")
+    if recipe.evaluate is not None:
+        _check_evaluation(recipe, recipe.evaluate)
+
+
+def _check_evaluation(recipe: Recipe, section: EvaluateSection) -> None:
+    if not _is_demo(recipe, section.data, ("evaluate", "data")) and not is_data(section.data):
+        raise ParameterError(f"no such folder: {section.data}").below("evaluate", "data")
+    for word in filter(is_task_file, several(section.tasks)):
+        local = not section.data.startswith((DEMO, "hf://"))
+        if not (storage.exists(word) or (local and storage.exists(storage.join(section.data, word)))):
+            do = "It may be next to the recipe or in the data folder."
+            raise ParameterError(f"no such task file: {word}", do=do).below("evaluate", "tasks")
 
 
 def _is_demo(recipe: Recipe, url: str, path: Path) -> bool:
@@ -112,14 +125,3 @@ def _shards(url: str, path: Path) -> list[str]:
         return find_shards(url)
     except WinnowError as error:
         raise ParameterError(f"{url}: {error.what}", do=error.do).below(*path) from None
-
-
-def _located(path: Path, call: Callable[..., Any], *args: Any) -> Any:
-    try:
-        return call(*args)
-    except UsageError as error:
-        raise _at(path, error) from None
-
-
-def _at(path: Path, error: UsageError) -> ParameterError:
-    return ParameterError(error.what, do=error.do).below(*path)

@@ -5,8 +5,9 @@ Nothing here imports torch, Ray or FAISS, so a mistake is reported within a seco
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import yaml
 
 from winnow.curation.algebra.nodes import Node
 from winnow.curation.algebra.parse import parse
+from winnow.curation.located import located
 from winnow.curation.measures.base import MeasureSpec, parse_measures
 from winnow.infra.errors import UsageError
 from winnow.infra.io import storage
@@ -22,7 +24,7 @@ from winnow.infra.io.yaml_lines import Lines, read_value, read_yaml
 from winnow.infra.params import ParameterError, build, names_of
 from winnow.infra.registry import unknown
 from winnow.pipeline.recipe.check import check_models, check_recipe
-from winnow.pipeline.recipe.schema import Recipe
+from winnow.pipeline.recipe.schema import Recipe, is_task_file, several
 from winnow.pretrain.config import PretrainConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -45,26 +47,26 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot be read ({error})", where=path) from None
-    return parse_recipe(text, path, overrides or [])
+    return parse_recipe(text, path, overrides or [], file.absolute().parent)
 
 
-def parse_recipe(text: str, name: str, overrides: list[str]) -> Recipe:
-    """`load_recipe` on a text; `name` names the file in messages."""
+def parse_recipe(text: str, name: str, overrides: list[str], folder: Path = Path()) -> Recipe:
+    """`load_recipe` on a text; `name` names the file in messages, and `folder` is where task files are looked for."""
     raw, lines = read_values(text, name, overrides)
-    try:
+    with _at_lines(lines):
         for key in raw:
-            if key not in names_of(Recipe):
-                raise _unknown_key(key)
+            _check_key(key)
         for key in ("pool", "subsets"):
             if not raw.get(key):
                 raise ParameterError(f'"{key}" is missing')
-        parsed = {"subsets": parse_subsets(raw["subsets"]), "measures": _measures(raw.get("measures"))}
-        recipe = build(Recipe, raw | parsed, "")
+        subsets = _parse_subsets(raw["subsets"])
+        given = _mapping({} if raw.get("measures") is None else raw["measures"], "measures", "parameters")
+        with located("measures"):
+            measures = parse_measures(given)
+        recipe = _find_task_files(build(Recipe, raw | {"subsets": subsets, "measures": measures}, ""), folder)
         recipe._text = raw
         check_recipe(recipe)
         check_models(recipe)
-    except ParameterError as error:
-        raise UsageError(error.what, where=error.where or lines.where(error.path), do=error.do) from None
     return recipe
 
 
@@ -72,11 +74,9 @@ def load_training(path: str | None, overrides: list[str]) -> PretrainConfig:
     """The `pretrain:` section of a recipe from a file, or from overrides alone. Raises UsageError."""
     text = "{}" if path is None else storage.read_bytes(path).decode(errors="replace")
     raw, lines = read_values(text, path or "--set", overrides)
-    try:
+    with _at_lines(lines):
         config = build(PretrainConfig, raw, "")
         config.check()
-    except ParameterError as error:
-        raise UsageError(error.what, where=lines.where(error.path), do=error.do) from None
     return config
 
 
@@ -86,10 +86,8 @@ def load_tree(path: str) -> Node:
         raise UsageError("no such file", where=path)
     text = storage.read_bytes(path).decode(errors="replace")
     tree, lines = read_yaml(text, path) if text.strip() else ({}, Lines(path))
-    try:
+    with _at_lines(lines):
         return parse(tree)
-    except ParameterError as error:
-        raise UsageError(error.what, where=lines.where(error.path), do=error.do) from None
 
 
 def load_measures(given: str, overrides: list[str]) -> dict[str, MeasureSpec]:
@@ -133,37 +131,47 @@ def read_values(text: str, name: str, overrides: list[str]) -> tuple[dict[str, A
     return _interpolate(raw, raw, lines), lines
 
 
-def parse_subsets(subsets: Any) -> dict[str, Node]:
-    """The trees of `subsets:` by name. Raises ParameterError."""
-    if not isinstance(subsets, Mapping):
-        raise ParameterError(f"subsets must be a mapping of names to filters, not {subsets!r}").below("subsets")
+@contextlib.contextmanager
+def _at_lines(lines: Lines) -> Iterator[None]:
+    """ParameterErrors of the block become UsageErrors with the line of the fault."""
+    try:
+        yield
+    except ParameterError as error:
+        raise UsageError(error.what, where=error.where or lines.where(error.path), do=error.do) from None
+
+
+def _parse_subsets(subsets: Any) -> dict[str, Node]:
     nodes = {}
-    for name, tree in subsets.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name) or not name.strip("."):
-            raise ParameterError(f'subset "{name}": a name has letters, digits and . _ + - only').below("subsets", name)
-        try:
+    for name, tree in _mapping(subsets, "subsets", "filters").items():
+        with located("subsets", name):
+            if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name) or not name.strip("."):
+                raise ParameterError(f'subset "{name}": a name has letters, digits and . _ + - only')
             nodes[name] = parse(tree)
-        except ParameterError as error:
-            raise error.below("subsets", name) from None
     return nodes
 
 
-def _measures(given: Any) -> dict[str, MeasureSpec]:
-    if not isinstance(given, Mapping | None):
-        raise ParameterError(f"measures must be a mapping of names to parameters, not {given!r}").below("measures")
-    try:
-        return parse_measures(given or {})
-    except ParameterError as error:
-        raise error.below("measures") from None
+def _mapping(given: Any, key: str, values: str) -> Mapping[str, Any]:
+    if not isinstance(given, Mapping):
+        raise ParameterError(f"{key} must be a mapping of names to {values}, not {given!r}").below(key)
+    return given
 
 
-def _unknown_key(key: Any) -> ParameterError:
-    if key in Recipe.renamed:
-        error = ParameterError(f"`{key}` is now `{Recipe.renamed[key]}`")
-    else:
-        near = unknown("key", str(key), names_of(Recipe))
-        error = ParameterError(near.what, do=near.do)
-    return error.below(key)
+def _find_task_files(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with the URLs of the task files that are in its folder."""
+    if recipe.evaluate is None:
+        return recipe
+    given = recipe.evaluate.tasks
+    found = [str(folder / word) if is_task_file(word) and (folder / word).exists() else word for word in several(given)]
+    section = recipe.evaluate.model_copy(update={"tasks": found[0] if isinstance(given, str) else tuple(found)})
+    return recipe.model_copy(update={"evaluate": section})
+
+
+def _check_key(key: Any) -> None:
+    with located(key):
+        if key in Recipe.renamed:
+            raise ParameterError(f"`{key}` is now `{Recipe.renamed[key]}`")
+        if key not in names_of(Recipe):
+            raise unknown("key", str(key), names_of(Recipe))
 
 
 def _override(raw: dict[str, Any], item: str) -> str:

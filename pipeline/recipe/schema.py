@@ -21,8 +21,14 @@ from winnow.pretrain.config import PretrainConfig
 DEMO = "demo:"
 
 
-def _several(value: Any) -> Any:
+def several(value: Any) -> Any:
+    """The words of a key that takes one or several."""
     return (value,) if isinstance(value, str) else value
+
+
+def is_task_file(word: str) -> bool:
+    """Whether an entry of `evaluate.tasks` names a file rather than a task."""
+    return word.endswith((".yaml", ".yml"))
 
 
 def _measures_of(columns: Iterable[str]) -> list[str]:
@@ -111,7 +117,7 @@ class Recipe(Section):
     model_config = ConfigDict(arbitrary_types_allowed=True)
     renamed = {"max_set_aside": "max_skipped"}  # noqa: RUF012
 
-    pool: Annotated[tuple[str, ...], BeforeValidator(_several)] = ()
+    pool: Annotated[tuple[str, ...], BeforeValidator(several)] = ()
     demo: DemoConfig | None = None
     inject: InjectConfig | None = None
     scorer: Scorer | None = None

@@ -198,23 +198,39 @@ def test_a_wrong_recipe_is_refused_before_anything_starts(old, new, words, tmp_p
     """In its own process, in less than 3 seconds of it: neither torch nor Ray is loaded, which is what takes longer."""
     recipe = tmp_path / "r.yaml"
     recipe.write_text(RECIPE.replace(old, new, 1).replace("FILTER", "{}"))
+    assert words in refused_at_once("run", str(recipe))
+
+
+def refused_at_once(*args):
+    """What a command says that is refused with neither torch nor Ray loaded."""
     code = (
         "import sys, time\nfrom winnow.pipeline.cli import main\n"
-        f"sys.argv = ['winnow', 'run', {str(recipe)!r}]\n"
+        f"sys.argv = ['winnow', *{args!r}]\n"
         "try:\n    main()\nfinally:\n"
         "    print(sorted({'torch', 'ray'} & set(sys.modules)), time.process_time() < 3)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stdout.strip() == "[] True"
-    assert words in done.stderr
+    return done.stderr
 
 
-@pytest.mark.parametrize("what", ["filters", "measures", "objectives", "tasks", "protocols", "recipes"])
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (("--until", "curat"), '--until: unknown stage "curat". Did you mean "curate"?'),
+        (("--executor", "rey"), 'unknown executor "rey"'),
+    ],
+)
+def test_a_mistyped_option_is_refused_before_the_models_are_checked(option, words):
+    assert words in refused_at_once("run", "quickstart", *option)
+
+
+@pytest.mark.parametrize("what", ["filters", "measures", "objectives", "tasks", "protocols", "kinds", "recipes"])
 def test_listings(what, monkeypatch, capsys):
     assert winnow("ls", what, monkeypatch=monkeypatch) == 0
     out = capsys.readouterr().out
     expected = {"filters": "clip_score", "measures": "language", "objectives": "clip", "tasks": "vtab/caltech101"}
-    expected["protocols"] = "linear_probe"
+    expected |= {"protocols": "linear_probe", "kinds": "winogavil"}
     assert expected.get(what, "quickstart") in out
 
 

@@ -150,6 +150,21 @@ def test_packaged_recipes_are_valid(real_data):
         assert load_recipe(name, overrides).pretrain.objective_name == name
 
 
+def test_a_task_file_is_found_next_to_the_recipe_or_in_the_data_folder(text, tmp_path):
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    text = text.replace("/eval}", "/eval, tasks: [both.yaml, data.yaml, imagenet1k]}")
+    (folder / "r.yaml").write_text(text)
+    for name in ("recipes/both.yaml", "eval/both.yaml", "eval/data.yaml"):
+        (tmp_path / name).write_text("")
+    recipe = load_recipe(str(folder / "r.yaml"))
+    assert recipe.evaluate.tasks == (str(folder / "both.yaml"), "data.yaml", "imagenet1k")
+    assert recipe.text["evaluate"]["tasks"] == ["both.yaml", "data.yaml", "imagenet1k"]
+    (folder / "r.yaml").write_text(text.replace("data.yaml", "none.yaml"))
+    with pytest.raises(UsageError, match=r"r\.yaml, line 16: no such task file: none\.yaml\. It may be next to"):
+        load_recipe(str(folder / "r.yaml"))
+
+
 def test_no_such_recipe():
     with pytest.raises(UsageError, match=r"nothing\.yaml: cannot be read"):
         load_recipe("nothing.yaml")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,9 @@ import numpy as np
 import open_clip
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
+import winnow
 from tests.drawing import sample, write_pool, write_tar
 from tests.examples.caption_length import CaptionLength
 from winnow.curation.filters import FILTERS
@@ -196,6 +199,22 @@ def test_comparing_runs(finished, tmp_path, monkeypatch, capsys):
         main()
     assert not stop.value.code
     assert "vs half" in capsys.readouterr().out
+
+
+def test_comparing_a_run_of_an_earlier_version(finished, tmp_path):
+    """Its recipe has keys that a recipe is refused for today, and its files the former names of fields."""
+    out, _ = finished
+    old = tmp_path / "old"
+    shutil.copytree(out, old, ignore=shutil.ignore_patterns("*.safetensors", "*.tar"))
+    recipe = yaml.safe_load((old / "recipe.yaml").read_text())
+    recipe["pretrain"] |= {"warmup": recipe["pretrain"].pop("warmup_steps"), "workers": 1, "accumulate": 1}
+    (old / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"max_set_aside": 0.05}, sort_keys=False))
+    for path in old.rglob("manifest.json"):
+        path.write_text(path.read_text().replace('"skipped":', '"set_aside":'))
+    for path in old.rglob("locations.json"):
+        path.rename(path.with_name("places.json"))
+    new, before = (winnow.compare([run], tmp_path / f"to-{run.name}") for run in (out, old))
+    assert before == new
 
 
 BROKEN = """

@@ -204,15 +204,7 @@ def group_rows(metric: str, field: str, correct: np.ndarray, groups: np.ndarray,
 
 ZEROSHOT = Protocol(
     "zeroshot",
-    kinds=frozenset(
-        {
-            "zeroshot_classification",
-            "multilabel",
-            "face_attributes",
-            "winogavil",
-            "retrieval",
-        }
-    ),
+    kinds=frozenset({"zeroshot_classification", "multilabel", "face_attributes", "winogavil", "retrieval"}),
     run=lambda features, test_set: test_set.kind.zeroshot(features, test_set),
     needs=frozenset({"text"}),
 )

@@ -9,14 +9,7 @@ from statistics import mean
 from typing import Any
 
 from winnow.evaluate.report.html import render
-from winnow.evaluate.report.pool_view import (
-    FUNNEL,
-    REASONS,
-    SUBSET,
-    SubsetView,
-    look,
-    read_funnel,
-)
+from winnow.evaluate.report.pool_view import FUNNEL, REASONS, SUBSET, SubsetView, look, read_funnel
 from winnow.evaluate.report.tables import comparison_csv, comparison_text
 from winnow.evaluate.scores import read_scores
 from winnow.evaluate.statistics.aggregate import Estimate, SubsetScores, compare, headline
@@ -25,14 +18,7 @@ from winnow.infra.io import storage
 from winnow.infra.pool.pool import Pool
 from winnow.infra.pool.uids import load_subset
 from winnow.infra.registry import unknown
-from winnow.infra.stages.stage import (
-    Output,
-    Record,
-    Stage,
-    Unit,
-    need_manifest,
-    read_manifest,
-)
+from winnow.infra.stages.stage import Output, Record, Stage, Unit, need_manifest, read_manifest
 
 TABLE, CSV, JSON, HTML = "comparison.txt", "comparison.csv", "comparison.json", "report.html"
 

@@ -8,14 +8,7 @@ from statistics import mean
 from typing import Any
 
 from winnow.evaluate.report.tables import partial_note, text_table
-from winnow.evaluate.statistics.aggregate import (
-    AGGREGATES,
-    ORDER,
-    Estimate,
-    average_name,
-    averaged_tasks,
-    sem,
-)
+from winnow.evaluate.statistics.aggregate import AGGREGATES, ORDER, Estimate, average_name, averaged_tasks, sem
 
 NOT_APPLICABLE = "n/a"
 

@@ -62,7 +62,7 @@ def find_tasks(data_url: str, names: Sequence[str] | str = "all") -> list[FoundT
     files = {word: read_task(_task_file(word, data_url)) for word in words if word.endswith((".yaml", ".yml"))}
     words = [files[word].key if word in files else word for word in words]
     given = {task.key: task for task in files.values()}
-    if hub.is_data(data_url):
+    if data_url.startswith(hub.DATA):
         return _on_the_hub(data_url, words, given)
     if not storage.is_dir(data_url):
         raise UsageError("no such folder", where=data_url, do="It should hold wds_<task>_test folders.")
@@ -87,7 +87,7 @@ def find_tasks(data_url: str, names: Sequence[str] | str = "all") -> list[FoundT
 def _task_file(path: str, data_url: str) -> str:
     """The URL of a task file that is named relative to the working directory or to the data folder."""
     inside = storage.join(data_url, path)
-    return inside if not storage.exists(path) and not hub.is_data(data_url) and storage.exists(inside) else path
+    return inside if not storage.exists(path) and not data_url.startswith(hub.DATA) and storage.exists(inside) else path
 
 
 def _present(data_url: str, by_folder: dict[str, Task]) -> dict[str, FoundTask]:
@@ -110,7 +110,7 @@ def _present(data_url: str, by_folder: dict[str, Task]) -> dict[str, FoundTask]:
 
 def is_data(data_url: str) -> bool:
     """Whether `find_tasks` can be asked for the tasks of a URL."""
-    return hub.is_data(data_url) or storage.is_dir(data_url)
+    return data_url.startswith(hub.DATA) or storage.is_dir(data_url)
 
 
 def extra_task(folder: str, kind: str, classes: int | None) -> Task:

@@ -24,19 +24,14 @@ COMPLETE, PARTIAL, INCOMPLETE, MISSING = "complete", "partial", "incomplete", "m
 class TaskCheck:
     """The state of a task's test set.
 
-    Attributes:
-        task: the task.
-        state: "complete"; "partial", when all files are intact but have fewer samples than the task, so that its scores
-            are of those only; "incomplete", when files are missing or broken, so that it cannot be evaluated;
-            "missing".
-        samples: in its test shards; None where they are not counted, as on object stores.
-        note: the faulty files, or where the set is in another form.
+    It is "complete"; "partial", when all files are intact but have fewer samples than the task, so that its scores are
+    of those only; "incomplete", when files are missing or broken, so that it cannot be evaluated; or "missing".
     """
 
     task: Task
     state: str
-    samples: int | None = None
-    note: str = ""
+    samples: int | None = None  # in its test shards; None where they are not counted, as on object stores
+    note: str = ""  # the faulty files, or where the set is in another form
 
 
 def check_tasks(data: str, names: Sequence[str] | str = "all") -> list[TaskCheck]:
@@ -125,17 +120,10 @@ def _train_fault(found: FoundTask, test_set: EvalSet) -> str:
 def check_table(checks: Sequence[TaskCheck]) -> str:
     """The rows as a text table, with a sentence on how many of the 38 can be evaluated."""
     header = ("task", "group", "state", "samples", "of", "note")
-    lines = [
-        (
-            check.task.key,
-            check.task.group,
-            check.state,
-            "" if check.samples is None else f"{check.samples:,}",
-            "" if check.task.size is None else f"{check.task.size:,}",
-            check.note,
-        )
-        for check in checks
-    ]
+    lines = []
+    for check in checks:
+        counts = ["" if n is None else f"{n:,}" for n in (check.samples, check.task.size)]
+        lines.append((check.task.key, check.task.group, check.state, *counts, check.note))
     scored = [check for check in checks if check.task.scored and check.task.group != "extra"]
     usable = sum(check.state in (COMPLETE, PARTIAL) for check in scored)
     partial = sum(check.state == PARTIAL for check in scored)

@@ -36,7 +36,7 @@ class EvaluateStage(SetsStage):
     """Score checkpoints on tasks.
 
     A unit is one checkpoint on one task by one protocol, and by one seed where the protocol draws something. It embeds
-    nothing: `embedding()` is the stage that has to run first, and what that has written is read through its manifest.
+    nothing: `embedding()` is the stage that has to run first, and what that has written is read through its listing.
     A set that is broken leaves no row and is listed in the manifest's `missing`. What does not apply (a task without a
     train split and a probe, an encoder without a text tower and zero-shot) is listed in `not_applicable`.
 
@@ -69,12 +69,12 @@ class EvaluateStage(SetsStage):
             raise UsageError("no checkpoint to evaluate")
         if not self.protocols:
             raise UsageError("no protocol to evaluate by")
-        found_tasks, protocols = self.found(), self._by_name()
+        found_tasks, protocols, listing = self.found(), self._by_name(), self.listing()
         units = []
         for found in found_tasks:
             for spec, protocol in protocols.items():
                 if _unfit(found, protocol) is None:
-                    units += self._units(found, spec, protocol)
+                    units += self._units(found, spec, protocol, listing)
         if not units:
             reasons = [_unfit(found, protocol) for found in found_tasks for protocol in protocols.values()]
             raise UsageError(
@@ -93,7 +93,7 @@ class EvaluateStage(SetsStage):
                 raise UsageError(f'two protocols have the name "{name}"')
         return found
 
-    def _units(self, found: FoundTask, spec: str, protocol: Protocol) -> list[Unit]:
+    def _units(self, found: FoundTask, spec: str, protocol: Protocol, listing: str) -> list[Unit]:
         splits = ("train", "val") if "train" in protocol.needs else ()
         inputs = {"data": data_digest(found.url)}
         inputs |= {split: data_digest(found.url, split) for split in splits if has_split(found.url, split)}
@@ -110,7 +110,7 @@ class EvaluateStage(SetsStage):
                 unit_name(name, found.task, protocol.name, seed if protocol.seeds else None),
                 inputs=inputs | {"checkpoint": checkpoint},
                 params=params | {"seed": seed},
-                runtime={"checkpoint": name, "spec": encoder, "url": found.url},
+                runtime={"checkpoint": name, "spec": encoder, "url": found.url, "listing": listing},
             )
             for name, encoder, checkpoint in self.checkpoints
             for seed in protocol.seeds or (SEED,)
@@ -145,7 +145,7 @@ class EvaluateStage(SetsStage):
         been embedded."""
         data = {"test": unit.inputs["data"]}
         data |= {split: unit.inputs[split] for split in ("train", "val") if split in unit.inputs}
-        files = FeatureFiles(self._features_url)
+        files = FeatureFiles(self._features_url, unit.runtime["listing"])
         try:
             encoder = unit.inputs["checkpoint"]
             splits = {name: files.split(test_set, name, digest, encoder) for name, digest in data.items()}

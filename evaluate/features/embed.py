@@ -20,15 +20,10 @@ BATCHES_AHEAD = 2
 
 @dataclass
 class Embedded:
-    """The features of some images.
+    """The features of some images."""
 
-    Attributes:
-        images: for each encoder float32 [n, dim], of the images that could be decoded.
-        skipped: by index of an image that could not be decoded, the reason.
-    """
-
-    images: list[np.ndarray]
-    skipped: dict[int, str] = field(default_factory=dict)
+    images: list[np.ndarray]  # for each encoder float32 [n, dim], of the images that could be decoded
+    skipped: dict[int, str] = field(default_factory=dict)  # by index of an image that could not be, the reason
 
 
 def decode_threads(device: str = "auto") -> int:

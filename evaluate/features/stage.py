@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,14 +41,14 @@ if TYPE_CHECKING:
 
 PROMPTS_AT_ONCE = 8192  # of a unit
 TARGETS = pa.schema(
-    [
-        ("key", pa.string()),
-        ("label", pa.int64()),
-        ("captions", pa.list_(pa.string())),
-        ("metadata", pa.list_(pa.float64())),
-        ("fault", pa.string()),
-        ("skipped", pa.string()),
-    ]
+    {
+        "key": pa.string(),
+        "label": pa.int64(),
+        "captions": pa.list_(pa.string()),
+        "metadata": pa.list_(pa.float64()),
+        "fault": pa.string(),
+        "skipped": pa.string(),
+    }
 )
 
 
@@ -111,35 +112,33 @@ class SetsStage(Stage):
         """The sets. Raises UsageError as `find_tasks`."""
         return find_tasks(storage.absolute(self.data), self.tasks)
 
+    def splits(self, found: FoundTask) -> list[str]:
+        """The splits of a set that the protocols need."""
+        needed = [protocol for protocol in self.loaded_protocols() if protocol.applies(found.kind)]
+        wanted = ["test"] if needed else []
+        if any("train" in protocol.needs for protocol in needed):
+            wanted += [split for split in ("train", "val") if has_split(found.url, split)]
+        return wanted
 
-@dataclass(frozen=True)
-class SplitPlan:
-    """The units that embed a split of a set.
+    def data_digests(self, found: FoundTask) -> dict[str, str]:
+        """The digest of each of these splits."""
+        return {split: data_digest(found.url, split) for split in self.splits(found)}
 
-    Attributes:
-        found: the set.
-        split: "test", "train" or "val".
-        parts: each part with the unit of its samples, and that of its images by the encoder's digest.
-    """
+    def needs_prompts(self, found: FoundTask) -> bool:
+        return any("text" in one.needs and one.applies(found.kind) for one in self.loaded_protocols())
 
-    found: FoundTask
-    split: str
-    parts: list[tuple[Part, Unit, dict[str, Unit]]]
+    def listing(self) -> str:
+        """Path of the list of features of these checkpoints and sets, below the directory of features. Other arguments
+        give another path, so that stages which share the directory do not disturb each other."""
+        sets = [
+            [found.task.model_dump(mode="json"), self.data_digests(found), self.needs_prompts(found)]
+            for found in self.found()
+        ]
+        encoders = sorted({digest for _, _, digest in self.checkpoints})
+        return f"listings/{storage.digest_json([sets, encoders, self.precision, self.part_samples])[:24]}.json"
 
-    def listing(self) -> dict[str, Any]:
-        """As the manifest has it."""
-        return {
-            "data": data_digest(self.found.url, self.split),
-            "parts": [
-                {
-                    "shard": storage.name_of(part.tar),
-                    "part": [part.index, part.count],
-                    "samples": samples.name,
-                    "images": {digest: unit.name for digest, unit in images.items()},
-                }
-                for part, samples, images in self.parts
-            ],
-        }
+
+Parts = list[tuple[Part, Unit, dict[str, Unit]]]  # each with the unit of its samples, and of its images by encoder
 
 
 @dataclass
@@ -162,11 +161,9 @@ class EmbedStage(SetsStage):
         ENCODER/prompts/DIGEST.npy: float32 [classes, dim], the class weights of some classes.
         samples/SHARD/I-of-N-KIND.parquet: for each sample its key, label, captions and metadata, what is wrong with
             them, and why its image cannot be decoded. KIND is a digest of what reads them.
-
-    Manifest values:
-        splits: by task and split, the digest of its data, and for each part the names of its units.
-        prompts: by task and encoder, the names of the units of its class weights.
-        units: by name, the files and values of each finished unit.
+        listings/DIGEST.json: what this stage's arguments need (`SetsStage.listing`). "splits" has by task and split the
+            digest of its data, and for each part the names of its units; "prompts" by task and encoder the names of
+            the units of its class weights; "units" by name the files and values of each finished unit.
     """
 
     name = "embed"
@@ -174,12 +171,14 @@ class EmbedStage(SetsStage):
 
     def parents(self) -> dict[str, str]:
         """Those of the checkpoints and of the sets, so that the listing follows both."""
-        digests = {
-            f"{found.task.key}/{split}": data_digest(found.url, split)
-            for found in self.found()
-            for split in self.splits(found)
-        }
-        return super().parents() | digests
+        digests = super().parents()
+        for found in self.found():
+            digests |= {f"{found.task.key}/{split}": digest for split, digest in self.data_digests(found).items()}
+        return digests
+
+    def manifest_key(self, units: Iterable[Unit]) -> str:
+        """The listing is part of it, so that a run which finds no work still writes its listing."""
+        return storage.digest_json([super().manifest_key(units), self.listing()])
 
     def encoders(self) -> dict[str, str]:
         """Spec by digest, each encoder once, whatever number of names it has."""
@@ -188,41 +187,29 @@ class EmbedStage(SetsStage):
     def plan(self) -> list[Unit]:
         units: dict[str, Unit] = {}
         for found in self.found():
-            for planned in self.split_plans(found):
-                for part, samples, images in planned.parts:
-                    shard = f"{planned.split} {storage.name_of(part.tar)} {part.index}"
+            for split, parts in self.split_parts(found).items():
+                for part, samples, images in parts:
+                    group = f"{storage.name_of(found.url)}/{split} {storage.name_of(part.tar)} {part.index}"
                     for unit in (samples, *images.values()):
-                        units.setdefault(unit.name, replace(unit, group=f"{storage.name_of(found.url)}/{shard}"))
+                        units.setdefault(unit.name, replace(unit, group=group))
             for unit in self.prompt_units(found):
                 units.setdefault(unit.name, unit)
         return list(units.values())
 
-    def splits(self, found: FoundTask) -> list[str]:
-        """The splits of a set that the protocols need."""
-        needed = [protocol for protocol in self.loaded_protocols() if protocol.applies(found.kind)]
-        wanted = ["test"] if needed else []
-        if any("train" in protocol.needs for protocol in needed):
-            wanted += [split for split in ("train", "val") if has_split(found.url, split)]
-        return wanted
-
-    def split_plans(self, found: FoundTask) -> list[SplitPlan]:
-        """One for each split that is needed and not broken; the evaluate stage says what is wrong with the others."""
-        plans = []
+    def split_parts(self, found: FoundTask) -> dict[str, Parts]:
+        """Of each split that is needed and not broken; the evaluate stage says what is wrong with the others."""
+        found_parts: dict[str, Parts] = {}
         for split in self.splits(found):
-            try:
-                parts = split_into_parts(found.url, split, self.part_samples)
-            except (TaskError, OSError):
-                continue
-            units = [
-                (
-                    part,
-                    self.samples_unit(part, found),
-                    {digest: self.images_unit(part, digest, found) for digest in self.encoders()},
-                )
-                for part in parts
-            ]
-            plans.append(SplitPlan(found, split, units))
-        return plans
+            with contextlib.suppress(TaskError, OSError):
+                found_parts[split] = [
+                    (
+                        part,
+                        self.samples_unit(part, found),
+                        {e: self.images_unit(part, e, found) for e in self.encoders()},
+                    )
+                    for part in split_into_parts(found.url, split, self.part_samples)
+                ]
+        return found_parts
 
     def samples_unit(self, part: Part, found: FoundTask) -> Unit:
         kind = load_kind(found.task.kind)
@@ -232,7 +219,7 @@ class EmbedStage(SetsStage):
             f"samples/{part.name}-{storage.digest_json(params)[:8]}",
             inputs={"shard": part.digest},
             params={"part": [part.index, part.count], **params},
-            runtime={"part": part.values(), "task": found.task.model_dump(mode="json")},
+            runtime={"part": asdict(part), "task": found.task.model_dump(mode="json")},
         )
 
     def images_unit(self, part: Part, encoder: str, found: FoundTask) -> Unit:
@@ -250,7 +237,7 @@ class EmbedStage(SetsStage):
             inputs={"encoder": encoder, "shard": part.digest},
             params={"part": [part.index, part.count], "precision": self.precision, **params},
             runtime={
-                "part": part.values(),
+                "part": asdict(part),
                 "spec": self.encoders()[encoder],
                 "task": found.task.model_dump(mode="json"),
             },
@@ -262,7 +249,7 @@ class EmbedStage(SetsStage):
 
     def prompt_units(self, found: FoundTask) -> list[Unit]:
         """Units for the class weights of a set, some classes each; in the order of the classes within an encoder."""
-        if not any("text" in one.needs and one.applies(found.kind) for one in self.loaded_protocols()):
+        if not self.needs_prompts(found):
             return []
         try:
             test_set = open_set(found.task, found.url)
@@ -348,18 +335,11 @@ class EmbedStage(SetsStage):
             yield unit, Output(files, len(images), values={"text": encoder.has_text})
 
     def _samples(self, unit: Unit, targets: Targets, faults: Sequence[str | None], skipped: dict[int, str]) -> Output:
-        columns = [
-            targets.keys,
-            targets.labels.tolist(),
-            targets.captions,
-            targets.metadata,
-            faults,
-            [skipped.get(i) for i in range(len(faults))],
-        ]
-        arrays = [pa.array(column, kind.type) for column, kind in zip(columns, TARGETS, strict=True)]
+        reasons = [skipped.get(i) for i in range(len(faults))]
+        columns = [targets.keys, targets.labels, targets.captions, targets.metadata, faults, reasons]
         file = f"{unit.name}.parquet"
         with storage.writing(self.url(file)) as path:
-            pq.write_table(pa.Table.from_arrays(arrays, schema=TARGETS), path)
+            pq.write_table(pa.table(dict(zip(TARGETS.names, columns, strict=True)), schema=TARGETS), path)
         return Output([file])
 
     def _save(self, unit: Unit, array: np.ndarray, suffix: str = "") -> str:
@@ -384,9 +364,20 @@ class EmbedStage(SetsStage):
         splits: dict[str, Any] = {}
         prompts: dict[str, Any] = {}
         for found in self.found():
-            for planned in self.split_plans(found):
-                splits.setdefault(found.task.key, {})[planned.split] = planned.listing()
+            for split, parts in self.split_parts(found).items():
+                listed = [
+                    {
+                        "shard": storage.name_of(part.tar),
+                        "samples": samples.name,
+                        "images": {digest: unit.name for digest, unit in images.items()},
+                    }
+                    for part, samples, images in parts
+                ]
+                digest = data_digest(found.url, split)
+                splits.setdefault(found.task.key, {})[split] = {"data": digest, "parts": listed}
             for unit in self.prompt_units(found):
                 prompts.setdefault(found.task.key, {}).setdefault(unit.inputs["encoder"], []).append(unit.name)
         units = {record.unit: {"files": sorted(record.files), **record.values} for record in records}
-        return Output(values={"splits": splits, "prompts": prompts, "units": units})
+        file = self.listing()
+        storage.write_json(self.url(file), {"splits": splits, "prompts": prompts, "units": units})
+        return Output([file])

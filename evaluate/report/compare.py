@@ -25,21 +25,13 @@ TABLE, CSV, JSON, HTML = "comparison.txt", "comparison.csv", "comparison.json", 
 
 @dataclass(frozen=True)
 class SubsetEntry:
-    """A subset to compare.
-
-    Attributes:
-        name: as it is called in tables.
-        url: its directory: subset.npy, funnel.json and perhaps reasons.parquet.
-        checkpoints: (seed, name in the scores) of each model trained on it.
-        pool: directory of the indexed pool it was taken from; "" to show no images and no noise.
-        drawn: (what, URL of a PNG) of each image that a model trained on it has drawn.
-    """
+    """A subset to compare."""
 
     name: str
-    url: str
-    checkpoints: tuple[tuple[int, str], ...]
-    pool: str = ""
-    drawn: tuple[tuple[str, str], ...] = ()
+    url: str  # its directory: subset.npy, funnel.json and perhaps reasons.parquet
+    checkpoints: tuple[tuple[int, str], ...]  # (seed, name in the scores) of each model trained on it
+    pool: str = ""  # directory of the indexed pool it was taken from; "" to show no images and no noise
+    drawn: tuple[tuple[str, str], ...] = ()  # (what, URL of a PNG) of each image that such a model has drawn
 
 
 @dataclass
@@ -123,9 +115,8 @@ class CompareStage(Stage):
             views |= look(Pool.open(pool), inside)
         result["noise"] = {name: table for name, view in views.items() if (table := view.noise()) is not None}
         result["headline"] = headline(result)
-        drawn = [
-            (name, what, storage.read_bytes(url)) for name, entry in entries.items() for what, url in entry["drawn"]
-        ]
+        images = [(name, *image) for name, entry in entries.items() for image in entry["drawn"]]
+        drawn = [(name, what, storage.read_bytes(url)) for name, what, url in images]
         page = render(result, funnels, views, _provenance(unit, manifest, entries), drawn)
         storage.write_bytes(self.url(TABLE), comparison_text(result).encode())
         storage.write_bytes(self.url(CSV), comparison_csv(result).encode())
@@ -158,11 +149,8 @@ def _provenance(unit: Unit, scores: Any, entries: dict[str, Any]) -> list[tuple[
     """What the page was made from, by digest."""
     lines = [("scores", scores.digest)]
     for name, pairs in unit.params["checkpoints"]:
-        lines += [
-            (f"{name}: {key.rpartition('/')[2]}", unit.inputs[key])
-            for key in unit.inputs
-            if key.rpartition("/")[0] == name
-        ]
+        split = ((*key.rpartition("/"), digest) for key, digest in unit.inputs.items())
+        lines += [(f"{name}: {what}", digest) for subset, _, what, digest in split if subset == name]
         stage = read_manifest(entries[name]["url"])
         if stage is not None:
             lines.append((f"{name}: manifest of {stage.stage}", stage.digest))

@@ -38,8 +38,7 @@ class MergeScoresStage(Stage):
         tables = []
         tasks: dict[str, Any] = {}
         checkpoints: dict[str, str] = {}
-        missing: list[dict[str, str]] = []
-        unfit: list[dict[str, str]] = []
+        lists: dict[str, list[dict[str, str]]] = {"missing": [], "not_applicable": []}
         protocols: dict[str, None] = {}
         metrics: dict[str, str] = {}
         for name, url in self.runs:
@@ -51,13 +50,13 @@ class MergeScoresStage(Stage):
                 if tasks.setdefault(key, facts) != facts:
                     raise UsageError(f'task "{key}" differs between the runs (version or size of the set)', where=url)
             checkpoints |= {f"{name}/{checkpoint}": digest for checkpoint, digest in values["checkpoints"].items()}
-            for found, key in ((missing, "missing"), (unfit, "not_applicable")):
+            for key, found in lists.items():
                 found += [entry | {"checkpoint": f"{name}/{entry['checkpoint']}"} for entry in values[key]]
             protocols |= dict.fromkeys(values["protocols"])
             metrics |= values.get("protocol_metrics", {})
         write_scores(self.out, pa.concat_tables(tables))
-        values = {"tasks": tasks, "checkpoints": checkpoints, "protocols": list(protocols), "missing": missing}
-        values |= {"not_applicable": unfit} | ({"protocol_metrics": metrics} if metrics else {})
+        values = {"tasks": tasks, "checkpoints": checkpoints, "protocols": list(protocols), **lists}
+        values |= {"protocol_metrics": metrics} if metrics else {}
         return Output([SCORES], values=values)
 
     def finish(self, records: list[Any]) -> Output:

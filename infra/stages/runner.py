@@ -112,7 +112,8 @@ def execute(
         storage.remove(stage.url(MANIFEST))  # it describes files that are about to be replaced
         with progress:
             _run_groups(stage, executor, _groups(todo), retries, progress, done, failures)
-    storage.remove(stage.url(NOTES))
+    with contextlib.suppress(OSError):  # another run may write notes into the same directory
+        storage.remove(stage.url(NOTES))
     _report_failures(stage, units, failures, log)
     manifest = _finish(stage, units, done, failures, budget, label)
     log.say(progress.line() if not manifest.skipped["count"] else f"{progress.line()}  {manifest.state}")

@@ -8,13 +8,19 @@ from pathlib import Path
 import pytest
 
 from tests.evaluate.hubserver import Hub, serving
-from tests.evaluate.sets import TEMPLATES, open_found, write_classification, write_config, write_packed_retrieval
+from tests.evaluate.sets import (
+    TEMPLATES,
+    open_found,
+    samples_of,
+    write_classification,
+    write_config,
+    write_packed_retrieval,
+)
 from winnow.evaluate.check import COMPLETE, INCOMPLETE, MISSING, check_tasks
 from winnow.evaluate.protocols.base import EvalSet
 from winnow.evaluate.sets import hub
 from winnow.evaluate.sets.files import data_digest
 from winnow.evaluate.sets.layout import find_tasks
-from winnow.evaluate.sets.shards import samples_of
 from winnow.evaluate.tasks.read import datacomp_tasks
 from winnow.evaluate.tasks.task import TaskError
 from winnow.infra.errors import UsageError, WinnowError

@@ -110,14 +110,9 @@ def retrieval_ranks(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ranks of the right answers in both directions, by inner product, `block` queries at a time.
 
-    Args:
-        images: float [n, dim].
-        captions: float [m, dim]; several may belong to one image, and each image has at least one.
-        owner: int [m], ascending: the image of each caption.
-
-    Returns:
-        (int64 [n]: captions of other images before the first caption of the image,
-        int64 [m]: images before the image of the caption).
+    `images` are float [n, dim], `captions` float [m, dim]; `owner`, int [m], ascending, is the image of each caption;
+    each image has one. Returns (int64 [n]: captions of other images before the first caption of the image, int64 [m]:
+    images before the image of the caption).
     """
     starts = np.searchsorted(owner, np.arange(len(images)))
     ends = np.searchsorted(owner, np.arange(len(images)), side="right")

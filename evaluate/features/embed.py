@@ -70,7 +70,7 @@ def embed(
             return error.what
         return {key: encoder.crop(image) for key, encoder in prepare.items()}
 
-    parts: list[list[np.ndarray]] = [[] for _ in encoders]
+    parts = [[np.empty((0, encoder.dim), np.float32)] for encoder in encoders]
     skipped: dict[int, str] = {}
     done = 0
     decoded = prefetch(decode, encoded, threads, (BATCHES_AHEAD + 1) * batch_size)
@@ -78,17 +78,11 @@ def embed(
         ready = [result for result in batch if not isinstance(result, str)]
         skipped |= {done + i: result for i, result in enumerate(batch) if isinstance(result, str)}
         if ready:
-            tensors = {
-                key: encoder.normalise(torch.stack([result[key] for result in ready]))
-                for key, encoder in prepare.items()
-            }
+            stacked = {key: torch.stack([result[key] for result in ready]) for key in prepare}
+            tensors = {key: encoder.normalise(stacked[key]) for key, encoder in prepare.items()}
             for part, encoder in zip(parts, encoders, strict=True):
                 part.append(encoder.encode_images(tensors[encoder.preprocess_key]))
         done += len(batch)
         if on_batch is not None:
             on_batch(done)
-    images = [
-        np.concatenate(part) if part else np.empty((0, encoder.dim), np.float32)
-        for part, encoder in zip(parts, encoders, strict=True)
-    ]
-    return Embedded(images, skipped)
+    return Embedded([np.concatenate(part) for part in parts], skipped)

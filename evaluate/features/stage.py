@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,8 +55,7 @@ TARGETS = pa.schema(
 def _not_finite(**features: np.ndarray) -> str | None:
     """Why the scores of such an encoder would be meaningless; None where its features are finite."""
     for of, array in features.items():
-        wrong = int((~np.isfinite(array).all(axis=1)).sum())
-        if wrong:
+        if wrong := int((~np.isfinite(array).all(axis=1)).sum()):
             return f"the encoder's features are not finite, for {wrong:,} of {len(array):,} {of}"
     return None
 
@@ -76,7 +75,6 @@ class SetsStage(Stage):
         precision: of the encoders' matrix products, "float32" or "bfloat16" (`winnow.pretrain.encoder.load_encoder`).
         threads: CPU threads of an encoder; None leaves it to torch.
         part_samples: samples of a set that are embedded by one unit, approximately.
-        unit_resources: what a unit takes of the cluster.
     """
 
     checkpoints: tuple[tuple[str, str, str], ...]
@@ -89,14 +87,13 @@ class SetsStage(Stage):
     precision: str = "float32"
     threads: int | None = None
     part_samples: int = PART_SAMPLES
-    unit_resources: Resources = field(default_factory=lambda: Resources(gpus=1, gpu_optional=True))
 
     keep_stale = True
     allow_failures = True
 
     @property
     def resources(self) -> Resources:
-        return self.unit_resources
+        return Resources(gpus=1, gpu_optional=True)
 
     def params(self) -> dict[str, Any]:
         return {}
@@ -104,17 +101,12 @@ class SetsStage(Stage):
     def parents(self) -> dict[str, str]:
         return {f"checkpoint/{name}": digest for name, _, digest in self.checkpoints}
 
-    def loaded_protocols(self) -> list[Protocol]:
-        """Raises UsageError for a name that is unknown."""
-        return [load_protocol(name) for name in self.protocols]
-
     def found(self) -> list[FoundTask]:
-        """The sets. Raises UsageError as `find_tasks`."""
         return find_tasks(storage.absolute(self.data), self.tasks)
 
     def splits(self, found: FoundTask) -> list[str]:
         """The splits of a set that the protocols need."""
-        needed = [protocol for protocol in self.loaded_protocols() if protocol.applies(found.kind)]
+        needed = self.applying(found)
         wanted = ["test"] if needed else []
         if any("train" in protocol.needs for protocol in needed):
             wanted += [split for split in ("train", "val") if has_split(found.url, split)]
@@ -124,8 +116,12 @@ class SetsStage(Stage):
         """The digest of each of these splits."""
         return {split: data_digest(found.url, split) for split in self.splits(found)}
 
+    def applying(self, found: FoundTask) -> list[Protocol]:
+        """The protocols that score a set. Raises UsageError for a name that is unknown."""
+        return [one for one in map(load_protocol, self.protocols) if one.applies(found.kind)]
+
     def needs_prompts(self, found: FoundTask) -> bool:
-        return any("text" in one.needs and one.applies(found.kind) for one in self.loaded_protocols())
+        return any("text" in one.needs for one in self.applying(found))
 
     def listing(self) -> str:
         """Path of the list of features of these checkpoints and sets, below the directory of features. Other arguments
@@ -232,15 +228,12 @@ class EmbedStage(SetsStage):
         if kind.images != Kind.images:
             params["images"] = list(kind.images)
             suffix += f"-{storage.digest_json(params)[:8]}"
+        runtime = {"part": asdict(part), "spec": self.encoders()[encoder], "task": found.task.model_dump(mode="json")}
         return Unit(
             f"{self._folder(encoder)}/{part.name}{suffix}",
             inputs={"encoder": encoder, "shard": part.digest},
             params={"part": [part.index, part.count], "precision": self.precision, **params},
-            runtime={
-                "part": asdict(part),
-                "spec": self.encoders()[encoder],
-                "task": found.task.model_dump(mode="json"),
-            },
+            runtime=runtime,
             items=part.samples,
         )
 
@@ -259,21 +252,19 @@ class EmbedStage(SetsStage):
         if len({len(texts) for texts in prompts}) != 1:
             return []  # no class weights: no classes, or different numbers of prompts
         step = max(1, PROMPTS_AT_ONCE // len(test_set.templates))
-        units = []
-        for low in range(0, len(prompts), step):
-            batch = prompts[low : low + step]
-            content = storage.digest_json(batch)
-            for digest, spec in self.encoders().items():
-                units.append(
-                    Unit(
-                        f"{self._folder(digest)}/prompts/{content[:24]}",
-                        inputs={"encoder": digest, "prompts": content},
-                        params={"precision": self.precision},
-                        runtime={"prompts": batch, "spec": spec},
-                        group=f"{storage.name_of(found.url)} prompts {low}",
-                    )
-                )
-        return units
+        batches = {low: prompts[low : low + step] for low in range(0, len(prompts), step)}
+        contents = {low: storage.digest_json(batch) for low, batch in batches.items()}
+        return [
+            Unit(
+                f"{self._folder(digest)}/prompts/{contents[low][:24]}",
+                inputs={"encoder": digest, "prompts": contents[low]},
+                params={"precision": self.precision},
+                runtime={"prompts": batch, "spec": spec},
+                group=f"{storage.name_of(found.url)} prompts {low}",
+            )
+            for low, batch in batches.items()
+            for digest, spec in self.encoders().items()
+        ]
 
     def run_group(self, units: list[Unit]) -> Iterator[tuple[Unit, Output]]:
         from winnow.pretrain.encoder import load_encoders
@@ -365,14 +356,10 @@ class EmbedStage(SetsStage):
         prompts: dict[str, Any] = {}
         for found in self.found():
             for split, parts in self.split_parts(found).items():
-                listed = [
-                    {
-                        "shard": storage.name_of(part.tar),
-                        "samples": samples.name,
-                        "images": {digest: unit.name for digest, unit in images.items()},
-                    }
-                    for part, samples, images in parts
-                ]
+                listed = []
+                for part, samples, images in parts:
+                    names = {digest: unit.name for digest, unit in images.items()}
+                    listed.append({"shard": storage.name_of(part.tar), "samples": samples.name, "images": names})
                 digest = data_digest(found.url, split)
                 splits.setdefault(found.task.key, {})[split] = {"data": digest, "parts": listed}
             for unit in self.prompt_units(found):

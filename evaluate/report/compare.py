@@ -36,19 +36,12 @@ class SubsetEntry:
 
 @dataclass
 class CompareStage(Stage):
-    """Compare subsets by the scores of the models trained on them.
+    """Compare subsets by the scores of the models trained on them."""
 
-    Args:
-        subsets: in the order to colour them; the table is ranked.
-        scores: directory of a finished evaluate stage.
-        out: directory for comparison.txt, comparison.csv, comparison.json and report.html.
-        baseline: the subset to measure differences against; "none" where there is one, else the first.
-    """
-
-    subsets: tuple[SubsetEntry, ...]
-    scores: str
-    out: str
-    baseline: str = ""
+    subsets: tuple[SubsetEntry, ...]  # in the order to colour them; the table is ranked
+    scores: str  # directory of a finished evaluate stage
+    out: str  # directory for comparison.txt, comparison.csv, comparison.json and report.html
+    baseline: str = ""  # subset to measure differences against; "none" where there is one, else the first
 
     name = "compare"
     version = 2

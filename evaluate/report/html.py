@@ -25,10 +25,8 @@ def render(
 
     Args:
         result: of `aggregate.compare`, with the `missing` of the scores.
-        funnels: `funnel.json` of each subset.
-        views: each subset against its pool, where the pool is at hand.
-        provenance: (what, digest).
-        drawn: (subset, what, PNG) of images that models have drawn.
+        funnels, views: `funnel.json` of each subset; and those against their pool, where the pool is at hand.
+        provenance, drawn: (what, digest); and (subset, what, PNG) of images that models have drawn.
     """
     import jinja2
     from markupsafe import Markup

@@ -14,14 +14,9 @@ from winnow.infra.stages.stage import Output, Stage, Unit, need_manifest
 
 @dataclass
 class MergeScoresStage(Stage):
-    """Put the scores of several runs into one directory; checkpoints get the run's name in front.
+    """Put the scores of several runs into one directory; checkpoints get the run's name in front."""
 
-    Args:
-        runs: (name, URL of the run's scores) of each.
-        out: directory.
-    """
-
-    runs: tuple[tuple[str, str], ...]
+    runs: tuple[tuple[str, str], ...]  # (name, URL of the run's scores) of each
     out: str
 
     name = "merge"

@@ -17,11 +17,8 @@ NOT_APPLICABLE = "n/a"
 def scores_text(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> str:
     """Main metrics with their standard errors, below them averages by protocol, then what is missing and why.
 
-    A task's seeds are averaged. An average is over the scored tasks on which every checkpoint has a score.
-
-    Args:
-        rows: of scores.parquet, in the order of the checkpoints.
-        values: of the evaluate manifest.
+    A task's seeds are averaged. An average is over the scored tasks on which every checkpoint has a score. `rows` are
+    those of scores.parquet, in the order of the checkpoints; `values` those of the evaluate manifest.
     """
     tasks = values["tasks"]
     keys = sorted(tasks, key=lambda key: (ORDER.index(tasks[key]["group"]), tasks[key]["name"].lower()))

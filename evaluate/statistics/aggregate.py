@@ -100,9 +100,7 @@ def compare(subsets: Sequence[SubsetScores], tasks: Mapping[str, Mapping[str, An
     """The comparison as JSON values.
 
     Averages are over the scored tasks that every subset with any score has, so that they are of the same tasks; when
-    all of DataComp's 38 are among them, over those alone.
-
-    `tasks` has the facts of the evaluate manifest: name, group, metric, chance, scored, n.
+    all of DataComp's 38 are among them, over those alone. `tasks` has the facts of the evaluate manifest.
     """
     tasks = dict(sorted(tasks.items(), key=lambda item: (ORDER.index(item[1]["group"]), item[1]["name"].lower())))
     scored = [subset for subset in subsets if subset.tasks()]
@@ -191,21 +189,17 @@ def headline(result: Mapping[str, Any]) -> str:
     if best["subset"] == baseline:
         rival = ranked[1]
         delta = rival["difference"]
-        text = (
-            f"No subset beat {baseline}. The best of them, {rival['subset']}, is {-delta['value']:.3f} "
-            f"± {delta['stderr']:.3f} below it ({name}; {significance(delta['value'], delta['stderr'])})."
-        )
+        below = f"{-delta['value']:.3f} ± {delta['stderr']:.3f} below it"
+        text = f"No subset beat {baseline}. The best of them, {rival['subset']}, is {below}"
         pair = (best, rival)
     elif best["difference"] is None:
         return f"{best['subset']} is first with {best['average']['value']:.3f} ({name}); {baseline} has no score."
     else:
         delta = best["difference"]
         verb = "beat" if delta["value"] >= 2 * delta["stderr"] else "is ahead of"
-        text = (
-            f"{best['subset']} {verb} {baseline} by {delta['value']:.3f} ± {delta['stderr']:.3f} "
-            f"({name}; {significance(delta['value'], delta['stderr'])})."
-        )
+        text = f"{best['subset']} {verb} {baseline} by {delta['value']:.3f} ± {delta['stderr']:.3f}"
         pair = (best, next(row for row in ranked if row["subset"] == baseline))
+    text += f" ({name}; {significance(delta['value'], delta['stderr'])})."
     if any(len(row["seeds"]) < 2 for row in pair):
         text += " With one seed each, the variation between training runs is not part of that error."
     return text

@@ -45,15 +45,10 @@ class EvaluateStage(SetsStage):
 
     A set of which more than `max_skipped` of the images cannot be decoded is missing, too. So is what a checkpoint
     that cannot be loaded would have scored; the next run tries it again.
-
-    Args:
-        features: directory of the features; `out`/features if not given. May be shared with other evaluations.
-        max_skipped: of a split's images, how many may be undecodable: a fraction of them when below 1, else a number.
-        others: see `SetsStage`; `out` gets scores.parquet and eval_results.jsonl.
     """
 
-    features: str = ""
-    max_skipped: float = 0.05
+    features: str = ""  # directory of the features, `out`/features if not given; several evaluations may share it
+    max_skipped: float = 0.05  # of a split's images that may be undecodable: a fraction when below 1, else a number
 
     name = "evaluate"
     version = 3
@@ -61,11 +56,7 @@ class EvaluateStage(SetsStage):
     def embedding(self) -> EmbedStage:
         """The stage that must have run before this one."""
         same = {field.name: getattr(self, field.name) for field in fields(SetsStage)}
-        return EmbedStage(**same | {"out": self._features_url})
-
-    @property
-    def _features_url(self) -> str:
-        return self.features or self.url("features")
+        return EmbedStage(**same | {"out": self.features or self.url("features")})
 
     def plan(self) -> list[Unit]:
         if not self.checkpoints:
@@ -143,7 +134,7 @@ class EvaluateStage(SetsStage):
         been embedded."""
         data = {"test": unit.inputs["data"]}
         data |= {split: unit.inputs[split] for split in ("train", "val") if split in unit.inputs}
-        files = FeatureFiles(self._features_url, unit.runtime["listing"])
+        files = FeatureFiles(self.features or self.url("features"), unit.runtime["listing"])
         try:
             encoder = unit.inputs["checkpoint"]
             splits = {name: files.split(test_set, name, digest, encoder) for name, digest in data.items()}

@@ -53,7 +53,6 @@ def embed(
     Args:
         encoded: the images' bytes; read in order, a few batches ahead of the encoders.
         encoders: those with equal `preprocess_key` share the preprocessed images.
-        batch_size: images an encoder sees at once.
         threads: that decode; 0 to decode in the calling thread.
         on_batch: called with the number of images done so far.
         flatten: whether transparent parts become white; otherwise the alpha channel is dropped, as by webdataset's

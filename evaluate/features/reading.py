@@ -43,15 +43,7 @@ class LoadedSplit:
 
 
 class FeatureFiles:
-    """The files of a directory of features that a listing names.
-
-    Args:
-        url: directory of a finished embed stage.
-        listing: `SetsStage.listing`.
-
-    Raises:
-        NotEmbedded: there is no such listing.
-    """
+    """The files of a directory of features that a listing (`SetsStage.listing`) names. Raises NotEmbedded."""
 
     def __init__(self, url: str, listing: str) -> None:
         self.url, path = url, storage.join(url, listing)

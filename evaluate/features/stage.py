@@ -62,31 +62,18 @@ def _not_finite(**features: np.ndarray) -> str | None:
 
 @dataclass
 class SetsStage(Stage):
-    """The arguments of the stages that run checkpoints on sets.
+    """The arguments of the stages that run checkpoints on sets."""
 
-    Args:
-        checkpoints: (name, encoder spec, digest) of each.
-        data: folder of test sets in DataComp's layout.
-        out: directory of the stage's output.
-        tasks: "all" for every set in the folder, or keys, names or task files.
-        protocols: names in `winnow.evaluate.protocols.PROTOCOLS`, or "module:OBJECT".
-        device: for encoders and probes; "auto" takes a GPU where there is one.
-        batch_size: images an encoder sees at once.
-        precision: of the encoders' matrix products, "float32" or "bfloat16" (`winnow.pretrain.encoder.load_encoder`).
-        threads: CPU threads of an encoder; None leaves it to torch.
-        part_samples: samples of a set that are embedded by one unit, approximately.
-    """
-
-    checkpoints: tuple[tuple[str, str, str], ...]
-    data: str
+    checkpoints: tuple[tuple[str, str, str], ...]  # (name, encoder spec, digest) of each
+    data: str  # folder of test sets in DataComp's layout
     out: str
-    tasks: tuple[str, ...] | str = "all"
-    protocols: tuple[str, ...] = ("zeroshot",)
-    device: str = "auto"
-    batch_size: int = 256
-    precision: str = "float32"
-    threads: int | None = None
-    part_samples: int = PART_SAMPLES
+    tasks: tuple[str, ...] | str = "all"  # "all" for every set in the folder, or keys, names or task files
+    protocols: tuple[str, ...] = ("zeroshot",)  # names in `winnow.evaluate.protocols.PROTOCOLS`, or "module:OBJECT"
+    device: str = "auto"  # for encoders and probes; "auto" takes a GPU where there is one
+    batch_size: int = 256  # images an encoder sees at once
+    precision: str = "float32"  # of the encoders' matrix products, "float32" or "bfloat16"
+    threads: int | None = None  # CPU threads of an encoder; None leaves it to torch
+    part_samples: int = PART_SAMPLES  # samples of a set that are embedded by one unit, approximately
 
     keep_stale = True
     allow_failures = True

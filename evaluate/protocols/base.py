@@ -133,23 +133,15 @@ class Kind(abc.ABC):
     """A kind of task: which files its sets consist of, how their samples are read, and how they are scored zero-shot.
 
     Instances hold nothing. A subclass is scored by every protocol that scores its base class.
-
-    Class attributes:
-        images: extensions of the image, the preferred ones first.
-        flatten: whether transparent parts become white before embedding; otherwise the alpha channel is dropped, as
-            open_clip's preprocessing does.
-        embeds_captions: whether the captions of the samples are embedded with the images.
-        protocols: names of protocols that score this kind, beyond those whose `kinds` name it.
-        metric: the main metric of a set without a task file.
-        version: raise it when `read` gives other values for the same members.
     """
 
-    images: ClassVar[tuple[str, ...]] = IMAGES
+    images: ClassVar[tuple[str, ...]] = IMAGES  # extensions of the image, the preferred ones first
+    # Whether transparent parts become white; otherwise the alpha channel is dropped, as by open_clip's preprocessing.
     flatten: ClassVar[bool] = False
-    embeds_captions: ClassVar[bool] = False
-    protocols: ClassVar[frozenset[str]] = frozenset()
-    metric: ClassVar[str | None] = "acc1"
-    version: ClassVar[int] = 1
+    embeds_captions: ClassVar[bool] = False  # whether the captions of the samples are embedded with the images
+    protocols: ClassVar[frozenset[str]] = frozenset()  # names of those that score it, beyond those that name it
+    metric: ClassVar[str | None] = "acc1"  # the main metric of a set without a task file
+    version: ClassVar[int] = 1  # raise it when `read` gives other values for the same members
 
     @property
     def names(self) -> list[str]:
@@ -171,18 +163,11 @@ class Kind(abc.ABC):
 
     @abc.abstractmethod
     def read(self, sample: Sample) -> Target:
-        """What the members of a sample say. Called once a sample, when its image is embedded.
-
-        Raises:
-            TaskError: a member is missing or cannot be read; without a location, which the caller adds.
-        """
+        """What the members of a sample say. Called once a sample, when its image is embedded. Raises TaskError where a
+        member is missing or cannot be read; without a location, which the caller adds."""
 
     def check(self, targets: Targets, test_set: EvalSet, tar: str) -> Targets:
-        """Check the targets of a shard's samples against the text files, and map them where needed.
-
-        Raises:
-            TaskError: a target does not fit.
-        """
+        """Check the targets of a shard against the text files, and map them where needed. Raises TaskError."""
         return targets
 
     def prompts(self, test_set: EvalSet, classname: str) -> list[str]:
@@ -218,24 +203,17 @@ class Kind(abc.ABC):
 class Protocol:
     """A way to score an encoder on a set.
 
-    Attributes:
-        name: as it is called in scores.
-        kinds: kinds of task that it scores.
-        run: features and set to scores.
-        needs: "text": an encoder that reads text; "train": a train split; "pixels": the images themselves, not the
-            features alone; "sampler": a checkpoint that draws images.
-        seeds: it runs once with each; empty for a protocol that draws nothing.
-        metric: its main metric; None where that is the task's.
-        version: raise it when it gives other scores for the same features.
+    It may need "text" (an encoder that reads text), "train" (a train split), "pixels" (the images themselves, not the
+    features alone) and "sampler" (a checkpoint that draws images).
     """
 
-    name: str
-    kinds: frozenset[str]
+    name: str  # as it is called in scores
+    kinds: frozenset[str]  # kinds of task that it scores
     run: Callable[[Features, EvalSet], list[Row]]
     needs: frozenset[str] = frozenset()
-    seeds: tuple[int, ...] = ()
-    metric: str | None = None
-    version: int = 1
+    seeds: tuple[int, ...] = ()  # it runs once with each; empty for a protocol that draws nothing
+    metric: str | None = None  # its main metric; None where that is the task's
+    version: int = 1  # raise it when it gives other scores for the same features
 
     def applies(self, kind: Kind | None) -> bool:
         """Whether it scores tasks of a kind; None is a kind that does not exist."""

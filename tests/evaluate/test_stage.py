@@ -302,9 +302,8 @@ def test_encoder_without_text_is_not_applicable(tmp_path: Path, data: Path, spec
     import winnow.pretrain.encoder
 
     blind = winnow.pretrain.encoder.load_encoder(spec)
-    monkeypatch.setattr(blind, "has_text", False)
-    monkeypatch.setattr(winnow.pretrain.encoder, "load_encoder", lambda *_, **__: blind)
-    monkeypatch.setattr("winnow.pretrain.encoder._together", {})
+    monkeypatch.setattr(blind, "reads", frozenset({"image"}))
+    monkeypatch.setattr(winnow.pretrain.encoder, "_load", lambda *_: blind)
     with pytest.raises(WinnowError, match="the encoder has no text tower"):
         run(stage_of(spec, data, tmp_path / "out"))
 

@@ -218,7 +218,7 @@ class EvaluateStage(SetsStage):
 
 @dataclass
 class Results:
-    """What the units of an evaluation gave, brought together.
+    """The combined results of the units of an evaluation.
 
     `missing` and `unfit` have the checkpoint, task, protocol and reason of what has no score though it should, and of
     what does not apply.
@@ -275,7 +275,7 @@ def _left_out(splits: Mapping[str, LoadedSplit]) -> dict[str, dict[str, int]]:
 
 
 def _split(loaded: LoadedSplit, labelled: bool) -> Split:
-    """What a protocol sees of a split; where it learns from it, the labelled samples alone."""
+    """A split for a protocol; one to learn from has the labelled samples alone."""
     labels = loaded.targets.labels
     kept = np.flatnonzero(labels >= 0) if labelled else np.arange(len(labels))
     return Split(loaded.images[kept], labels[kept], lambda wanted: loaded.samples([int(kept[i]) for i in wanted]))

@@ -1,4 +1,4 @@
-"""The embed stage: what every encoder makes of every set, kept by content, so that nothing is embedded twice."""
+"""The embed stage: the features of every set by every encoder, stored by content, so that none is computed twice."""
 
 from __future__ import annotations
 

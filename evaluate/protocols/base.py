@@ -1,4 +1,4 @@
-"""What a kind of task and a protocol are, and what they see.
+"""The base classes of kinds of task and protocols, and the data that they work on.
 
 A `Kind` says what a test set consists of: which files, which members of each sample, and what these mean. A
 `Protocol` says how an encoder is scored on it. The tables are in `winnow.evaluate.protocols`.
@@ -94,7 +94,7 @@ class EvalSet:
 
 @dataclass(frozen=True)
 class Split:
-    """What one encoder makes of a split of a set."""
+    """The features of a split of a set by one encoder."""
 
     images: np.ndarray  # float32 [n, dim], L2-normalised
     labels: np.ndarray  # int64 [n]
@@ -103,8 +103,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Features:
-    """What one encoder makes of one test set. `splits` has "test"; for protocols that need a train split also "train"
-    and, where there is one, "val"."""
+    """The features of a test set by one encoder. `splits` has "test"; for protocols that need it also "train" and, where
+    there is one, "val"."""
 
     images: np.ndarray  # float32 [n, dim], L2-normalised
     labels: np.ndarray  # int64 [n]; -1 where there is none

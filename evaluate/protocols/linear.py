@@ -117,8 +117,7 @@ def train_and_val(features: Features, test_set: EvalSet) -> tuple[np.ndarray, np
 def linear_probe(features: Features, test_set: EvalSet) -> list[Row]:
     """The test set's scores by the probe."""
     train = train_split(features, test_set)
-    classes = len(test_set.classnames)
-    scores = probe(train, features.splits.get("val"), features.images, classes, features.device)
+    scores = probe(train, features.splits.get("val"), features.images, len(test_set.classnames), features.device)
     return classification_rows(scores, features, test_set)
 
 

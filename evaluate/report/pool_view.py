@@ -1,4 +1,4 @@
-"""What curation left in a subset's directory, seen against its pool: noise removed, images kept and dropped."""
+"""A subset compared with its pool: the noise removed, and examples of images kept and dropped."""
 
 from __future__ import annotations
 

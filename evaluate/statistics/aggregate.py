@@ -166,7 +166,7 @@ def _known_mean(values: Sequence[float | None]) -> float | None:
 
 
 def significance(value: float, stderr: float) -> str:
-    """What a difference of this many standard errors says."""
+    """How significant a difference with this standard error is, in words."""
     ratio = abs(value) / stderr if stderr > 0 else math.inf
     if ratio < 1:
         return "less than one standard error: the two cannot be distinguished"

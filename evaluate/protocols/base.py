@@ -103,8 +103,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Features:
-    """The features of a test set by one encoder. `splits` has "test"; for protocols that need it also "train" and, where
-    there is one, "val"."""
+    """The features of a test set by one encoder. `splits` has "test"; for protocols that need it also "train" and,
+    where there is one, "val"."""
 
     images: np.ndarray  # float32 [n, dim], L2-normalised
     labels: np.ndarray  # int64 [n]; -1 where there is none

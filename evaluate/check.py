@@ -24,34 +24,22 @@ COMPLETE, PARTIAL, INCOMPLETE, MISSING = "complete", "partial", "incomplete", "m
 class TaskCheck:
     """The state of a task's test set.
 
-    Attributes:
-        task: the task.
-        state: "complete"; "partial", when all files are intact but have fewer samples than the task, so that its scores
-            are of those only; "incomplete", when files are missing or broken, so that it cannot be evaluated;
-            "missing".
-        samples: in its test shards; None where they are not counted, as on object stores.
-        note: the faulty files, or where the set is in another form.
+    It is "complete"; "partial", when all files are intact but have fewer samples than the task, so that its scores are
+    of those only; "incomplete", when files are missing or broken, so that it cannot be evaluated; or "missing".
     """
 
     task: Task
     state: str
-    samples: int | None = None
-    note: str = ""
+    samples: int | None = None  # in its test shards; None where they are not counted, as on object stores
+    note: str = ""  # the faulty files, or where the set is in another form
 
 
 def check_tasks(data: str, names: Sequence[str] | str = "all") -> list[TaskCheck]:
     """One row for each of DataComp's 40, in the order of their keys, then one for each other set in the folder.
 
     Reads the text files and, on a local disk, the headers of the shards; no image. On the hub it requests the list of
-    files of each repository.
-
-    Args:
-        data: as for `find_tasks`.
-        names: "all", or keys, names or files of tasks.
-
-    Raises:
-        UsageError: as `find_tasks` does.
-        WinnowError: the hub cannot be reached.
+    files of each repository. Arguments are those of `find_tasks`. Raises UsageError as it does, and WinnowError where
+    the hub cannot be reached.
     """
     found = {entry.task.key: entry for entry in find_tasks(data, "all")}
     known = {key: task for key, task in datacomp_tasks().items() if task.group != "extra"}
@@ -79,7 +67,7 @@ def _check(found: FoundTask) -> TaskCheck:
         test_set = open_set(task, url)
         if not storage.is_local(test_set.url):
             return TaskCheck(task, COMPLETE, note=_train_fault(found, test_set))
-        count = found.kind.count(test_set, sum(_count(tar) for tar in test_set.tars))
+        count = found.kind.count(test_set, _count(test_set.tars))
     except hub.Unreachable:
         raise
     except TaskError as error:
@@ -105,9 +93,9 @@ def _lost_shards(url: str) -> list[str]:
     return [f"test/{number}.tar" for number in range(int(count)) if f"{number}.tar" not in present]
 
 
-def _count(tar: str) -> int:
-    """Samples of a local shard, by its headers. Raises TaskError when it is broken."""
-    return len(shard_index(tar, storage.version_token(tar)))
+def _count(tars: Sequence[str]) -> int:
+    """Samples of local shards, by their headers. Raises TaskError when one is broken."""
+    return sum(len(shard_index(tar, storage.version_token(tar))) for tar in tars)
 
 
 def _train_fault(found: FoundTask, test_set: EvalSet) -> str:
@@ -116,7 +104,7 @@ def _train_fault(found: FoundTask, test_set: EvalSet) -> str:
         return ""
     try:
         tars = split_tars(found.url, "train")
-        count = sum(_count(tar) for tar in tars) if storage.is_local(test_set.url) else 1
+        count = _count(tars) if storage.is_local(test_set.url) else 1
         return "" if count else "train: the shards hold no sample"
     except TaskError as error:
         return str(error).replace(found.url + "/", "")
@@ -125,17 +113,10 @@ def _train_fault(found: FoundTask, test_set: EvalSet) -> str:
 def check_table(checks: Sequence[TaskCheck]) -> str:
     """The rows as a text table, with a sentence on how many of the 38 can be evaluated."""
     header = ("task", "group", "state", "samples", "of", "note")
-    lines = [
-        (
-            check.task.key,
-            check.task.group,
-            check.state,
-            "" if check.samples is None else f"{check.samples:,}",
-            "" if check.task.size is None else f"{check.task.size:,}",
-            check.note,
-        )
-        for check in checks
-    ]
+    lines = []
+    for check in checks:
+        counts = ["" if n is None else f"{n:,}" for n in (check.samples, check.task.size)]
+        lines.append((check.task.key, check.task.group, check.state, *counts, check.note))
     scored = [check for check in checks if check.task.scored and check.task.group != "extra"]
     usable = sum(check.state in (COMPLETE, PARTIAL) for check in scored)
     partial = sum(check.state == PARTIAL for check in scored)

@@ -20,12 +20,8 @@ RESAMPLES = 1000
 def label_ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """How many candidates rank before the right one.
 
-    Args:
-        scores: float [n, candidates].
-        labels: int [n], the index of the right candidate.
-
-    Returns:
-        int64 [n]; 0 when the right one is first. NaN ranks before it.
+    For `scores` float [n, candidates] and `labels` int [n], the index of the right candidate: int64 [n]; 0 when the
+    right one is first. NaN ranks before it.
     """
     true_scores = scores[np.arange(len(labels)), labels][:, None]
     behind = np.arange(scores.shape[1])[None, :] > labels[:, None]
@@ -50,13 +46,13 @@ def mean_per_class_recall(labels: np.ndarray, predicted: np.ndarray) -> float:
     return float(np.mean(right[total > 0] / total[total > 0]))
 
 
-def macro_f1(labels: np.ndarray, predicted: np.ndarray) -> float:
-    """Mean of F1 over the classes that occur in `labels` (as WILDS computes it for iWildCam). int [n] each."""
-    size = int(max(labels.max(), predicted.max())) + 1
-    total = np.bincount(labels, minlength=size)
-    said = np.bincount(predicted, minlength=size)
-    right = np.bincount(labels[labels == predicted], minlength=size)
-    here = total > 0
+def macro_f1(labels: np.ndarray, predicted: np.ndarray, counts: np.ndarray | None = None) -> float:
+    """Mean of F1 over the classes that occur in `labels` (as WILDS computes it for iWildCam). int [n] each; `counts`
+    says how often each counts."""
+    counts = np.ones(len(labels)) if counts is None else counts
+    size, same = int(max(labels.max(), predicted.max())) + 1, labels == predicted
+    total, said = np.bincount(labels, counts, size), np.bincount(predicted, counts, size)
+    right, here = np.bincount(labels[same], counts[same], size), total > 0
     return float(np.mean(2 * right[here] / (total[here] + said[here])))
 
 
@@ -114,27 +110,18 @@ def retrieval_ranks(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ranks of the right answers in both directions, by inner product, `block` queries at a time.
 
-    Args:
-        images: float [n, dim].
-        captions: float [m, dim]; several may belong to one image, and each image has at least one.
-        owner: int [m], ascending: the image of each caption.
-
-    Returns:
-        (int64 [n]: captions of other images before the first caption of the image,
-        int64 [m]: images before the image of the caption).
+    `images` are float [n, dim], `captions` float [m, dim]; `owner`, int [m], ascending, is the image of each caption;
+    each image has one. Returns (int64 [n]: captions of other images before the first caption of the image, int64 [m]:
+    images before the image of the caption).
     """
     starts = np.searchsorted(owner, np.arange(len(images)))
     ends = np.searchsorted(owner, np.arange(len(images)), side="right")
     text_ranks = np.empty(len(images), dtype=np.int64)
     for low in range(0, len(images), block):
         scores = images[low : low + block] @ captions.T
-        best = np.array(
-            [
-                starts[low + row] + int(np.argmax(scores[row, starts[low + row] : ends[low + row]]))
-                for row in range(len(scores))
-            ]
-        )
-        text_ranks[low : low + block] = label_ranks(scores, best)
+        spans = zip(starts[low : low + block], ends[low : low + block], strict=True)
+        best = [start + int(np.argmax(row[start:end])) for row, (start, end) in zip(scores, spans, strict=True)]
+        text_ranks[low : low + block] = label_ranks(scores, np.array(best))
     image_ranks = np.empty(len(captions), dtype=np.int64)
     for low in range(0, len(captions), block):
         scores = captions[low : low + block] @ images.T
@@ -153,13 +140,8 @@ def bootstrap_stderr(
     """Bootstrap standard error of a statistic that depends on how many samples fall in each cell.
 
     Drawing n samples with replacement gives cell counts that are multinomial with the observed frequencies, so the
-    counts are drawn directly.
-
-    Args:
-        statistic: counts [resamples, cells] to values [resamples]; nan where undefined.
-        cells: observed counts, int [cells].
-        seed: of the draw.
-        resamples: number of draws.
+    counts are drawn directly. `statistic` takes counts [resamples, cells] to values [resamples], nan where undefined;
+    `cells` are the observed counts, int [cells].
     """
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(int(cells.sum()), cells / cells.sum(), size=resamples)
@@ -168,50 +150,45 @@ def bootstrap_stderr(
 
 def mean_per_class_recall_stderr(labels: np.ndarray, predicted: np.ndarray, seed: int = 0) -> float:
     """Bootstrap standard error of `mean_per_class_recall`."""
-    classes = np.unique(labels)
-    index = np.searchsorted(classes, labels)
-    right = np.bincount(index[labels == predicted], minlength=len(classes))
-    total = np.bincount(index, minlength=len(classes))
+    return _accuracies_stderr(labels == predicted, labels, lambda recalls: np.nanmean(recalls, axis=1), seed)
 
-    def statistic(counts: np.ndarray) -> np.ndarray:
-        hit, missed = counts[:, : len(classes)], counts[:, len(classes) :]
-        n = hit + missed
-        recall = np.where(n > 0, hit / np.maximum(n, 1), np.nan)
-        return np.nanmean(recall, axis=1)
 
-    return bootstrap_stderr(statistic, np.concatenate([right, total - right]), seed)
+def worst_group_stderr(correct: np.ndarray, groups: np.ndarray, seed: int = 0) -> float:
+    """Bootstrap standard error of `worst_group_accuracy`; in a draw, too, only groups that have samples count."""
+    return _accuracies_stderr(correct, groups, lambda accuracies: np.nanmin(accuracies, axis=1), seed)
+
+
+def _accuracies_stderr(
+    correct: np.ndarray, groups: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], seed: int
+) -> float:
+    """Of a statistic of the accuracies [resamples, groups], which are nan for a group that is not drawn."""
+    numbers, index = np.unique(groups, return_inverse=True)
+    size = len(numbers)
+    right, total = np.bincount(index[correct], minlength=size), np.bincount(index, minlength=size)
+
+    def of_counts(counts: np.ndarray) -> np.ndarray:
+        hit, n = counts[:, :size], counts[:, :size] + counts[:, size:]
+        return statistic(np.where(n > 0, hit / np.maximum(n, 1), np.nan))
+
+    return bootstrap_stderr(of_counts, np.concatenate([right, total - right]), seed)
 
 
 def macro_f1_stderr(labels: np.ndarray, predicted: np.ndarray, seed: int = 0) -> float:
     """Bootstrap standard error of `macro_f1`; cells are the pairs of label and prediction that occur."""
     size = int(max(labels.max(), predicted.max())) + 1
     pairs, cells = np.unique(labels.astype(np.int64) * size + predicted, return_counts=True)
-    truth, said = pairs // size, pairs % size
-    draws = np.random.default_rng(seed).multinomial(int(cells.sum()), cells / cells.sum(), size=RESAMPLES)
-    values = np.empty(RESAMPLES)
-    for i, counts in enumerate(draws):
-        total = np.bincount(truth, counts, minlength=size)
-        guessed = np.bincount(said, counts, minlength=size)
-        right = np.bincount(truth[truth == said], counts[truth == said], minlength=size)
-        here = total > 0
-        values[i] = np.mean(2 * right[here] / (total[here] + guessed[here]))
-    return float(values.std(ddof=1))
+    return bootstrap_stderr(
+        lambda draws: np.array([macro_f1(pairs // size, pairs % size, counts) for counts in draws]), cells, seed
+    )
 
 
 def recall_stderr(
     text_hits: np.ndarray, image_hits: np.ndarray, owner: np.ndarray, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Bootstrap standard errors of recall in both directions and of their mean, drawing images with their captions,
-    because the captions of one image are not independent.
+    """Bootstrap standard errors of recall in text retrieval, in image retrieval, and of their mean.
 
-    Args:
-        text_hits: bool [n], one an image.
-        image_hits: bool [m], one a caption.
-        owner: int [m], the image of each caption.
-        seed: of the draw.
-
-    Returns:
-        (text retrieval, image retrieval, mean of both).
+    Images are drawn with their captions, because the captions of one image are not independent. `text_hits` are bool
+    [n], one an image; `image_hits` bool [m], one a caption; `owner` int [m], the image of each caption.
     """
     n = len(text_hits)
     captions = np.bincount(owner, minlength=n).astype(float)
@@ -229,20 +206,6 @@ def mean_stderr(values: np.ndarray, seed: int = 0) -> float:
     """Bootstrap standard error of the mean of independent values, float [n]."""
     levels, cells = np.unique(values, return_counts=True)
     return bootstrap_stderr(lambda counts: counts @ levels / counts.sum(axis=1), cells, seed)
-
-
-def worst_group_stderr(correct: np.ndarray, groups: np.ndarray, seed: int = 0) -> float:
-    """Bootstrap standard error of `worst_group_accuracy`; in a draw, too, only groups that have samples count."""
-    numbers, index = np.unique(groups, return_inverse=True)
-    right = np.bincount(index[correct], minlength=len(numbers))
-    total = np.bincount(index, minlength=len(numbers))
-
-    def statistic(counts: np.ndarray) -> np.ndarray:
-        hit, missed = counts[:, : len(numbers)], counts[:, len(numbers) :]
-        n = hit + missed
-        return np.where(n > 0, hit / np.maximum(n, 1), np.inf).min(axis=1)
-
-    return bootstrap_stderr(statistic, np.concatenate([right, total - right]), seed)
 
 
 def average_precision_stderr(scores: np.ndarray, targets: np.ndarray, seed: int = 0, block: int = 16) -> float:

@@ -18,17 +18,9 @@ SCORES = "scores.parquet"
 RESULTS = "eval_results.jsonl"
 DATACOMP_RESULTS = "datacomp"  # folder of the same for each checkpoint, with DataComp's tasks alone
 SCHEMA = pa.schema(
-    [
-        ("checkpoint", pa.string()),
-        ("task", pa.string()),
-        ("protocol", pa.string()),
-        ("metric", pa.string()),
-        ("value", pa.float64()),
-        ("n", pa.int64()),
-        ("stderr", pa.float64()),
-        ("task_version", pa.int32()),
-        ("seed", pa.int64()),
-    ]
+    [(name, pa.string()) for name in ("checkpoint", "task", "protocol", "metric")]
+    + [("value", pa.float64()), ("n", pa.int64()), ("stderr", pa.float64())]
+    + [("task_version", pa.int32()), ("seed", pa.int64())]
 )
 
 
@@ -55,12 +47,7 @@ def result_line(checkpoint: str, task: Task, rows: Sequence[Mapping[str, Any]]) 
 
     Metrics have DataComp's names. The number of samples of a group is "count_region:3", next to its accuracy; a group
     without samples, for which DataComp writes NaN, is left out. Metrics of other protocols than zero-shot are named
-    "PROTOCOL/METRIC", and are the mean over seeds.
-
-    Args:
-        checkpoint: its name.
-        task: the task.
-        rows: `protocol`, `metric`, `value` and `n` of each score.
+    "PROTOCOL/METRIC", and are the mean over seeds. `rows` have the `protocol`, `metric`, `value` and `n` of each score.
     """
     zero_shot = [row for row in rows if row["protocol"] == "zeroshot"]
     values: dict[str, Any] = {row["metric"]: row["value"] for row in zero_shot}

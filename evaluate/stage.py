@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from winnow.pretrain.encoder import Encoder
 
 MAX_FOLDER = 160
+ByUnit = dict[tuple[str, str, str], list[dict[str, Any]]]  # values of records by checkpoint, task and protocol
 
 
 @dataclass
@@ -36,21 +39,16 @@ class EvaluateStage(SetsStage):
     """Score checkpoints on tasks.
 
     A unit is one checkpoint on one task by one protocol, and by one seed where the protocol draws something. It embeds
-    nothing: `embedding()` is the stage that has to run first, and what that has written is read through its manifest.
+    nothing: `embedding()` is the stage that has to run first, and what that has written is read through its listing.
     A set that is broken leaves no row and is listed in the manifest's `missing`. What does not apply (a task without a
     train split and a probe, an encoder without a text tower and zero-shot) is listed in `not_applicable`.
 
     A set of which more than `max_skipped` of the images cannot be decoded is missing, too. So is what a checkpoint
     that cannot be loaded would have scored; the next run tries it again.
-
-    Args:
-        features: directory of the features; `out`/features if not given. May be shared with other evaluations.
-        max_skipped: of a split's images, how many may be undecodable: a fraction of them when below 1, else a number.
-        others: see `SetsStage`; `out` gets scores.parquet and eval_results.jsonl.
     """
 
-    features: str = ""
-    max_skipped: float = 0.05
+    features: str = ""  # directory of the features, `out`/features if not given; several evaluations may share it
+    max_skipped: float = 0.05  # of a split's images that may be undecodable: a fraction when below 1, else a number
 
     name = "evaluate"
     version = 3
@@ -58,51 +56,39 @@ class EvaluateStage(SetsStage):
     def embedding(self) -> EmbedStage:
         """The stage that must have run before this one."""
         same = {field.name: getattr(self, field.name) for field in fields(SetsStage)}
-        return EmbedStage(**same | {"out": self._features_url})
-
-    @property
-    def _features_url(self) -> str:
-        return self.features or self.url("features")
+        return EmbedStage(**same | {"out": self.features or self.url("features")})
 
     def plan(self) -> list[Unit]:
         if not self.checkpoints:
             raise UsageError("no checkpoint to evaluate")
         if not self.protocols:
             raise UsageError("no protocol to evaluate by")
-        found_tasks, protocols = self.found(), self._by_name()
-        units = []
-        for found in found_tasks:
-            for spec, protocol in protocols.items():
-                if _unfit(found, protocol) is None:
-                    units += self._units(found, spec, protocol)
+        units: list[Unit] = []
+        reasons, listing = [], self.listing()
+        for found, (spec, protocol) in itertools.product(self.found(), self._by_name().items()):
+            if (reason := _unfit(found, protocol)) is None:
+                units += self._units(found, spec, protocol, listing)
+            else:
+                reasons.append(f"The first: {reason}.")
         if not units:
-            reasons = [_unfit(found, protocol) for found in found_tasks for protocol in protocols.values()]
-            raise UsageError(
-                f"no task here can be evaluated by {', '.join(self.protocols)}",
-                where=storage.absolute(self.data),
-                do=f"The first: {reasons[0]}." if reasons else None,
-            )
+            what = f"no task here can be evaluated by {', '.join(self.protocols)}"
+            raise UsageError(what, where=storage.absolute(self.data), do=next(iter(reasons), None))
         return units
 
     def _by_name(self) -> dict[str, Protocol]:
         """The protocols by what the recipe calls them. Raises UsageError when two have the same name in scores."""
         found = {spec: load_protocol(spec) for spec in self.protocols}
-        names = Counter(protocol.name for protocol in found.values())
-        for name, count in names.items():
+        for name, count in Counter(protocol.name for protocol in found.values()).items():
             if count > 1:
                 raise UsageError(f'two protocols have the name "{name}"')
         return found
 
-    def _units(self, found: FoundTask, spec: str, protocol: Protocol) -> list[Unit]:
+    def _units(self, found: FoundTask, spec: str, protocol: Protocol, listing: str) -> list[Unit]:
         splits = ("train", "val") if "train" in protocol.needs else ()
         inputs = {"data": data_digest(found.url)}
         inputs |= {split: data_digest(found.url, split) for split in splits if has_split(found.url, split)}
-        params = {
-            "task": found.task.model_dump(mode="json"),
-            "protocol": spec,
-            "precision": self.precision,
-            "max_skipped": self.max_skipped,
-        }
+        params: dict[str, Any] = {"task": found.task.model_dump(mode="json"), "protocol": spec}
+        params |= {"precision": self.precision, "max_skipped": self.max_skipped}
         if protocol.version > 1:
             params["protocol_version"] = protocol.version
         return [
@@ -110,7 +96,7 @@ class EvaluateStage(SetsStage):
                 unit_name(name, found.task, protocol.name, seed if protocol.seeds else None),
                 inputs=inputs | {"checkpoint": checkpoint},
                 params=params | {"seed": seed},
-                runtime={"checkpoint": name, "spec": encoder, "url": found.url},
+                runtime={"checkpoint": name, "spec": encoder, "url": found.url, "listing": listing},
             )
             for name, encoder, checkpoint in self.checkpoints
             for seed in protocol.seeds or (SEED,)
@@ -132,20 +118,23 @@ class EvaluateStage(SetsStage):
         except UsageError:
             raise
         except WinnowError as error:
-            reason = self._without_root(str(error))
+            # Records hold no absolute paths: a set is named relative to the data folder.
+            reason = str(error).replace(storage.absolute(self.data) + "/", "")
             retry = not isinstance(error, TaskError)
             return Output(skipped=[Skipped(unit.name, reason)], values=values | {"missing": reason}, retry=retry)
         rows = [{"protocol": protocol.name, "seed": seed, **asdict(row)} for row in scored]
         n = test_set.kind.measured(len(test.images), [row.n for row in scored])
+        prefixes = {name: task.key if name == "test" else f"{task.key}/{name}" for name in splits}
+        skipped = [Skipped(f"{prefixes[name]}/{k}", why) for name, split in splits.items() for k, why in split.skipped]
         facts = {"rows": rows, "chance": test_set.kind.chance(task, n), "n": n, "left_out": _left_out(splits)}
-        return Output(items=n, skipped=list(_skipped(task, splits)), values=values | facts)
+        return Output(items=n, skipped=skipped, values=values | facts)
 
     def _load(self, unit: Unit, test_set: EvalSet) -> tuple[FeatureFiles, dict[str, LoadedSplit]]:
         """The splits that the unit's protocol needs. Raises TaskError for a broken one, WinnowError where one has not
         been embedded."""
         data = {"test": unit.inputs["data"]}
         data |= {split: unit.inputs[split] for split in ("train", "val") if split in unit.inputs}
-        files = FeatureFiles(self._features_url)
+        files = FeatureFiles(self.features or self.url("features"), unit.runtime["listing"])
         try:
             encoder = unit.inputs["checkpoint"]
             splits = {name: files.split(test_set, name, digest, encoder) for name, digest in data.items()}
@@ -178,10 +167,7 @@ class EvaluateStage(SetsStage):
     def _features(
         self, unit: Unit, test_set: EvalSet, protocol: Protocol, files: FeatureFiles, splits: dict[str, LoadedSplit]
     ) -> Features:
-        def encoder() -> Encoder:
-            return self._encoder(unit)
-
-        test = splits["test"]
+        test, encoder = splits["test"], partial(self._encoder, unit)
         text = "text" in protocol.needs
         return Features(
             images=test.images,
@@ -197,30 +183,23 @@ class EvaluateStage(SetsStage):
             metadata=np.array(test.targets.metadata, np.float64),
         )
 
-    def _without_root(self, text: str) -> str:
-        """Records hold no absolute paths: a set is named relative to the data folder."""
-        return text.replace(storage.absolute(self.data) + "/", "")
-
     def finish(self, records: list[Record]) -> Output:
-        by_unit: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+        by_unit: ByUnit = {}
         for record in records:
             got = record.values
             by_unit.setdefault((got["checkpoint"], got["task"], got["protocol"]), []).append(got)
         found_tasks, protocols = self.found(), list(self._by_name().values())
         results = Results()
-        for name, _, _ in self.checkpoints:
-            for found in found_tasks:
-                results.add(name, found, protocols, by_unit)
+        for (name, _, _), found in itertools.product(self.checkpoints, found_tasks):
+            results.add(name, found, protocols, by_unit)
         if not results.rows:
             first = (results.missing or results.unfit)[0]
             raise WinnowError(f"no task could be evaluated; the first, {first['task']}: {first['reason']}")
-        tasks = {
-            found.task.key: results.tasks[found.task.key] for found in found_tasks if found.task.key in results.tasks
-        }
+        keys = [found.task.key for found in found_tasks if found.task.key in results.tasks]
         values = {
             "checkpoints": {name: digest for name, _, digest in self.checkpoints},
             "protocols": [protocol.name for protocol in protocols],
-            "tasks": tasks,
+            "tasks": {key: results.tasks[key] for key in keys},
             "missing": results.missing,
             "not_applicable": results.unfit,
             "left_out": results.left_out,
@@ -228,51 +207,32 @@ class EvaluateStage(SetsStage):
         if metrics := {protocol.name: protocol.metric for protocol in protocols if protocol.metric is not None}:
             values["protocol_metrics"] = metrics
         official = {found.task.key for found in found_tasks if found.task.group != "extra"}
-        return Output(self._write(results, official), values=values)
-
-    def _write(self, results: Results, official: set[str]) -> list[str]:
-        """Write scores and results; returns the names of the files."""
         files = [write_scores(self.out, results.rows), RESULTS]
         write_results(self.url(RESULTS), results.lines)
         for name, _, _ in self.checkpoints:
             if lines := [line for line in results.lines if line["checkpoint"] == name and line["key"] in official]:
                 files.append(f"{DATACOMP_RESULTS}/{folder_of(name)}.jsonl")
                 write_results(self.url(files[-1]), lines)
-        return files
+        return Output(files, values=values)
 
 
 @dataclass
 class Results:
-    """What the units of an evaluation gave, brought together.
+    """The combined results of the units of an evaluation.
 
-    Attributes:
-        rows: of scores.parquet.
-        lines: of eval_results.jsonl.
-        missing, unfit: checkpoint, task, protocol and reason of what has no score though it should, and of what does
-            not apply.
-        tasks: facts on each task with a score, by key.
-        left_out: number of undecodable images by task, split and reason.
+    `missing` and `unfit` have the checkpoint, task, protocol and reason of what has no score though it should, and of
+    what does not apply.
     """
 
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    lines: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of scores.parquet
+    lines: list[dict[str, Any]] = field(default_factory=list)  # of eval_results.jsonl
     missing: list[dict[str, str]] = field(default_factory=list)
     unfit: list[dict[str, str]] = field(default_factory=list)
-    tasks: dict[str, Any] = field(default_factory=dict)
-    left_out: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+    tasks: dict[str, Any] = field(default_factory=dict)  # facts on each task with a score, by key
+    left_out: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)  # images by task, split and reason
 
-    def add(
-        self,
-        checkpoint: str,
-        found: FoundTask,
-        protocols: list[Protocol],
-        by_unit: Mapping[tuple[str, str, str], list[dict[str, Any]]],
-    ) -> None:
-        """Add the scores of a checkpoint on a task.
-
-        Args:
-            by_unit: values of the units' records by (checkpoint, task, protocol).
-        """
+    def add(self, checkpoint: str, found: FoundTask, protocols: list[Protocol], by_unit: ByUnit) -> None:
+        """Add the scores of a checkpoint on a task."""
         task, rows = found.task, []
         stamp = {"checkpoint": checkpoint, "task": task.key}
         if found.kind is None:
@@ -290,18 +250,13 @@ class Results:
             if len(batch) < len(protocol.seeds or (SEED,)):
                 faults.append("failed; see skipped in the manifest")
             self.missing += [stamp | {"reason": fault} for fault in faults[:1]]
-            for got in batch:
-                if got["rows"]:
-                    self._note(task, got)
+            for got in (got for got in batch if got["rows"]):
+                if got["left_out"]:
+                    self.left_out.setdefault(task.key, {}).update(got["left_out"])
+                facts = task.model_dump(include={"name", "kind", "metric", "group", "scored", "size", "version"})
+                self.tasks[task.key] = facts | {"chance": got["chance"], "n": got["n"]}
         self.rows += [row | {"checkpoint": checkpoint, "task": task.key, "task_version": task.version} for row in rows]
         self.lines += [result_line(checkpoint, task, rows)] if rows else []
-
-    def _note(self, task: Task, got: dict[str, Any]) -> None:
-        """Keep what readers of the scores need to know of a task."""
-        if got["left_out"]:
-            self.left_out.setdefault(task.key, {}).update(got["left_out"])
-        facts = task.model_dump(include={"name", "kind", "metric", "group", "scored", "size", "version"})
-        self.tasks[task.key] = facts | {"chance": got["chance"], "n": got["n"]}
 
 
 def _unfit(found: FoundTask, protocol: Protocol) -> str | None:
@@ -319,20 +274,11 @@ def _left_out(splits: Mapping[str, LoadedSplit]) -> dict[str, dict[str, int]]:
     return {name: dict(sorted(reasons.items())) for name, reasons in counts.items() if reasons}
 
 
-def _skipped(task: Task, splits: Mapping[str, LoadedSplit]) -> Iterator[Skipped]:
-    for name, split in splits.items():
-        prefix = task.key if name == "test" else f"{task.key}/{name}"
-        for key, reason in split.skipped:
-            yield Skipped(f"{prefix}/{key}", reason)
-
-
 def _split(loaded: LoadedSplit, labelled: bool) -> Split:
-    """What a protocol sees of a split; where it learns from it, the labelled samples alone."""
+    """A split for a protocol; one to learn from has the labelled samples alone."""
     labels = loaded.targets.labels
-    indices = np.flatnonzero(labels >= 0) if labelled else np.arange(len(labels))
-    return Split(
-        loaded.images[indices], labels[indices], lambda wanted: loaded.samples([int(indices[i]) for i in wanted])
-    )
+    kept = np.flatnonzero(labels >= 0) if labelled else np.arange(len(labels))
+    return Split(loaded.images[kept], labels[kept], lambda wanted: loaded.samples([int(kept[i]) for i in wanted]))
 
 
 def _known_texts(known: dict[str, np.ndarray], encoder: Callable[[], Any]) -> Callable[[list[str]], np.ndarray]:

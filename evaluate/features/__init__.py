@@ -1,1 +1,1 @@
-"""The embed stage: what every encoder makes of every set."""
+"""The embed stage: the features of every set by every encoder."""

@@ -20,15 +20,10 @@ BATCHES_AHEAD = 2
 
 @dataclass
 class Embedded:
-    """The features of some images.
+    """The features of some images."""
 
-    Attributes:
-        images: for each encoder float32 [n, dim], of the images that could be decoded.
-        skipped: by index of an image that could not be decoded, the reason.
-    """
-
-    images: list[np.ndarray]
-    skipped: dict[int, str] = field(default_factory=dict)
+    images: list[np.ndarray]  # for each encoder float32 [n, dim], of the images that could be decoded
+    skipped: dict[int, str] = field(default_factory=dict)  # by index of an image that could not be, the reason
 
 
 def decode_threads(device: str = "auto") -> int:
@@ -58,7 +53,6 @@ def embed(
     Args:
         encoded: the images' bytes; read in order, a few batches ahead of the encoders.
         encoders: those with equal `preprocess_key` share the preprocessed images.
-        batch_size: images an encoder sees at once.
         threads: that decode; 0 to decode in the calling thread.
         on_batch: called with the number of images done so far.
         flatten: whether transparent parts become white; otherwise the alpha channel is dropped, as by webdataset's
@@ -75,7 +69,7 @@ def embed(
             return error.what
         return {key: encoder.crop(image) for key, encoder in prepare.items()}
 
-    parts: list[list[np.ndarray]] = [[] for _ in encoders]
+    parts = [[np.empty((0, encoder.dim), np.float32)] for encoder in encoders]
     skipped: dict[int, str] = {}
     done = 0
     decoded = prefetch(decode, encoded, threads, (BATCHES_AHEAD + 1) * batch_size)
@@ -83,17 +77,11 @@ def embed(
         ready = [result for result in batch if not isinstance(result, str)]
         skipped |= {done + i: result for i, result in enumerate(batch) if isinstance(result, str)}
         if ready:
-            tensors = {
-                key: encoder.normalise(torch.stack([result[key] for result in ready]))
-                for key, encoder in prepare.items()
-            }
+            stacked = {key: torch.stack([result[key] for result in ready]) for key in prepare}
+            tensors = {key: encoder.normalise(stacked[key]) for key, encoder in prepare.items()}
             for part, encoder in zip(parts, encoders, strict=True):
                 part.append(encoder.encode_images(tensors[encoder.preprocess_key]))
         done += len(batch)
         if on_batch is not None:
             on_batch(done)
-    images = [
-        np.concatenate(part) if part else np.empty((0, encoder.dim), np.float32)
-        for part, encoder in zip(parts, encoders, strict=True)
-    ]
-    return Embedded(images, skipped)
+    return Embedded([np.concatenate(part) for part in parts], skipped)

@@ -1,4 +1,4 @@
-"""Reading what the embed stage has written, through its manifest."""
+"""Reading what the embed stage has written, through its listing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.parquet import read_parquet
 from winnow.infra.pool.sample import Sample
-from winnow.infra.stages.stage import MANIFEST, Manifest, read_manifest
+from winnow.infra.stages.stage import read_manifest
 
 
 class NotEmbedded(WinnowError):
@@ -27,59 +27,37 @@ class NotEmbedded(WinnowError):
 
 @dataclass(frozen=True)
 class LoadedSplit:
-    """A split of a set with one encoder's features, without the images that cannot be decoded.
-
-    Attributes:
-        targets: of the samples.
-        images: float32 [n, dim], L2-normalised.
-        skipped: (key, reason) of the images that cannot be decoded.
-        texts: the embedding of each caption, where captions were embedded.
-        has_text: whether the encoder reads text.
-        tars: shards of the split.
-        indices: int64 [n], of the samples among all of the split.
-        wanted: members of a sample to read.
-    """
+    """A split of a set with one encoder's features, without the images that cannot be decoded."""
 
     targets: Targets
-    images: np.ndarray
-    skipped: list[tuple[str, str]]
-    texts: dict[str, np.ndarray]
-    has_text: bool
+    images: np.ndarray  # float32 [n, dim], L2-normalised
+    skipped: list[tuple[str, str]]  # (key, reason) of the images that cannot be decoded
+    texts: dict[str, np.ndarray]  # the embedding of each caption, where captions were embedded
+    has_text: bool  # whether the encoder reads text
     tars: list[str]
-    indices: np.ndarray
+    indices: list[int]  # of the samples among all of the split
     wanted: Wanted
 
     def samples(self, wanted: Sequence[int]) -> list[Sample]:
-        """Some samples with their members, read now."""
-        return read_samples(self.tars, [int(self.indices[i]) for i in wanted], self.wanted)
+        return read_samples(self.tars, [self.indices[i] for i in wanted], self.wanted)
 
 
 class FeatureFiles:
-    """The files of a directory of features, as its manifest lists them.
+    """The files of a directory of features that a listing (`SetsStage.listing`) names. Raises NotEmbedded."""
 
-    Args:
-        url: directory of a finished embed stage.
-
-    Raises:
-        NotEmbedded: there is no manifest.
-    """
-
-    def __init__(self, url: str) -> None:
-        self.url, self._manifest = url, _manifest(url)
+    def __init__(self, url: str, listing: str) -> None:
+        self.url, path = url, storage.join(url, listing)
+        if not storage.exists(path):
+            raise NotEmbedded("the features are missing", where=url, do="Run again to embed what is missing.")
+        self._listing = _read_listing(path, storage.version_token(path))
 
     def reason(self, unit: str) -> str | None:
-        """Why a unit failed, where that is known."""
-        reason: str | None = self._manifest.skipped["units"].get(unit)
-        return reason
+        """Why a unit failed, where the last run in the directory says so."""
+        manifest = read_manifest(self.url)
+        return None if manifest is None else manifest.skipped["units"].get(unit)
 
     def split(self, test_set: EvalSet, split: str, data: str, encoder: str) -> LoadedSplit:
-        """Read a split's features and targets.
-
-        Args:
-            test_set: the set, opened.
-            split: "test", "train" or "val".
-            data: digest of the split's data.
-            encoder: its digest.
+        """Read a split's features and targets. `data` is the digest of its data, `encoder` that of the encoder.
 
         Raises:
             TaskError: the split is broken.
@@ -115,10 +93,8 @@ class FeatureFiles:
             raise TaskError(reason, where=storage.join(test_set.url, split))
         features = np.concatenate(images)
         assert len(features) == len(indices), f"{len(features)} features of {len(indices)} samples"
-        kept, wanted = Targets.concatenate(targets).take(indices), Wanted.by(test_set.kind, test_set.task)
-        return LoadedSplit(
-            kept, features, skipped, texts, has_text, [*tars.values()], np.array(indices, np.int64), wanted
-        )
+        kept, wanted = Targets.concatenate(targets, indices), Wanted.by(test_set.kind, test_set.task)
+        return LoadedSplit(kept, features, skipped, texts, has_text, [*tars.values()], indices, wanted)
 
     def class_weights(self, test_set: EvalSet, encoder: str) -> np.ndarray | None:
         """float32 [classes, dim]; None where no prompts were embedded. Raises NotEmbedded."""
@@ -128,13 +104,11 @@ class FeatureFiles:
         return np.concatenate([self._array(f"{name}.npy") for name in names])
 
     def _listed(self, what: str, test_set: EvalSet) -> dict[str, Any]:
-        """The "splits" or "prompts" of a set."""
-        listed: dict[str, Any] = self._manifest.values.get(what, {}).get(test_set.task.key, {})
+        listed: dict[str, Any] = self._listing[what].get(test_set.task.key, {})
         return listed
 
     def _unit(self, name: str, tar: str | None = None) -> dict[str, Any]:
-        """The files and values of a unit."""
-        unit: dict[str, Any] | None = self._manifest.values["units"].get(name)
+        unit: dict[str, Any] | None = self._listing["units"].get(name)
         if unit is None:
             raise NotEmbedded("the features are missing", where=name, do="Run again to embed what is missing.")
         if "error" in unit:
@@ -146,23 +120,14 @@ class FeatureFiles:
 
     def _array(self, file: str) -> np.ndarray:
         with storage.open_read(storage.join(self.url, file)) as handle:
-            array: np.ndarray = np.load(handle, allow_pickle=False)
-        return array
-
-
-def _manifest(url: str) -> Manifest:
-    path = storage.join(url, MANIFEST)
-    if not storage.exists(path):
-        raise NotEmbedded("the features are missing", where=url, do="Run again to embed what is missing.")
-    return _read_manifest(url, storage.version_token(path))
+            return np.asarray(np.load(handle, allow_pickle=False))
 
 
 @functools.lru_cache(maxsize=4)
-def _read_manifest(url: str, token: str) -> Manifest:
-    """Read once for many units; the token tells one version from the next."""
-    manifest = read_manifest(url)
-    assert manifest is not None
-    return manifest
+def _read_listing(url: str, token: str) -> dict[str, Any]:
+    """Read once for many units; the token distinguishes versions of the file."""
+    listing: dict[str, Any] = storage.read_json(url)
+    return listing
 
 
 def targets_of(table: pa.Table) -> tuple[Targets, list[str | None]]:

@@ -1,10 +1,11 @@
-"""The embed stage: what every encoder makes of every set, kept by content, so that nothing is embedded twice."""
+"""The embed stage: the features of every set by every encoder, stored by content, so that none is computed twice."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,62 +41,46 @@ if TYPE_CHECKING:
 
 PROMPTS_AT_ONCE = 8192  # of a unit
 TARGETS = pa.schema(
-    [
-        ("key", pa.string()),
-        ("label", pa.int64()),
-        ("captions", pa.list_(pa.string())),
-        ("metadata", pa.list_(pa.float64())),
-        ("fault", pa.string()),
-        ("skipped", pa.string()),
-    ]
+    {
+        "key": pa.string(),
+        "label": pa.int64(),
+        "captions": pa.list_(pa.string()),
+        "metadata": pa.list_(pa.float64()),
+        "fault": pa.string(),
+        "skipped": pa.string(),
+    }
 )
 
 
 def _not_finite(**features: np.ndarray) -> str | None:
     """Why the scores of such an encoder would be meaningless; None where its features are finite."""
     for of, array in features.items():
-        wrong = int((~np.isfinite(array).all(axis=1)).sum())
-        if wrong:
+        if wrong := int((~np.isfinite(array).all(axis=1)).sum()):
             return f"the encoder's features are not finite, for {wrong:,} of {len(array):,} {of}"
     return None
 
 
 @dataclass
 class SetsStage(Stage):
-    """The arguments of the stages that run checkpoints on sets.
+    """The arguments of the stages that run checkpoints on sets."""
 
-    Args:
-        checkpoints: (name, encoder spec, digest) of each.
-        data: folder of test sets in DataComp's layout.
-        out: directory of the stage's output.
-        tasks: "all" for every set in the folder, or keys, names or task files.
-        protocols: names in `winnow.evaluate.protocols.PROTOCOLS`, or "module:OBJECT".
-        device: for encoders and probes; "auto" takes a GPU where there is one.
-        batch_size: images an encoder sees at once.
-        precision: of the encoders' matrix products, "float32" or "bfloat16" (`winnow.pretrain.encoder.load_encoder`).
-        threads: CPU threads of an encoder; None leaves it to torch.
-        part_samples: samples of a set that are embedded by one unit, approximately.
-        unit_resources: what a unit takes of the cluster.
-    """
-
-    checkpoints: tuple[tuple[str, str, str], ...]
-    data: str
+    checkpoints: tuple[tuple[str, str, str], ...]  # (name, encoder spec, digest) of each
+    data: str  # folder of test sets in DataComp's layout
     out: str
-    tasks: tuple[str, ...] | str = "all"
-    protocols: tuple[str, ...] = ("zeroshot",)
-    device: str = "auto"
-    batch_size: int = 256
-    precision: str = "float32"
-    threads: int | None = None
-    part_samples: int = PART_SAMPLES
-    unit_resources: Resources = field(default_factory=lambda: Resources(gpus=1, gpu_optional=True))
+    tasks: tuple[str, ...] | str = "all"  # "all" for every set in the folder, or keys, names or task files
+    protocols: tuple[str, ...] = ("zeroshot",)  # names in `winnow.evaluate.protocols.PROTOCOLS`, or "module:OBJECT"
+    device: str = "auto"  # for encoders and probes; "auto" takes a GPU where there is one
+    batch_size: int = 256  # images an encoder sees at once
+    precision: str = "float32"  # of the encoders' matrix products, "float32" or "bfloat16"
+    threads: int | None = None  # CPU threads of an encoder; None leaves it to torch
+    part_samples: int = PART_SAMPLES  # samples of a set that are embedded by one unit, approximately
 
     keep_stale = True
     allow_failures = True
 
     @property
     def resources(self) -> Resources:
-        return self.unit_resources
+        return Resources(gpus=1, gpu_optional=True)
 
     def params(self) -> dict[str, Any]:
         return {}
@@ -103,43 +88,40 @@ class SetsStage(Stage):
     def parents(self) -> dict[str, str]:
         return {f"checkpoint/{name}": digest for name, _, digest in self.checkpoints}
 
-    def loaded_protocols(self) -> list[Protocol]:
-        """Raises UsageError for a name that is unknown."""
-        return [load_protocol(name) for name in self.protocols]
-
     def found(self) -> list[FoundTask]:
-        """The sets. Raises UsageError as `find_tasks`."""
         return find_tasks(storage.absolute(self.data), self.tasks)
 
+    def splits(self, found: FoundTask) -> list[str]:
+        """The splits of a set that the protocols need."""
+        needed = self.applying(found)
+        wanted = ["test"] if needed else []
+        if any("train" in protocol.needs for protocol in needed):
+            wanted += [split for split in ("train", "val") if has_split(found.url, split)]
+        return wanted
 
-@dataclass(frozen=True)
-class SplitPlan:
-    """The units that embed a split of a set.
+    def data_digests(self, found: FoundTask) -> dict[str, str]:
+        """The digest of each of these splits."""
+        return {split: data_digest(found.url, split) for split in self.splits(found)}
 
-    Attributes:
-        found: the set.
-        split: "test", "train" or "val".
-        parts: each part with the unit of its samples, and that of its images by the encoder's digest.
-    """
+    def applying(self, found: FoundTask) -> list[Protocol]:
+        """The protocols that score a set. Raises UsageError for a name that is unknown."""
+        return [one for one in map(load_protocol, self.protocols) if one.applies(found.kind)]
 
-    found: FoundTask
-    split: str
-    parts: list[tuple[Part, Unit, dict[str, Unit]]]
+    def needs_prompts(self, found: FoundTask) -> bool:
+        return any("text" in one.needs for one in self.applying(found))
 
-    def listing(self) -> dict[str, Any]:
-        """As the manifest has it."""
-        return {
-            "data": data_digest(self.found.url, self.split),
-            "parts": [
-                {
-                    "shard": storage.name_of(part.tar),
-                    "part": [part.index, part.count],
-                    "samples": samples.name,
-                    "images": {digest: unit.name for digest, unit in images.items()},
-                }
-                for part, samples, images in self.parts
-            ],
-        }
+    def listing(self) -> str:
+        """Path of the list of features of these checkpoints and sets, below the directory of features. Other arguments
+        give another path, so that stages which share the directory do not disturb each other."""
+        sets = [
+            [found.task.model_dump(mode="json"), self.data_digests(found), self.needs_prompts(found)]
+            for found in self.found()
+        ]
+        encoders = sorted({digest for _, _, digest in self.checkpoints})
+        return f"listings/{storage.digest_json([sets, encoders, self.precision, self.part_samples])[:24]}.json"
+
+
+Parts = list[tuple[Part, Unit, dict[str, Unit]]]  # each with the unit of its samples, and of its images by encoder
 
 
 @dataclass
@@ -162,11 +144,9 @@ class EmbedStage(SetsStage):
         ENCODER/prompts/DIGEST.npy: float32 [classes, dim], the class weights of some classes.
         samples/SHARD/I-of-N-KIND.parquet: for each sample its key, label, captions and metadata, what is wrong with
             them, and why its image cannot be decoded. KIND is a digest of what reads them.
-
-    Manifest values:
-        splits: by task and split, the digest of its data, and for each part the names of its units.
-        prompts: by task and encoder, the names of the units of its class weights.
-        units: by name, the files and values of each finished unit.
+        listings/DIGEST.json: what this stage's arguments need (`SetsStage.listing`). "splits" has by task and split the
+            digest of its data, and for each part the names of its units; "prompts" by task and encoder the names of
+            the units of its class weights; "units" by name the files and values of each finished unit.
     """
 
     name = "embed"
@@ -174,12 +154,14 @@ class EmbedStage(SetsStage):
 
     def parents(self) -> dict[str, str]:
         """Those of the checkpoints and of the sets, so that the listing follows both."""
-        digests = {
-            f"{found.task.key}/{split}": data_digest(found.url, split)
-            for found in self.found()
-            for split in self.splits(found)
-        }
-        return super().parents() | digests
+        digests = super().parents()
+        for found in self.found():
+            digests |= {f"{found.task.key}/{split}": digest for split, digest in self.data_digests(found).items()}
+        return digests
+
+    def manifest_key(self, units: Iterable[Unit]) -> str:
+        """The listing is part of it, so that a run which finds no work still writes its listing."""
+        return storage.digest_json([super().manifest_key(units), self.listing()])
 
     def encoders(self) -> dict[str, str]:
         """Spec by digest, each encoder once, whatever number of names it has."""
@@ -188,41 +170,29 @@ class EmbedStage(SetsStage):
     def plan(self) -> list[Unit]:
         units: dict[str, Unit] = {}
         for found in self.found():
-            for planned in self.split_plans(found):
-                for part, samples, images in planned.parts:
-                    shard = f"{planned.split} {storage.name_of(part.tar)} {part.index}"
+            for split, parts in self.split_parts(found).items():
+                for part, samples, images in parts:
+                    group = f"{storage.name_of(found.url)}/{split} {storage.name_of(part.tar)} {part.index}"
                     for unit in (samples, *images.values()):
-                        units.setdefault(unit.name, replace(unit, group=f"{storage.name_of(found.url)}/{shard}"))
+                        units.setdefault(unit.name, replace(unit, group=group))
             for unit in self.prompt_units(found):
                 units.setdefault(unit.name, unit)
         return list(units.values())
 
-    def splits(self, found: FoundTask) -> list[str]:
-        """The splits of a set that the protocols need."""
-        needed = [protocol for protocol in self.loaded_protocols() if protocol.applies(found.kind)]
-        wanted = ["test"] if needed else []
-        if any("train" in protocol.needs for protocol in needed):
-            wanted += [split for split in ("train", "val") if has_split(found.url, split)]
-        return wanted
-
-    def split_plans(self, found: FoundTask) -> list[SplitPlan]:
-        """One for each split that is needed and not broken; the evaluate stage says what is wrong with the others."""
-        plans = []
+    def split_parts(self, found: FoundTask) -> dict[str, Parts]:
+        """Of each split that is needed and not broken; the evaluate stage says what is wrong with the others."""
+        found_parts: dict[str, Parts] = {}
         for split in self.splits(found):
-            try:
-                parts = split_into_parts(found.url, split, self.part_samples)
-            except (TaskError, OSError):
-                continue
-            units = [
-                (
-                    part,
-                    self.samples_unit(part, found),
-                    {digest: self.images_unit(part, digest, found) for digest in self.encoders()},
-                )
-                for part in parts
-            ]
-            plans.append(SplitPlan(found, split, units))
-        return plans
+            with contextlib.suppress(TaskError, OSError):
+                found_parts[split] = [
+                    (
+                        part,
+                        self.samples_unit(part, found),
+                        {e: self.images_unit(part, e, found) for e in self.encoders()},
+                    )
+                    for part in split_into_parts(found.url, split, self.part_samples)
+                ]
+        return found_parts
 
     def samples_unit(self, part: Part, found: FoundTask) -> Unit:
         kind = load_kind(found.task.kind)
@@ -232,7 +202,7 @@ class EmbedStage(SetsStage):
             f"samples/{part.name}-{storage.digest_json(params)[:8]}",
             inputs={"shard": part.digest},
             params={"part": [part.index, part.count], **params},
-            runtime={"part": part.values(), "task": found.task.model_dump(mode="json")},
+            runtime={"part": asdict(part), "task": found.task.model_dump(mode="json")},
         )
 
     def images_unit(self, part: Part, encoder: str, found: FoundTask) -> Unit:
@@ -245,15 +215,12 @@ class EmbedStage(SetsStage):
         if kind.images != Kind.images:
             params["images"] = list(kind.images)
             suffix += f"-{storage.digest_json(params)[:8]}"
+        runtime = {"part": asdict(part), "spec": self.encoders()[encoder], "task": found.task.model_dump(mode="json")}
         return Unit(
             f"{self._folder(encoder)}/{part.name}{suffix}",
             inputs={"encoder": encoder, "shard": part.digest},
             params={"part": [part.index, part.count], "precision": self.precision, **params},
-            runtime={
-                "part": part.values(),
-                "spec": self.encoders()[encoder],
-                "task": found.task.model_dump(mode="json"),
-            },
+            runtime=runtime,
             items=part.samples,
         )
 
@@ -262,7 +229,7 @@ class EmbedStage(SetsStage):
 
     def prompt_units(self, found: FoundTask) -> list[Unit]:
         """Units for the class weights of a set, some classes each; in the order of the classes within an encoder."""
-        if not any("text" in one.needs and one.applies(found.kind) for one in self.loaded_protocols()):
+        if not self.needs_prompts(found):
             return []
         try:
             test_set = open_set(found.task, found.url)
@@ -272,21 +239,19 @@ class EmbedStage(SetsStage):
         if len({len(texts) for texts in prompts}) != 1:
             return []  # no class weights: no classes, or different numbers of prompts
         step = max(1, PROMPTS_AT_ONCE // len(test_set.templates))
-        units = []
-        for low in range(0, len(prompts), step):
-            batch = prompts[low : low + step]
-            content = storage.digest_json(batch)
-            for digest, spec in self.encoders().items():
-                units.append(
-                    Unit(
-                        f"{self._folder(digest)}/prompts/{content[:24]}",
-                        inputs={"encoder": digest, "prompts": content},
-                        params={"precision": self.precision},
-                        runtime={"prompts": batch, "spec": spec},
-                        group=f"{storage.name_of(found.url)} prompts {low}",
-                    )
-                )
-        return units
+        batches = {low: prompts[low : low + step] for low in range(0, len(prompts), step)}
+        contents = {low: storage.digest_json(batch) for low, batch in batches.items()}
+        return [
+            Unit(
+                f"{self._folder(digest)}/prompts/{contents[low][:24]}",
+                inputs={"encoder": digest, "prompts": contents[low]},
+                params={"precision": self.precision},
+                runtime={"prompts": batch, "spec": spec},
+                group=f"{storage.name_of(found.url)} prompts {low}",
+            )
+            for low, batch in batches.items()
+            for digest, spec in self.encoders().items()
+        ]
 
     def run_group(self, units: list[Unit]) -> Iterator[tuple[Unit, Output]]:
         from winnow.pretrain.encoder import load_encoders
@@ -348,18 +313,11 @@ class EmbedStage(SetsStage):
             yield unit, Output(files, len(images), values={"text": encoder.has_text})
 
     def _samples(self, unit: Unit, targets: Targets, faults: Sequence[str | None], skipped: dict[int, str]) -> Output:
-        columns = [
-            targets.keys,
-            targets.labels.tolist(),
-            targets.captions,
-            targets.metadata,
-            faults,
-            [skipped.get(i) for i in range(len(faults))],
-        ]
-        arrays = [pa.array(column, kind.type) for column, kind in zip(columns, TARGETS, strict=True)]
+        reasons = [skipped.get(i) for i in range(len(faults))]
+        columns = [targets.keys, targets.labels, targets.captions, targets.metadata, faults, reasons]
         file = f"{unit.name}.parquet"
         with storage.writing(self.url(file)) as path:
-            pq.write_table(pa.Table.from_arrays(arrays, schema=TARGETS), path)
+            pq.write_table(pa.table(dict(zip(TARGETS.names, columns, strict=True)), schema=TARGETS), path)
         return Output([file])
 
     def _save(self, unit: Unit, array: np.ndarray, suffix: str = "") -> str:
@@ -384,9 +342,16 @@ class EmbedStage(SetsStage):
         splits: dict[str, Any] = {}
         prompts: dict[str, Any] = {}
         for found in self.found():
-            for planned in self.split_plans(found):
-                splits.setdefault(found.task.key, {})[planned.split] = planned.listing()
+            for split, parts in self.split_parts(found).items():
+                listed = []
+                for part, samples, images in parts:
+                    names = {digest: unit.name for digest, unit in images.items()}
+                    listed.append({"shard": storage.name_of(part.tar), "samples": samples.name, "images": names})
+                digest = data_digest(found.url, split)
+                splits.setdefault(found.task.key, {})[split] = {"data": digest, "parts": listed}
             for unit in self.prompt_units(found):
                 prompts.setdefault(found.task.key, {}).setdefault(unit.inputs["encoder"], []).append(unit.name)
         units = {record.unit: {"files": sorted(record.files), **record.values} for record in records}
-        return Output(values={"splits": splits, "prompts": prompts, "units": units})
+        file = self.listing()
+        storage.write_json(self.url(file), {"splits": splits, "prompts": prompts, "units": units})
+        return Output([file])

@@ -1,4 +1,4 @@
-"""What a kind of task and a protocol are, and what they see.
+"""The base classes of kinds of task and protocols, and the data that they work on.
 
 A `Kind` says what a test set consists of: which files, which members of each sample, and what these mean. A
 `Protocol` says how an encoder is scored on it. The tables are in `winnow.evaluate.protocols`.
@@ -32,87 +32,52 @@ IMAGES = ("webp", "png", "jpg", "jpeg", *(ext for ext in EXTENSIONS if ext not i
 
 @dataclass(frozen=True)
 class Target:
-    """What is known of one sample.
+    """What is known of one sample."""
 
-    Attributes:
-        label: the class; None where the kind has none.
-        captions: of the image.
-        metadata: numbers, for groups or several labels.
-    """
-
-    label: int | None = None
+    label: int | None = None  # the class; None where the kind has none
     captions: tuple[str, ...] = ()
-    metadata: tuple[float, ...] = ()
+    metadata: tuple[float, ...] = ()  # numbers, for groups or several labels
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What is known of n samples, as columns.
-
-    Attributes:
-        keys: of the samples.
-        labels: int64 [n]; -1 where there is none, or where the class does not count.
-        captions: of each.
-        metadata: of each; empty where the sample has none.
-    """
+    """What is known of n samples, as columns."""
 
     keys: list[str]
-    labels: np.ndarray
+    labels: np.ndarray  # int64 [n]; -1 where there is none, or where the class does not count
     captions: list[tuple[str, ...]]
-    metadata: list[tuple[float, ...]]
+    metadata: list[tuple[float, ...]]  # empty where the sample has none
 
     @staticmethod
-    def concatenate(parts: Sequence[Targets]) -> Targets:
-        labels = np.concatenate([part.labels for part in parts]) if parts else np.empty(0, np.int64)
+    def concatenate(parts: Sequence[Targets], indices: Sequence[int]) -> Targets:
+        """Those of the samples with these indices, counted over all parts."""
+        keys = [key for part in parts for key in part.keys]
+        captions = [captions for part in parts for captions in part.captions]
+        metadata = [values for part in parts for values in part.metadata]
+        labels = np.concatenate([part.labels for part in parts])[list(indices)]
         return Targets(
-            [key for part in parts for key in part.keys],
-            labels,
-            [captions for part in parts for captions in part.captions],
-            [values for part in parts for values in part.metadata],
-        )
-
-    def take(self, indices: Sequence[int] | np.ndarray) -> Targets:
-        """Those of some samples."""
-        return Targets(
-            [self.keys[i] for i in indices],
-            self.labels[indices],
-            [self.captions[i] for i in indices],
-            [self.metadata[i] for i in indices],
+            [keys[i] for i in indices], labels, [captions[i] for i in indices], [metadata[i] for i in indices]
         )
 
 
 @dataclass(frozen=True)
 class SetTexts:
-    """What the text files of a set say.
+    """What the text files of a set say."""
 
-    Attributes:
-        classnames: in label order.
-        templates: prompts, with {c} for the class name.
-        extra: what else the kind keeps of them.
-    """
-
-    classnames: tuple[str, ...] = ()
-    templates: tuple[str, ...] = ()
-    extra: Any = None
+    classnames: tuple[str, ...] = ()  # in label order
+    templates: tuple[str, ...] = ()  # prompts, with {c} for the class name
+    extra: Any = None  # what else the kind keeps of them
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """A test set whose text files have been read and agree with its task.
-
-    Attributes:
-        task: what is evaluated.
-        url: its folder.
-        kind: of the task.
-        texts: its text files.
-        tars: URLs of the test shards, in order.
-    """
+    """A test set whose text files have been read and agree with its task."""
 
     task: Task
     url: str
     kind: Kind
     texts: SetTexts = SetTexts()
-    tars: tuple[str, ...] = ()
+    tars: tuple[str, ...] = ()  # URLs of the test shards, in order
 
     @property
     def classnames(self) -> tuple[str, ...]:
@@ -129,48 +94,29 @@ class EvalSet:
 
 @dataclass(frozen=True)
 class Split:
-    """What one encoder makes of a split of a set.
+    """The features of a split of a set by one encoder."""
 
-    Attributes:
-        images: float32 [n, dim], L2-normalised.
-        labels: int64 [n].
-        samples: the samples at the given indices, with their members; read when called.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    samples: Callable[[Sequence[int]], list[Sample]]
+    images: np.ndarray  # float32 [n, dim], L2-normalised
+    labels: np.ndarray  # int64 [n]
+    samples: Callable[[Sequence[int]], list[Sample]]  # those at the given indices, with their members; read when called
 
 
 @dataclass(frozen=True)
 class Features:
-    """What one encoder makes of one test set.
+    """The features of a test set by one encoder. `splits` has "test"; for protocols that need it also "train" and,
+    where there is one, "val"."""
 
-    Attributes:
-        images: float32 [n, dim], L2-normalised.
-        labels: int64 [n]; -1 where there is none.
-        encode_texts: strings to float32 [m, dim], L2-normalised.
-        captions: of each image.
-        class_weights: float32 [classes, dim], where the prompts were embedded before.
-        splits: "test"; for protocols that need a train split also "train" and, where there is one, "val".
-        encoder: loads it.
-        seed: of what the protocol draws.
-        device: for torch; "auto" takes a GPU where there is one.
-        keys: of the samples, in the order of the images.
-        metadata: float64 [n, fields], `Target.metadata` of each.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    encode_texts: Callable[[list[str]], np.ndarray]
-    captions: list[tuple[str, ...]] = field(default_factory=list)
-    class_weights: np.ndarray | None = None
+    images: np.ndarray  # float32 [n, dim], L2-normalised
+    labels: np.ndarray  # int64 [n]; -1 where there is none
+    encode_texts: Callable[[list[str]], np.ndarray]  # strings to float32 [m, dim], L2-normalised
+    captions: list[tuple[str, ...]] = field(default_factory=list)  # of each image
+    class_weights: np.ndarray | None = None  # float32 [classes, dim], where the prompts were embedded before
     splits: Mapping[str, Split] = field(default_factory=dict)
-    encoder: Callable[[], Encoder] | None = None
-    seed: int = 0
-    device: str = "cpu"
-    keys: list[str] = field(default_factory=list)
-    metadata: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    encoder: Callable[[], Encoder] | None = None  # loads it
+    seed: int = 0  # of what the protocol draws
+    device: str = "cpu"  # for torch; "auto" takes a GPU where there is one
+    keys: list[str] = field(default_factory=list)  # of the samples, in the order of the images
+    metadata: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))  # float64 [n, fields]
 
 
 @dataclass(frozen=True)
@@ -187,23 +133,15 @@ class Kind(abc.ABC):
     """A kind of task: which files its sets consist of, how their samples are read, and how they are scored zero-shot.
 
     Instances hold nothing. A subclass is scored by every protocol that scores its base class.
-
-    Class attributes:
-        images: extensions of the image, the preferred ones first.
-        flatten: whether transparent parts become white before embedding; otherwise the alpha channel is dropped, as
-            open_clip's preprocessing does.
-        embeds_captions: whether the captions of the samples are embedded with the images.
-        protocols: names of protocols that score this kind, beyond those whose `kinds` name it.
-        metric: the main metric of a set without a task file.
-        version: raise it when `read` gives other values for the same members.
     """
 
-    images: ClassVar[tuple[str, ...]] = IMAGES
+    images: ClassVar[tuple[str, ...]] = IMAGES  # extensions of the image, the preferred ones first
+    # Whether transparent parts become white; otherwise the alpha channel is dropped, as by open_clip's preprocessing.
     flatten: ClassVar[bool] = False
-    embeds_captions: ClassVar[bool] = False
-    protocols: ClassVar[frozenset[str]] = frozenset()
-    metric: ClassVar[str | None] = "acc1"
-    version: ClassVar[int] = 1
+    embeds_captions: ClassVar[bool] = False  # whether the captions of the samples are embedded with the images
+    protocols: ClassVar[frozenset[str]] = frozenset()  # names of those that score it, beyond those that name it
+    metric: ClassVar[str | None] = "acc1"  # the main metric of a set without a task file
+    version: ClassVar[int] = 1  # raise it when `read` gives other values for the same members
 
     @property
     def names(self) -> list[str]:
@@ -225,18 +163,11 @@ class Kind(abc.ABC):
 
     @abc.abstractmethod
     def read(self, sample: Sample) -> Target:
-        """What the members of a sample say. Called once a sample, when its image is embedded.
-
-        Raises:
-            TaskError: a member is missing or cannot be read; without a location, which the caller adds.
-        """
+        """What the members of a sample say. Called once a sample, when its image is embedded. Raises TaskError where a
+        member is missing or cannot be read; without a location, which the caller adds."""
 
     def check(self, targets: Targets, test_set: EvalSet, tar: str) -> Targets:
-        """Check the targets of a shard's samples against the text files, and map them where needed.
-
-        Raises:
-            TaskError: a target does not fit.
-        """
+        """Check the targets of a shard against the text files, and map them where needed. Raises TaskError."""
         return targets
 
     def prompts(self, test_set: EvalSet, classname: str) -> list[str]:
@@ -260,7 +191,7 @@ class Kind(abc.ABC):
         return images
 
     def measured(self, images: int, counts: Sequence[int]) -> int:
-        """The same of what was scored: images that could be decoded, and `n` of each score."""
+        """That number of what was scored: images that could be decoded, and `n` of each score."""
         return max(counts, default=images)
 
     def encoded_image(self, sample: Sample) -> bytes | None:
@@ -272,24 +203,17 @@ class Kind(abc.ABC):
 class Protocol:
     """A way to score an encoder on a set.
 
-    Attributes:
-        name: as it is called in scores.
-        kinds: kinds of task that it scores.
-        run: features and set to scores.
-        needs: "text": an encoder that reads text; "train": a train split; "pixels": the images themselves, not the
-            features alone; "sampler": a checkpoint that draws images.
-        seeds: it runs once with each; empty for a protocol that draws nothing.
-        metric: its main metric; None where that is the task's.
-        version: raise it when it gives other scores for the same features.
+    It may need "text" (an encoder that reads text), "train" (a train split), "pixels" (the images themselves, not the
+    features alone) and "sampler" (a checkpoint that draws images).
     """
 
-    name: str
-    kinds: frozenset[str]
+    name: str  # as it is called in scores
+    kinds: frozenset[str]  # kinds of task that it scores
     run: Callable[[Features, EvalSet], list[Row]]
     needs: frozenset[str] = frozenset()
-    seeds: tuple[int, ...] = ()
-    metric: str | None = None
-    version: int = 1
+    seeds: tuple[int, ...] = ()  # it runs once with each; empty for a protocol that draws nothing
+    metric: str | None = None  # its main metric; None where that is the task's
+    version: int = 1  # raise it when it gives other scores for the same features
 
     def applies(self, kind: Kind | None) -> bool:
         """Whether it scores tasks of a kind; None is a kind that does not exist."""

@@ -7,6 +7,7 @@ Chen et al. 2020 (SimCLR), section 6 and appendix B.5, samples in this way and f
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -42,15 +43,11 @@ def linear_few(features: Features, test_set: EvalSet, fraction: float) -> list[R
     return classification_rows(scores, features, test_set)
 
 
-def _protocol(name: str, fraction: float) -> Protocol:
-    return Protocol(
-        name,
-        kinds=frozenset({"zeroshot_classification"}),
-        run=functools.partial(linear_few, fraction=fraction),
-        needs=frozenset({"train"}),
-        seeds=SEEDS,
-    )
+def few_labels_protocol(name: str, run: Callable[..., list[Row]], fraction: float, *needs: str) -> Protocol:
+    """A protocol of classification that takes a fraction of the labels, drawn from each of `SEEDS`."""
+    run = functools.partial(run, fraction=fraction)
+    return Protocol(name, frozenset({"zeroshot_classification"}), run, frozenset({"train", *needs}), SEEDS)
 
 
-LINEAR_1PCT = _protocol("linear_1pct", 0.01)
-LINEAR_10PCT = _protocol("linear_10pct", 0.1)
+LINEAR_1PCT = few_labels_protocol("linear_1pct", linear_few, 0.01)
+LINEAR_10PCT = few_labels_protocol("linear_10pct", linear_few, 0.1)

@@ -9,7 +9,6 @@ cosine; gradients are clipped to norm 1; no random crops or flips, as they chang
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -19,8 +18,8 @@ import numpy as np
 from PIL import Image
 
 from winnow.evaluate.features.embed import decode_threads
-from winnow.evaluate.protocols.base import EvalSet, Features, Protocol, Row, Split
-from winnow.evaluate.protocols.few_labels import SEEDS, few_labels
+from winnow.evaluate.protocols.base import EvalSet, Features, Row, Split
+from winnow.evaluate.protocols.few_labels import few_labels, few_labels_protocol
 from winnow.evaluate.protocols.linear import train_split
 from winnow.evaluate.protocols.zeroshot import classification_rows
 from winnow.evaluate.tasks.task import NotApplicable
@@ -45,7 +44,6 @@ def loader(split: Split, indices: np.ndarray, prepare: Prepare, threads: int) ->
 
     Images are decoded in threads at each call, or once where all fit into `KEEP_BYTES`.
     """
-
     import torch
 
     def load(batch: np.ndarray) -> torch.Tensor:
@@ -69,21 +67,15 @@ def tune(
     seed: int,
     threads: int = 2,
 ) -> torch.nn.Module:
-    """Train a copy of an image tower with a linear classifier on it.
+    """Train an image tower with a linear classifier on it; returns images [n, 3, H, W] to scores [n, classes].
 
     Args:
-        tower: images [n, 3, H, W] to features [n, dim], on the device to train on; is changed.
-        dim: of its features.
-        classes: number of classes.
-        split: to learn from.
-        indices: of the samples in it to learn from; int64, ascending.
+        tower: images to features [n, dim], on the device to train on; is changed.
+        split, indices: what to learn from, and which samples of it, int64, ascending.
         prepare: an image to what the tower takes.
         epochs: of those samples; more where that gives fewer than `MIN_STEPS` steps.
         seed: of the order.
         threads: that decode.
-
-    Returns:
-        images to scores [n, classes].
     """
     import torch
     import torch.nn.functional as F
@@ -120,8 +112,7 @@ def scores_of(model: torch.nn.Module, split: Split, prepare: Prepare, threads: i
     load = loader(split, indices, prepare, threads)
     with torch.inference_mode():
         found = [model(load(batch).to(device)).float().cpu() for batch in np.split(indices, indices[BATCH::BATCH])]
-    scores: np.ndarray = torch.cat(found).numpy()
-    return scores
+    return np.asarray(torch.cat(found))
 
 
 def finetune(features: Features, test_set: EvalSet, fraction: float) -> list[Row]:
@@ -135,24 +126,11 @@ def finetune(features: Features, test_set: EvalSet, fraction: float) -> list[Row
     tower = encoder.image_tower().to(torch_device(features.device))
     if not any(True for _ in tower.parameters()):
         raise NotApplicable("the encoder has nothing to tune")
-    threads = max(1, decode_threads(features.device))
-    classes = len(test_set.classnames)
-    model = tune(
-        tower, encoder.dim, classes, train, indices, encoder.preprocess, EPOCHS[fraction], features.seed, threads
-    )
-    scores = scores_of(model, features.splits["test"], encoder.preprocess, threads)
-    return classification_rows(scores, features, test_set)
+    threads, prepare = max(1, decode_threads(features.device)), encoder.preprocess
+    head = encoder.dim, len(test_set.classnames)
+    model = tune(tower, *head, train, indices, prepare, EPOCHS[fraction], features.seed, threads)
+    return classification_rows(scores_of(model, features.splits["test"], prepare, threads), features, test_set)
 
 
-def _protocol(name: str, fraction: float) -> Protocol:
-    return Protocol(
-        name,
-        kinds=frozenset({"zeroshot_classification"}),
-        run=functools.partial(finetune, fraction=fraction),
-        needs=frozenset({"train", "pixels"}),
-        seeds=SEEDS,
-    )
-
-
-FINETUNE_1PCT = _protocol("finetune_1pct", 0.01)
-FINETUNE_10PCT = _protocol("finetune_10pct", 0.1)
+FINETUNE_1PCT = few_labels_protocol("finetune_1pct", finetune, 0.01, "pixels")
+FINETUNE_10PCT = few_labels_protocol("finetune_10pct", finetune, 0.1, "pixels")

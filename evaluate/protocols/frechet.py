@@ -8,6 +8,7 @@ For another encoder make another protocol: `FID = frechet("ViT-B-32:openai", "fi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -41,13 +42,9 @@ class Images(Kind):
 
 
 def frechet(encoder: str, name: str, samples: int = SAMPLES, steps: int = STEPS) -> Protocol:
-    """The Fréchet distance as a protocol for checkpoints that draw images.
+    """The Fréchet distance over an encoder's features as a protocol for checkpoints that draw images.
 
-    Args:
-        encoder: whose features are compared, as `load_encoder` takes it.
-        name: of the protocol.
-        samples: number of images drawn; no more than the set has.
-        steps: of the sampler.
+    As many images are drawn as the set has, but at most `samples`, in `steps` steps of the sampler.
     """
     return Protocol(
         name,
@@ -77,8 +74,7 @@ def distance_to_set(features: Features, test_set: EvalSet, *, encoder: str, samp
 
 def distance_to_pool(drawn: np.ndarray, pool: str, encoder: str, device: str = "auto") -> tuple[float, int]:
     """The distance between images, uint8 [n, 3, H, W], and those of a pool that can be decoded, and their number."""
-    fake = embedded(_images(drawn), encoder, device)
-    real = embedded(_pool_images(pool), encoder, device)
+    fake, real = embedded(_images(drawn), encoder, device), embedded(_pool_images(pool), encoder, device)
     return metrics.frechet(fake, real), len(real)
 
 
@@ -103,10 +99,8 @@ def _pool_images(pool: str) -> Iterator[Image.Image]:
     for shard, table in Pool.open(pool).tables(("tar", "image_offset", "image_size")):
         for low in range(0, table.num_rows, BATCH):
             for data in read_members(shard.tars, table.slice(low, BATCH), "image"):
-                try:
+                with contextlib.suppress(ImageError):
                     yield decode_image(data)
-                except ImageError:
-                    continue
 
 
 def _stderr(fake: np.ndarray, real: np.ndarray, seed: int) -> float:

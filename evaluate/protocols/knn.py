@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from winnow.evaluate.protocols.base import EvalSet, Features, Protocol, Row
-from winnow.evaluate.protocols.linear import train_split
+from winnow.evaluate.protocols.linear import train_and_val
 from winnow.evaluate.protocols.zeroshot import classification_rows
 
 K = 200
@@ -27,19 +27,9 @@ def votes(
     temperature: float = TEMPERATURE,
     device: str = "cpu",
 ) -> np.ndarray:
-    """The votes for each class.
+    """The votes of the k nearest train images for each class, float64 [n, classes].
 
-    Args:
-        test: float32 [n, d], L2-normalised.
-        train: float32 [m, d], L2-normalised.
-        labels: int64 [m], of the train images.
-        classes: number of classes.
-        k: neighbours that vote; m if that is less.
-        temperature: of the weights.
-        device: for torch.
-
-    Returns:
-        float64 [n, classes].
+    `test` is float32 [n, d] and `train` float32 [m, d], both L2-normalised; `labels` int64 [m] are those of `train`.
     """
     import torch
 
@@ -59,10 +49,7 @@ def votes(
 
 def knn(features: Features, test_set: EvalSet) -> list[Row]:
     """The test set's scores by the votes; the validation split, where there is one, votes too."""
-    train_split(features, test_set)
-    banks = [features.splits[name] for name in ("train", "val") if name in features.splits]
-    images = np.concatenate([bank.images for bank in banks])
-    labels = np.concatenate([bank.labels for bank in banks])
+    images, labels = train_and_val(features, test_set)
     scores = votes(features.images, images, labels, len(test_set.classnames), device=features.device)
     return classification_rows(scores, features, test_set)
 

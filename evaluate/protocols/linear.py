@@ -31,11 +31,8 @@ FALLBACK_L2 = 1.0  # where there is nothing to validate on
 
 
 def sweep(score: Callable[[float], float]) -> float:
-    """The strength with the highest score on validation, by the search of CLIP's appendix A.3; the largest of equals.
-
-    Args:
-        score: of a strength, 10 to the power of an exponent in [-6, 6].
-    """
+    """The strength in [1e-6, 1e6] with the highest validation score, by the search of CLIP's appendix A.3; the largest
+    of equals."""
     scores: dict[float, float] = {}
 
     def look(exponents: list[float]) -> float:
@@ -53,15 +50,12 @@ def sweep(score: Callable[[float], float]) -> float:
 
 
 def split_labels(labels: np.ndarray, fraction: float = VALIDATION, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Split a train split in two, class by class; the same samples each time.
+    """Indices to train on and to validate on, int64, ascending; split class by class, the same each time.
 
     Every class keeps a sample to train on. Those with two or more give at least one to validation.
-
-    Returns:
-        (indices of those to train on, indices of those to validate on), int64, ascending.
     """
     rng = np.random.default_rng(seed)
-    held: list[np.ndarray] = []
+    held = []
     for label in np.unique(labels):
         indices = rng.permutation(np.flatnonzero(labels == label))
         held.append(indices[: min(len(indices) - 1, max(1, round(fraction * len(indices))))])
@@ -85,14 +79,9 @@ def best_l2(x: torch.Tensor, y: torch.Tensor, held_x: torch.Tensor, held_y: torc
 
 
 def probe(train: Split, val: Split | None, test_images: np.ndarray, classes: int, device: str) -> np.ndarray:
-    """Sweep, train on everything, and score the test set: float [n, classes].
+    """Sweep, train on everything, and score the test images, float32 [n, dim]: float [n, classes].
 
-    Args:
-        train: to learn from.
-        val: to choose the strength on; where it is None or holds one class alone, a part of the rest takes its place.
-        test_images: float32 [n, dim].
-        classes: number of classes.
-        device: "auto", "cpu", "cuda".
+    The strength is chosen on `val`; where that is None or holds one class alone, on a part of the rest.
     """
     import torch
 
@@ -119,11 +108,16 @@ def train_split(features: Features, test_set: EvalSet) -> Split:
     return train
 
 
+def train_and_val(features: Features, test_set: EvalSet) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of the train split and, where there is one, the validation split. Raises as `train_split`."""
+    splits = [train_split(features, test_set), *([features.splits["val"]] if "val" in features.splits else [])]
+    return np.concatenate([split.images for split in splits]), np.concatenate([split.labels for split in splits])
+
+
 def linear_probe(features: Features, test_set: EvalSet) -> list[Row]:
     """The test set's scores by the probe."""
     train = train_split(features, test_set)
-    classes = len(test_set.classnames)
-    scores = probe(train, features.splits.get("val"), features.images, classes, features.device)
+    scores = probe(train, features.splits.get("val"), features.images, len(test_set.classnames), features.device)
     return classification_rows(scores, features, test_set)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,21 +29,13 @@ def to_torch(images: np.ndarray, device: str) -> torch.Tensor:
     return torch.as_tensor(images).to(on, torch.float64 if on.type == "cpu" else torch.float32)
 
 
-@dataclass(frozen=True)
-class Principal:
-    """Features in the coordinates of their principal axes.
+class Principal(NamedTuple):
+    """Features in the coordinates of their r principal axes; what these leave out is rounding."""
 
-    Attributes:
-        x: [n, r], of mean 0; what their r axes leave out of them is rounding.
-        mean: [d].
-        axes: [d, r], orthonormal columns.
-        variance: [r], of x.
-    """
-
-    x: torch.Tensor
-    mean: torch.Tensor
-    axes: torch.Tensor
-    variance: torch.Tensor
+    x: torch.Tensor  # [n, r], of mean 0
+    mean: torch.Tensor  # [d]
+    axes: torch.Tensor  # [d, r], orthonormal columns
+    variance: torch.Tensor  # [r], of x
 
 
 def principal(x: torch.Tensor) -> Principal:
@@ -77,13 +69,11 @@ def fit(
     That is scikit-learn's `LogisticRegression(C=1 / l2)` for three classes and more.
 
     Args:
-        x: [n, d].
-        y: int64 [n].
+        x, y: features [n, d] and labels int64 [n].
         classes: number of classes; those without a sample get little probability.
         l2: strength; above 0.
         start: where to start from; 0 where None.
         known: `principal(x)`, if it has been computed.
-        max_iterations: of L-BFGS.
         tolerance: stop when no entry of the gradient is larger (see `TOLERANCE`).
 
     Returns:
@@ -147,8 +137,7 @@ def threads_for(x: torch.Tensor, classes: int) -> Iterator[None]:
 
 def logits_of(weights: Weights, x: torch.Tensor) -> np.ndarray:
     """Scores [n, classes] of the classes."""
-    scores: np.ndarray = F.linear(x, *weights).cpu().numpy()
-    return scores
+    return np.asarray(F.linear(x, *weights).cpu())
 
 
 def accuracy(weights: Weights, x: torch.Tensor, y: torch.Tensor) -> float:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from winnow.evaluate.protocols.base import EvalSet, Features, Protocol, Row
-from winnow.evaluate.protocols.linear import train_split
+from winnow.evaluate.protocols.linear import train_and_val
 from winnow.evaluate.protocols.zeroshot import classification_rows
 
 if TYPE_CHECKING:
@@ -66,10 +66,9 @@ def linear_sgd(features: Features, test_set: EvalSet) -> list[Row]:
 
     from winnow.evaluate.protocols.logistic import logits_of, to_torch
 
-    train_split(features, test_set)
-    splits = [features.splits[name] for name in ("train", "val") if name in features.splits]
-    x = to_torch(np.concatenate([split.images for split in splits]), features.device)
-    y = torch.as_tensor(np.concatenate([split.labels for split in splits]), device=x.device)
+    images, labels = train_and_val(features, test_set)
+    x = to_torch(images, features.device)
+    y = torch.as_tensor(labels, device=x.device)
     weights = fit_sgd(x, y, len(test_set.classnames), features.seed)
     return classification_rows(logits_of(weights, to_torch(features.images, features.device)), features, test_set)
 

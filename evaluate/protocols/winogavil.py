@@ -75,9 +75,8 @@ def read_associations(url: str) -> list[Association]:
         except (ValueError, TypeError, KeyError):
             faulty = True
         if faulty:
-            raise TaskError(
-                "should be an object with a cue, candidates, and associations among them", where=f"{path}:{number}"
-            )
+            what = "should be an object with a cue, candidates, and associations among them"
+            raise TaskError(what, where=f"{path}:{number}")
         found.append(one)
     return found
 

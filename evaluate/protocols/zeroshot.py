@@ -43,10 +43,8 @@ class Prompted(Kind):
         if mapping and task.classes is not None and len(classnames) > task.classes and storage.exists(mapping):
             classnames, kept = _mapped(classnames, mapping)
         if task.classes is not None and len(classnames) != task.classes:
-            raise TaskError(
-                f"has {len(classnames)} class names, {task.name} has {task.classes} classes",
-                where=storage.join(url, CLASSNAMES),
-            )
+            what = f"has {len(classnames)} class names, {task.name} has {task.classes} classes"
+            raise TaskError(what, where=storage.join(url, CLASSNAMES))
         return SetTexts(classnames, templates, kept)
 
 
@@ -63,10 +61,8 @@ class Classification(Prompted):
         labels, kept = targets.labels, test_set.texts.extra
         out_of_range = (labels < 0) | (labels >= len(test_set.classnames) if kept is None else False)
         for i in np.flatnonzero(out_of_range):
-            raise TaskError(
-                f"label {labels[i]} is out of range: {CLASSNAMES} has {len(test_set.classnames)} classes",
-                where=f"{tar}, sample {targets.keys[i]}",
-            )
+            what = f"label {labels[i]} is out of range: {CLASSNAMES} has {len(test_set.classnames)} classes"
+            raise TaskError(what, where=f"{tar}, sample {targets.keys[i]}")
         if kept is not None:
             labels = np.array([kept.get(int(label), -1) for label in labels], np.int64)
         task = test_set.task
@@ -106,11 +102,9 @@ def metadata_of(targets: Targets, size: int, required: bool, task: Task, tar: st
             continue
         if len(values) < size:
             raise TaskError(f"the metadata (.npy) holds {len(values)} values instead of {size}", where=where)
-        for name, column in fields:
-            if not 0 <= values[column] < MAX_GROUPS:
-                raise TaskError(
-                    f"the metadata (.npy) gives {name} as {values[column]:g}, which is not a group", where=where
-                )
+        for name, value in ((name, values[column]) for name, column in fields):
+            if not 0 <= value < MAX_GROUPS:
+                raise TaskError(f"the metadata (.npy) gives {name} as {value:g}, which is not a group", where=where)
         rows.append(tuple(values[:size]))
     return rows
 
@@ -151,10 +145,7 @@ def classification_rows(scores: np.ndarray, features: Features, test_set: EvalSe
     """acc1, acc5 (from five classes up) and mean per-class recall; macro F1 where it is the task's main metric;
     accuracy by group where the task has groups. Images whose label is -1 do not count.
 
-    Args:
-        scores: float [n, classes], the higher the likelier.
-        features: of the test set, for its labels.
-        test_set: for its classes and its main metric.
+    `scores` are float [n, classes], the higher the likelier; `features` those of the test set, for its labels.
     """
     counted = features.labels >= 0
     scores, labels = scores[counted], features.labels[counted]
@@ -165,14 +156,9 @@ def classification_rows(scores: np.ndarray, features: Features, test_set: EvalSe
         if k == 1 or len(test_set.classnames) >= 5:
             fraction = metrics.accuracy(ranks, k)
             rows.append(Row(f"acc{k}", fraction, n, metrics.binomial_stderr(fraction, n)))
-    rows.append(
-        Row(
-            "mean_per_class_recall",
-            metrics.mean_per_class_recall(labels, predicted),
-            n,
-            metrics.mean_per_class_recall_stderr(labels, predicted, SEED),
-        )
-    )
+    recall = metrics.mean_per_class_recall(labels, predicted)
+    error = metrics.mean_per_class_recall_stderr(labels, predicted, SEED)
+    rows.append(Row("mean_per_class_recall", recall, n, error))
     if test_set.task.metric == "F1-macro_all":
         f1 = metrics.macro_f1(labels, predicted)
         rows.append(Row("F1-macro_all", f1, n, metrics.macro_f1_stderr(labels, predicted, SEED)))
@@ -186,14 +172,8 @@ def classification_rows(scores: np.ndarray, features: Features, test_set: EvalSe
 
 
 def group_rows(metric: str, field: str, correct: np.ndarray, groups: np.ndarray, worst: str) -> list[Row]:
-    """Accuracy in each group that has samples, "acc_region:3", and the lowest of them; as WILDS names them.
-
-    Args:
-        metric, field: of the name.
-        correct: bool [n].
-        groups: int [n], at least 0.
-        worst: name of the lowest.
-    """
+    """Accuracy in each group that has samples, "METRIC_FIELD:3", and the lowest of them, as WILDS names them, of bool
+    [n] and int [n], at least 0."""
     rows = [
         Row(f"{metric}_{field}:{group}", fraction, size, metrics.binomial_stderr(fraction, size))
         for group, (fraction, size) in metrics.group_accuracies(correct, groups).items()
@@ -204,15 +184,7 @@ def group_rows(metric: str, field: str, correct: np.ndarray, groups: np.ndarray,
 
 ZEROSHOT = Protocol(
     "zeroshot",
-    kinds=frozenset(
-        {
-            "zeroshot_classification",
-            "multilabel",
-            "face_attributes",
-            "winogavil",
-            "retrieval",
-        }
-    ),
+    kinds=frozenset({"zeroshot_classification", "multilabel", "face_attributes", "winogavil", "retrieval"}),
     run=lambda features, test_set: test_set.kind.zeroshot(features, test_set),
     needs=frozenset({"text"}),
 )

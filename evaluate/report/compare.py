@@ -9,14 +9,7 @@ from statistics import mean
 from typing import Any
 
 from winnow.evaluate.report.html import render
-from winnow.evaluate.report.pool_view import (
-    FUNNEL,
-    REASONS,
-    SUBSET,
-    SubsetView,
-    look,
-    read_funnel,
-)
+from winnow.evaluate.report.pool_view import FUNNEL, REASONS, SUBSET, SubsetView, look, read_funnel
 from winnow.evaluate.report.tables import comparison_csv, comparison_text
 from winnow.evaluate.scores import read_scores
 from winnow.evaluate.statistics.aggregate import Estimate, SubsetScores, compare, headline
@@ -25,52 +18,30 @@ from winnow.infra.io import storage
 from winnow.infra.pool.pool import Pool
 from winnow.infra.pool.uids import load_subset
 from winnow.infra.registry import unknown
-from winnow.infra.stages.stage import (
-    Output,
-    Record,
-    Stage,
-    Unit,
-    need_manifest,
-    read_manifest,
-)
+from winnow.infra.stages.stage import Output, Record, Stage, Unit, need_manifest, read_manifest
 
 TABLE, CSV, JSON, HTML = "comparison.txt", "comparison.csv", "comparison.json", "report.html"
 
 
 @dataclass(frozen=True)
 class SubsetEntry:
-    """A subset to compare.
-
-    Attributes:
-        name: as it is called in tables.
-        url: its directory: subset.npy, funnel.json and perhaps reasons.parquet.
-        checkpoints: (seed, name in the scores) of each model trained on it.
-        pool: directory of the indexed pool it was taken from; "" to show no images and no noise.
-        drawn: (what, URL of a PNG) of each image that a model trained on it has drawn.
-    """
+    """A subset to compare."""
 
     name: str
-    url: str
-    checkpoints: tuple[tuple[int, str], ...]
-    pool: str = ""
-    drawn: tuple[tuple[str, str], ...] = ()
+    url: str  # its directory: subset.npy, funnel.json and perhaps reasons.parquet
+    checkpoints: tuple[tuple[int, str], ...]  # (seed, name in the scores) of each model trained on it
+    pool: str = ""  # directory of the indexed pool it was taken from; "" to show no images and no noise
+    drawn: tuple[tuple[str, str], ...] = ()  # (what, URL of a PNG) of each image that such a model has drawn
 
 
 @dataclass
 class CompareStage(Stage):
-    """Compare subsets by the scores of the models trained on them.
+    """Compare subsets by the scores of the models trained on them."""
 
-    Args:
-        subsets: in the order to colour them; the table is ranked.
-        scores: directory of a finished evaluate stage.
-        out: directory for comparison.txt, comparison.csv, comparison.json and report.html.
-        baseline: the subset to measure differences against; "none" where there is one, else the first.
-    """
-
-    subsets: tuple[SubsetEntry, ...]
-    scores: str
-    out: str
-    baseline: str = ""
+    subsets: tuple[SubsetEntry, ...]  # in the order to colour them; the table is ranked
+    scores: str  # directory of a finished evaluate stage
+    out: str  # directory for comparison.txt, comparison.csv, comparison.json and report.html
+    baseline: str = ""  # subset to measure differences against; "none" where there is one, else the first
 
     name = "compare"
     version = 2
@@ -137,9 +108,8 @@ class CompareStage(Stage):
             views |= look(Pool.open(pool), inside)
         result["noise"] = {name: table for name, view in views.items() if (table := view.noise()) is not None}
         result["headline"] = headline(result)
-        drawn = [
-            (name, what, storage.read_bytes(url)) for name, entry in entries.items() for what, url in entry["drawn"]
-        ]
+        images = [(name, *image) for name, entry in entries.items() for image in entry["drawn"]]
+        drawn = [(name, what, storage.read_bytes(url)) for name, what, url in images]
         page = render(result, funnels, views, _provenance(unit, manifest, entries), drawn)
         storage.write_bytes(self.url(TABLE), comparison_text(result).encode())
         storage.write_bytes(self.url(CSV), comparison_csv(result).encode())
@@ -172,11 +142,8 @@ def _provenance(unit: Unit, scores: Any, entries: dict[str, Any]) -> list[tuple[
     """What the page was made from, by digest."""
     lines = [("scores", scores.digest)]
     for name, pairs in unit.params["checkpoints"]:
-        lines += [
-            (f"{name}: {key.rpartition('/')[2]}", unit.inputs[key])
-            for key in unit.inputs
-            if key.rpartition("/")[0] == name
-        ]
+        split = ((*key.rpartition("/"), digest) for key, digest in unit.inputs.items())
+        lines += [(f"{name}: {what}", digest) for subset, _, what, digest in split if subset == name]
         stage = read_manifest(entries[name]["url"])
         if stage is not None:
             lines.append((f"{name}: manifest of {stage.stage}", stage.digest))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from winnow.evaluate.report.pool_view import SubsetView, funnel_rows
-from winnow.evaluate.report.tables import groups_shown, notes, number
+from winnow.evaluate.report.tables import fraction, groups_shown, notes, number
 from winnow.evaluate.statistics.aggregate import headline
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -21,16 +21,12 @@ def render(
     provenance: Sequence[tuple[str, str]],
     drawn: Sequence[tuple[str, str, bytes]] = (),
 ) -> str:
-    """The page.
-
-    Everything that comes from data (captions, class and subset names, labels) is escaped. Equal input gives equal text.
+    """The page. What comes from data (captions, class and subset names, labels) is escaped.
 
     Args:
         result: of `aggregate.compare`, with the `missing` of the scores.
-        funnels: `funnel.json` of each subset.
-        views: each subset against its pool, where the pool is at hand.
-        provenance: (what, digest).
-        drawn: (subset, what, PNG) of images that models have drawn.
+        funnels, views: `funnel.json` of each subset; and those against their pool, where the pool is at hand.
+        provenance, drawn: (what, digest); and (subset, what, PNG) of images that models have drawn.
     """
     import jinja2
     from markupsafe import Markup
@@ -40,7 +36,7 @@ def render(
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"number": number, "share": _fraction, "count": _count}
+    environment.filters |= {"number": number, "share": fraction, "count": "{:,}".format}
     names = list(funnels)
     ranked = [row["subset"] for row in result["rows"]]
     colour = plots.colours(names, result["baseline"])
@@ -74,11 +70,3 @@ def _best(result: Mapping[str, Any], where: str, key: str) -> list[str]:
     """Names of the subsets with the highest value of a task or group."""
     values = {row["subset"]: row[where][key]["value"] for row in result["rows"] if key in row[where]}
     return [name for name, value in values.items() if value == max(values.values())]
-
-
-def _fraction(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
-
-
-def _count(value: int) -> str:
-    return f"{value:,}"

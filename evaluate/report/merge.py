@@ -14,14 +14,9 @@ from winnow.infra.stages.stage import Output, Stage, Unit, need_manifest
 
 @dataclass
 class MergeScoresStage(Stage):
-    """Put the scores of several runs into one directory; checkpoints get the run's name in front.
+    """Put the scores of several runs into one directory; checkpoints get the run's name in front."""
 
-    Args:
-        runs: (name, URL of the run's scores) of each.
-        out: directory.
-    """
-
-    runs: tuple[tuple[str, str], ...]
+    runs: tuple[tuple[str, str], ...]  # (name, URL of the run's scores) of each
     out: str
 
     name = "merge"
@@ -38,8 +33,7 @@ class MergeScoresStage(Stage):
         tables = []
         tasks: dict[str, Any] = {}
         checkpoints: dict[str, str] = {}
-        missing: list[dict[str, str]] = []
-        unfit: list[dict[str, str]] = []
+        lists: dict[str, list[dict[str, str]]] = {"missing": [], "not_applicable": []}
         protocols: dict[str, None] = {}
         metrics: dict[str, str] = {}
         for name, url in self.runs:
@@ -51,13 +45,13 @@ class MergeScoresStage(Stage):
                 if tasks.setdefault(key, facts) != facts:
                     raise UsageError(f'task "{key}" differs between the runs (version or size of the set)', where=url)
             checkpoints |= {f"{name}/{checkpoint}": digest for checkpoint, digest in values["checkpoints"].items()}
-            for found, key in ((missing, "missing"), (unfit, "not_applicable")):
+            for key, found in lists.items():
                 found += [entry | {"checkpoint": f"{name}/{entry['checkpoint']}"} for entry in values[key]]
             protocols |= dict.fromkeys(values["protocols"])
             metrics |= values.get("protocol_metrics", {})
         write_scores(self.out, pa.concat_tables(tables))
-        values = {"tasks": tasks, "checkpoints": checkpoints, "protocols": list(protocols), "missing": missing}
-        values |= {"not_applicable": unfit} | ({"protocol_metrics": metrics} if metrics else {})
+        values = {"tasks": tasks, "checkpoints": checkpoints, "protocols": list(protocols), **lists}
+        values |= {"protocol_metrics": metrics} if metrics else {}
         return Output([SCORES], values=values)
 
     def finish(self, records: list[Any]) -> Output:

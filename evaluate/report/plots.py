@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 # Drawn in these, then exchanged for the page's CSS variables, so that a plot follows light and dark.
@@ -62,29 +63,28 @@ def _shorten(text: str, limit: int = 22) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def task_bars(
-    label: str, rows: Sequence[tuple[str, Mapping[str, float] | None]], chance: float | None, colour: Mapping[str, str]
-) -> str:
-    """Horizontal bars of one task, one a subset, with error bars of one standard error and a dashed line at chance."""
+@contextlib.contextmanager
+def _axes(width: float, height: float) -> Iterator[Any]:
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_style()):
-        figure = Figure(figsize=(3.6, 0.45 + 0.24 * len(rows)), layout="constrained")
-        axes = figure.add_subplot()
+        yield Figure(figsize=(width, height), layout="constrained").add_subplot()
+
+
+def task_bars(
+    label: str, rows: Sequence[tuple[str, Mapping[str, float] | None]], chance: float | None, colour: Mapping[str, str]
+) -> str:
+    """Horizontal bars of one task, one a subset, with error bars of one standard error and a dashed line at chance."""
+    with _axes(3.6, 0.45 + 0.24 * len(rows)) as axes:
         for at, (name, pair) in enumerate(rows):
             if pair is None:
                 axes.text(0, at, " missing", va="center", fontsize=8)
                 continue
             axes.barh(at, pair["value"], xerr=pair["stderr"], height=0.68, color=colour[name], ecolor=_INK, capsize=0)
-            axes.annotate(
-                f"{pair['value']:.3f}",
-                (pair["value"] + pair["stderr"], at),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-            )
+            end = (pair["value"] + pair["stderr"], at)
+            style = {"textcoords": "offset points", "va": "center", "fontsize": 8}
+            axes.annotate(f"{pair['value']:.3f}", end, xytext=(4, 0), **style)
         if chance is not None:
             axes.axvline(chance, color=_INK, linestyle=(0, (3, 2)), linewidth=0.8)
         axes.set_yticks(range(len(rows)), [_shorten(name) for name, _ in rows])
@@ -94,32 +94,25 @@ def task_bars(
         top = max([chance or 0.0, *(pair["value"] + pair["stderr"] for _, pair in rows if pair)])
         axes.set_xlim(0, max(top * 1.22, 1e-3))
         axes.locator_params(axis="x", nbins=4)
-        return _svg(figure, label)
+        return _svg(axes.figure, label)
 
 
 def size_scatter(
     rows: Sequence[tuple[str, int, Mapping[str, float]]], average_name: str, colour: Mapping[str, str]
 ) -> str:
     """Size of each subset against its average, with error bars of one standard error."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_style()):
-        figure = Figure(figsize=(5.0, 3.0), layout="constrained")
-        axes = figure.add_subplot()
+    with _axes(5.0, 3.0) as axes:
         for name, size, pair in rows:
-            axes.errorbar(
-                size, pair["value"], yerr=pair["stderr"], fmt="o", markersize=7, color=colour[name], elinewidth=1.2
-            )
-            axes.annotate(
-                _shorten(name, 30), (size, pair["value"]), xytext=(8, 5), textcoords="offset points", fontsize=8
-            )
+            style = {"fmt": "o", "markersize": 7, "color": colour[name], "elinewidth": 1.2}
+            axes.errorbar(size, pair["value"], yerr=pair["stderr"], **style)
+            at = (size, pair["value"])
+            axes.annotate(_shorten(name, 30), at, xytext=(8, 5), textcoords="offset points", fontsize=8)
         axes.set_xlim(0, max(size for _, size, _ in rows) * 1.18 or 1)
         axes.margins(y=0.15)
-        axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.locator_params(axis="x", nbins=6)
         axes.set_xlabel("samples in the subset")
         axes.set_ylabel(average_name)
         axes.grid(axis="y", color=_FAINT, linewidth=0.6)
         axes.set_axisbelow(True)
-        return _svg(figure, f"Subset size against {average_name}")
+        return _svg(axes.figure, f"Subset size against {average_name}")

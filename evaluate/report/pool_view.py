@@ -1,4 +1,4 @@
-"""What curation left in a subset's directory, seen against its pool: noise removed, images kept and dropped."""
+"""A subset compared with its pool: the noise removed, and examples of images kept and dropped."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
+from winnow.infra.io.arrow import one_chunk
 from winnow.infra.io.images import ImageError, decode_image
 from winnow.infra.io.parquet import open_parquet
 from winnow.infra.pool.pool import Pool
@@ -39,17 +40,11 @@ class GalleryImage:
 
 @dataclass
 class SubsetView:
-    """A subset against its pool.
+    """A subset against its pool, with a few images of both parts."""
 
-    Attributes:
-        present, removed: samples of each noise kind in the pool and, of those, not in the subset; key "" is clean.
-        has_noise: whether the pool says what is noise.
-        kept, dropped: a few images of each.
-    """
-
-    present: Counter[str] = field(default_factory=Counter)
-    removed: Counter[str] = field(default_factory=Counter)
-    has_noise: bool = False
+    present: Counter[str] = field(default_factory=Counter)  # samples of each noise kind in the pool; "" is clean
+    removed: Counter[str] = field(default_factory=Counter)  # of those, the ones not in the subset
+    has_noise: bool = False  # whether the pool says what is noise
     kept: list[GalleryImage] = field(default_factory=list)
     dropped: list[GalleryImage] = field(default_factory=list)
 
@@ -63,13 +58,8 @@ class SubsetView:
         kept_clean = self.present[""] - self.removed[""]
         return {
             "kinds": [
-                {
-                    "kind": kind,
-                    "present": self.present[kind],
-                    "removed": self.removed[kind],
-                    "share": self.removed[kind] / self.present[kind],
-                }
-                for kind in kinds
+                {"kind": kind, "present": n, "removed": self.removed[kind], "share": self.removed[kind] / n}
+                for kind, n in ((kind, self.present[kind]) for kind in kinds)
             ],
             "noisy": noisy,
             "dropped": dropped,
@@ -80,8 +70,7 @@ class SubsetView:
         }
 
 
-@dataclass(frozen=True)
-class _Candidate:
+class _Candidate(NamedTuple):
     order: float
     uid: str
     shard: int
@@ -99,9 +88,7 @@ def look(pool: Pool, subsets: Mapping[str, tuple[np.ndarray, str]], images: int 
             is the same in every run and two subsets show the same images where they agree.
     """
     views = {name: SubsetView() for name in subsets}
-    selected: dict[tuple[str, bool], list[_Candidate]] = {
-        (name, kept): [] for name in subsets for kept in (True, False)
-    }
+    selected: dict[tuple[str, bool], list[_Candidate]] = {}
     for number, shard in enumerate(pool.shards):
         named = "noise" in shard.columns()
         table = shard.table(["uid", "noise"] if named else ["uid"])
@@ -121,12 +108,12 @@ def look(pool: Pool, subsets: Mapping[str, tuple[np.ndarray, str]], images: int 
                     for i in rows
                 ]
                 key = (name, kept)
-                selected[key] = sorted([*selected[key], *found], key=lambda item: (item.order, item.uid))[:images]
+                selected[key] = sorted([*selected.get(key, ()), *found])[:images]
     loaded = _load(pool, [item for items in selected.values() for item in items])
     for name, (_, url) in subsets.items():
-        reasons = _reasons(url, [item.uid for item in selected[name, False]])
+        reasons = _reasons(url, [item.uid for item in selected.get((name, False), ())])
         for kept, target in ((True, views[name].kept), (False, views[name].dropped)):
-            for item in selected[name, kept]:
+            for item in selected.get((name, kept), ()):
                 caption, jpeg = loaded[item.shard, item.row]
                 target.append(GalleryImage(item.uid, caption, jpeg, item.noise, reasons.get(item.uid, "")))
     return views
@@ -135,8 +122,7 @@ def look(pool: Pool, subsets: Mapping[str, tuple[np.ndarray, str]], images: int 
 def _noise_kinds(table: pa.Table, named: bool) -> pa.Array:
     if not named or pa.types.is_null(table["noise"].type):
         return pa.array([""] * table.num_rows, pa.string())
-    column = pc.fill_null(table["noise"].cast(pa.string()), "")
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return one_chunk(pc.fill_null(table["noise"].cast(pa.string()), ""))
 
 
 def _count(column: pa.Array) -> dict[str, int]:

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict
 from statistics import mean
 from typing import Any
 
-from winnow.evaluate.report.tables import partial_note, text_table
-from winnow.evaluate.statistics.aggregate import (
-    AGGREGATES,
-    ORDER,
-    Estimate,
-    average_name,
-    averaged_tasks,
-    sem,
-)
+from winnow.evaluate.report.tables import partial_note, text_table, with_error
+from winnow.evaluate.statistics.aggregate import AGGREGATES, ORDER, Estimate, average_name, averaged_tasks, sem
 
 NOT_APPLICABLE = "n/a"
 
@@ -23,11 +17,8 @@ NOT_APPLICABLE = "n/a"
 def scores_text(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> str:
     """Main metrics with their standard errors, below them averages by protocol, then what is missing and why.
 
-    A task's seeds are averaged. An average is over the scored tasks on which every checkpoint has a score.
-
-    Args:
-        rows: of scores.parquet, in the order of the checkpoints.
-        values: of the evaluate manifest.
+    A task's seeds are averaged. An average is over the scored tasks on which every checkpoint has a score. `rows` are
+    those of scores.parquet, in the order of the checkpoints; `values` those of the evaluate manifest.
     """
     tasks = values["tasks"]
     keys = sorted(tasks, key=lambda key: (ORDER.index(tasks[key]["group"]), tasks[key]["name"].lower()))
@@ -40,16 +31,12 @@ def scores_text(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) ->
     lines = []
     for key in keys:
         for protocol in protocols:
-            cells = [_cell(scores.get((c, key, protocol)), (c, key, protocol) in unfit) for c in checkpoints]
-            lines.append(
-                [
-                    tasks[key]["name"],
-                    protocol,
-                    _metric(tasks[key], protocol, metrics) or "–",
-                    f"{tasks[key]['n']:,}",
-                    *cells,
-                ]
-            )
+            cells = []
+            for which in ((c, key, protocol) for c in checkpoints):
+                unknown = NOT_APPLICABLE if which in unfit else "–"
+                cells.append(with_error(asdict(scores[which])) if which in scores else unknown)
+            metric = metrics.get(protocol, tasks[key]["metric"]) or "–"
+            lines.append([tasks[key]["name"], protocol, metric, f"{tasks[key]['n']:,}", *cells])
     over: dict[tuple[str, ...], list[str]] = {}
     for protocol in (name for name in protocols if name not in metrics):
         scored = [c for c in checkpoints if any((c, key, protocol) in scores for key in keys)]
@@ -88,7 +75,7 @@ def _main_scores(
     """The main metric by checkpoint, task and protocol, the mean over seeds."""
     found: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row["metric"] == _metric(tasks[row["task"]], row["protocol"], metrics):
+        if row["metric"] == metrics.get(row["protocol"], tasks[row["task"]]["metric"]):
             found.setdefault((row["checkpoint"], row["task"], row["protocol"]), []).append(row)
     scores = {}
     for key, group in found.items():
@@ -96,18 +83,6 @@ def _main_scores(
         test = math.sqrt(mean(row["stderr"] ** 2 for row in group))
         scores[key] = Estimate(mean(seeds), math.hypot(test, sem(seeds)))
     return scores
-
-
-def _metric(task: Mapping[str, Any], protocol: str, metrics: Mapping[str, str]) -> str | None:
-    """The main metric of a task under a protocol."""
-    metric: str | None = metrics.get(protocol, task["metric"])
-    return metric
-
-
-def _cell(score: Estimate | None, unfit: bool) -> str:
-    if score is None:
-        return NOT_APPLICABLE if unfit else "–"
-    return f"{score.value:.3f} ± {score.stderr:.3f}"
 
 
 def _averages(
@@ -124,12 +99,12 @@ def _averages(
     for name, group in {average_name(tasks, averaged): averaged, **groups}.items():
         if len(group) > 1:
             title = name if group is averaged else f"{name}, average over {len(group)}"
-            cells = []
-            for c in checkpoints:
-                if all((c, key, protocol) in scores for key in group):
-                    cells.append(f"{mean(scores[c, key, protocol].value for key in group):.3f}")
-                else:
-                    cells.append("–" if c in failed else NOT_APPLICABLE)
+            cells = [
+                f"{mean(scores[c, key, protocol].value for key in group):.3f}"
+                if all((c, key, protocol) in scores for key in group)
+                else ("–" if c in failed else NOT_APPLICABLE)
+                for c in checkpoints
+            ]
             lines.append([title, protocol, "", "", *cells])
     return lines
 

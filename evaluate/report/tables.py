@@ -18,32 +18,31 @@ def comparison_csv(result: Mapping[str, Any]) -> str:
     header = ["rank", "subset", "size", "share", "seeds", result["average"]["name"], "stderr"]
     header += [f"difference to {result['baseline']}", "difference stderr"]
     header += [result["group_names"][group] for group in groups]
-    for key in tasks:
-        header += [key, f"{key} stderr"]
+    header += [name for key in tasks for name in (key, f"{key} stderr")]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(header)
     for row in result["rows"]:
         line = [row["rank"], row["subset"], row["size"], row["share"], len(row["seeds"])]
-        for name in ("average", "difference"):
-            pair = row[name] or {}
+        for pair in (row["average"] or {}, row["difference"] or {}):
             line += [pair.get("value"), pair.get("stderr")]
         line += [row["groups"].get(group, {}).get("value") for group in groups]
-        for key in tasks:
-            pair = row["tasks"].get(key, {})
+        for pair in (row["tasks"].get(key, {}) for key in tasks):
             line += [pair.get("value"), pair.get("stderr")]
         writer.writerow(line)
     chance = result["chance"]
     line = [None, "chance", None, None, None, chance["average"], None, None, None]
     line += [chance["groups"][group] for group in groups]
-    for key in tasks:
-        line += [chance["tasks"][key], None]
-    writer.writerow(line)
+    writer.writerow([*line, *(cell for key in tasks for cell in (chance["tasks"][key], None))])
     return buffer.getvalue()
 
 
 def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def fraction(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
 
 
 def with_error(pair: Mapping[str, float] | None, sign: bool = False) -> str:
@@ -55,13 +54,10 @@ def with_error(pair: Mapping[str, float] | None, sign: bool = False) -> str:
 
 def comparison_text(result: Mapping[str, Any]) -> str:
     """A Markdown table with the headline above it and notes below."""
-    table = _summary(result, list(result["tasks"]))
-    parts = [headline(result)]
-    if len(table.partition("\n")[0]) <= WIDTH:
-        parts.append(table)
-    else:
-        parts += [_summary(result, []), _by_task(result)]
-    return "\n\n".join([*parts, *notes(result)]) + "\n"
+    tables = [_summary(result, list(result["tasks"]))]
+    if len(tables[0].partition("\n")[0]) > WIDTH:
+        tables = [_summary(result, []), _by_task(result)]
+    return "\n\n".join([headline(result), *tables, *notes(result)]) + "\n"
 
 
 def _summary(result: Mapping[str, Any], tasks: Sequence[str]) -> str:
@@ -73,8 +69,7 @@ def _summary(result: Mapping[str, Any], tasks: Sequence[str]) -> str:
     lines = []
     for row in result["rows"]:
         line = [str(row["rank"] or "–"), row["subset"], f"{row['size']:,}"]
-        line += ["–" if row["share"] is None else f"{row['share']:.1%}"]
-        line += [with_error(row["average"]), with_error(row["difference"], sign=True)]
+        line += [fraction(row["share"]), with_error(row["average"]), with_error(row["difference"], sign=True)]
         line += [number(row["groups"].get(group, {}).get("value")) for group in groups]
         line += [number(row["tasks"].get(key, {}).get("value")) for key in tasks]
         lines.append(line)
@@ -120,11 +115,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
 
 
 def partial_note(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A sentence naming the tasks whose scores are of part of their test set; empty where there are none.
-
-    Args:
-        tasks: facts as the evaluate manifest has them: name, n, and size (None for tasks outside DataComp's list).
-    """
+    """A sentence naming the tasks, as the evaluate manifest has them, whose scores are of part of their test set."""
     parts = [
         f"{facts['name']} ({facts['n']:,} of {facts['size']:,})"
         for facts in tasks.values()

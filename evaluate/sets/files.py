@@ -16,14 +16,9 @@ MAX_SHARDS = 100_000
 
 
 def open_set(task: Task, url: str) -> EvalSet:
-    """Read the text files of a set; a packed one is unpacked first.
+    """Read the text files of a set, after unpacking a packed one.
 
-    Args:
-        task: what is evaluated.
-        url: folder of the set.
-
-    Raises:
-        TaskError: a file is missing or broken, or does not agree with the task; names the file.
+    Raises TaskError naming the file that is missing or broken, or does not agree with the task.
     """
     kind, url = load_kind(task.kind), packed.layout(url)
     tars = split_tars(url)
@@ -57,9 +52,8 @@ def read_classes(url: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         raise TaskError("holds no template", where=templates_url)
     for number, template in enumerate(templates, start=1):
         if "{c}" not in template:
-            raise TaskError(
-                f'the template "{template}" has no {{c}} for the class name', where=f"{templates_url}:{number}"
-            )
+            what = f'the template "{template}" has no {{c}} for the class name'
+            raise TaskError(what, where=f"{templates_url}:{number}")
     return tuple(classnames), tuple(templates)
 
 
@@ -83,9 +77,8 @@ def data_digest(url: str, split: str = "test") -> str:
     """Digest of a split of a set: of the content of its text files and shards where they are local, of the store's
     version tokens where they are not. An unreadable file has a digest, too; reading it raises the error."""
     files = [name for name in storage.list_names(url) if name.endswith((".txt", ".json", ".jsonl"))]
-    inner = [name for name in storage.list_names(storage.join(url, split)) if name.endswith((".txt", ".tar"))]
-    files += [f"{split}/{name}" for name in inner]
-    files += packed.files(url)
+    inner = storage.list_names(storage.join(url, split))
+    files += [f"{split}/{name}" for name in inner if name.endswith((".txt", ".tar"))] + packed.files(url)
 
     def digest(name: str) -> str:
         try:

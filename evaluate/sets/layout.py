@@ -62,7 +62,7 @@ def find_tasks(data_url: str, names: Sequence[str] | str = "all") -> list[FoundT
     files = {word: read_task(_task_file(word, data_url)) for word in words if word.endswith((".yaml", ".yml"))}
     words = [files[word].key if word in files else word for word in words]
     given = {task.key: task for task in files.values()}
-    if hub.is_data(data_url):
+    if data_url.startswith(hub.DATA):
         return _on_the_hub(data_url, words, given)
     if not storage.is_dir(data_url):
         raise UsageError("no such folder", where=data_url, do="It should hold wds_<task>_test folders.")
@@ -77,9 +77,8 @@ def find_tasks(data_url: str, names: Sequence[str] | str = "all") -> list[FoundT
     for word in words:
         task = find_task(word, known)
         if task.key not in found:
-            raise UsageError(
-                f'no data for task "{task.key}"', where=data_url, do=f"It should be in {task.data_folder}/."
-            )
+            do = f"It should be in {task.data_folder}/."
+            raise UsageError(f'no data for task "{task.key}"', where=data_url, do=do)
         selected.add(task.key)
     return [entry for key, entry in found.items() if key in selected]
 
@@ -87,7 +86,7 @@ def find_tasks(data_url: str, names: Sequence[str] | str = "all") -> list[FoundT
 def _task_file(path: str, data_url: str) -> str:
     """The URL of a task file that is named relative to the working directory or to the data folder."""
     inside = storage.join(data_url, path)
-    return inside if not storage.exists(path) and not hub.is_data(data_url) and storage.exists(inside) else path
+    return inside if not storage.exists(path) and not data_url.startswith(hub.DATA) and storage.exists(inside) else path
 
 
 def _present(data_url: str, by_folder: dict[str, Task]) -> dict[str, FoundTask]:
@@ -110,35 +109,27 @@ def _present(data_url: str, by_folder: dict[str, Task]) -> dict[str, FoundTask]:
 
 def is_data(data_url: str) -> bool:
     """Whether `find_tasks` can be asked for the tasks of a URL."""
-    return hub.is_data(data_url) or storage.is_dir(data_url)
+    return data_url.startswith(hub.DATA) or storage.is_dir(data_url)
 
 
 def extra_task(folder: str, kind: str, classes: int | None) -> Task:
     """A task for a folder without a task file: named after the folder, with the kind's default metric."""
     key = folder.removeprefix("wds_").removesuffix("_test")
-    described = load_kind(kind) if kind in KINDS.table else load_kind(CLASSIFICATION)
-    return Task(
-        name=key,
-        key=key,
-        kind=kind,
-        metric=described.metric,
-        classes=classes,
-        chance=described.default_chance(classes),
-        group="extra",
-        version=1,
-    )
+    described = load_kind(kind if kind in KINDS.table else CLASSIFICATION)
+    metric, chance = described.metric, described.default_chance(classes)
+    return Task(name=key, key=key, kind=kind, metric=metric, classes=classes, chance=chance, group="extra", version=1)
 
 
 def _on_the_hub(data_url: str, words: Sequence[str], given: dict[str, Task]) -> list[FoundTask]:
     owner, revision = hub.parse_data(data_url)
     known = {key: task for key, task in datacomp_tasks().items() if task.group != "extra"} | given
     keys = {find_task(word, known).key for word in words} or set(known)
-    found = []
-    for task in (task for key, task in known.items() if key in keys):
+
+    def url(task: Task) -> str:
         pinned = task.revision if task.hub or owner == DATACOMP_OWNER else None
-        repo = task.hub or f"{owner}/{task.data_folder}"
-        found.append(FoundTask(task, hub.url_of(repo, revision or pinned or hub.MAIN)))
-    return found
+        return hub.url_of(task.hub or f"{owner}/{task.data_folder}", revision or pinned or hub.MAIN)
+
+    return [FoundTask(task, url(task)) for key, task in known.items() if key in keys]
 
 
 def _kind(url: str) -> str:

@@ -44,11 +44,6 @@ MAX_IMAGE_BYTES = 256 << 20
 _DEPTH = 4  # folders below `nlphuji___NAME` that the datasets library makes
 
 
-def cache_folder() -> Path:
-    """The folder of unpacked sets: in `WINNOW_CACHE`, by default `~/.cache/winnow`."""
-    return Path(os.environ.get("WINNOW_CACHE") or Path.home() / ".cache" / "winnow") / "evaluate"
-
-
 def in_datasets_cache(data_url: str) -> dict[str, str]:
     """The sets in a data folder's `hf_cache`: URL by repository ("nlphuji/winogavil")."""
     root = storage.join(data_url, DATASETS_CACHE)
@@ -80,11 +75,7 @@ def _arrows(url: str, inside: str = "", depth: int = 0) -> list[str]:
 
 
 def layout(url: str) -> str:
-    """The folder of a set in the layout of `winnow.evaluate.sets.layout`: itself, or the unpacked copy.
-
-    Raises:
-        TaskError: it is packed, and broken.
-    """
+    """The folder of a set in `winnow.evaluate.sets.layout`: itself, or the unpacked copy. Raises TaskError."""
     if storage.exists(storage.join(url, "test", "nshards.txt")):
         return url
     packed = files(url)
@@ -96,7 +87,9 @@ def layout(url: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _unpacked(url: str, packed: tuple[str, ...], digest: str) -> str:
-    target = cache_folder() / digest
+    # In WINNOW_CACHE, by default ~/.cache/winnow.
+    root = Path(os.environ.get("WINNOW_CACHE") or Path.home() / ".cache" / "winnow")
+    target = root / "evaluate" / digest
     if target.is_dir():
         return str(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -143,8 +136,8 @@ def _unpack(url: str, packed: Sequence[str], target: Path) -> None:
 
 
 def key_of(name: str) -> str:
-    """The key of an image's sample: its file name without the extension. webdataset splits a name at its first dot, so
-    another dot in it is written as "%2E"."""
+    """The key of an image's sample: its file name without the extension. A further dot, at which webdataset would split
+    the name, is written as "%2E"."""
     stem, dot, ext = name.rpartition("/")[2].rpartition(".")
     if ext.lower() not in EXTENSIONS:
         stem += dot + ext
@@ -186,10 +179,9 @@ def _zip_rows(url: str, packed: Sequence[str]) -> Rows:
             images = zipfile.ZipFile(file)
         except (zipfile.BadZipFile, OSError) as error:
             raise TaskError(f"cannot be read ({error})", where=archive) from None
-        members = {key_of(info.filename): info for info in images.infolist() if _is_image(info.filename)}
-        for row in reader:
-            if row.get("split") not in (None, "", "test"):
-                continue
+        shown = [info for info in images.infolist() if "__MACOSX" not in info.filename]
+        members = {key_of(one.filename): one for one in shown if one.filename.rpartition(".")[2].lower() in EXTENSIONS}
+        for row in (row for row in reader if row.get("split") in (None, "", "test")):
             where = f"{table}:{reader.line_num}"
             names = _list(row["candidates"], where) if wino else [row["filename"]]
             found = [_member(images, members, name, archive) for name in names]
@@ -198,10 +190,6 @@ def _zip_rows(url: str, packed: Sequence[str]) -> Rows:
                 yield where, {"cue": row["cue"], "candidates": names, "associations": selected}, found
             else:
                 yield where, {"filename": row["filename"], "captions": _list(row["raw"], where)}, found
-
-
-def _is_image(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in EXTENSIONS and "__MACOSX" not in name
 
 
 def _member(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], name: str, where: str) -> bytes:

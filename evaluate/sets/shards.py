@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,38 +28,23 @@ _AT_ONCE = 64  # samples read with one request
 
 @dataclass(frozen=True)
 class Part:
-    """Part `index` of the `count` that a shard is split into.
+    """Part `index` of the `count` that a shard is split into."""
 
-    Attributes:
-        tar: URL of the shard.
-        digest: of its content.
-        samples: estimated number.
-    """
-
-    tar: str
-    digest: str
+    tar: str  # URL of the shard
+    digest: str  # of its content
     index: int
     count: int
-    samples: int
+    samples: int  # estimated number
 
     @property
     def name(self) -> str:
         """By content, safe as a path."""
         return f"{self.digest[:24]}/{self.index}-of-{self.count}"
 
-    def values(self) -> dict[str, Any]:
-        """As JSON values; `Part(**values)` gives it back."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which members of a sample are read.
-
-    Attributes:
-        images: extensions of the image, of which the first that a sample has is read.
-        members: further extensions.
-    """
+    """Which members of a sample are read: the first that it has of `images`, and `members`, by extension."""
 
     images: tuple[str, ...]
     members: tuple[str, ...] = ()
@@ -107,12 +92,11 @@ def _bytes_per_sample(tar: str, token: str) -> float:
     with storage.open_read(tar) as file:
         head = file.read(_HEAD)
     count, end = 0, len(head)
-    try:
+    # The head ends within a sample; whether the shard is truncated is found when it is read.
+    with contextlib.suppress(WinnowError):
         for _, members in tar_samples(io.BytesIO(head), ()):
             count += 1
             end = max(member.offset + member.size for member in members.values())
-    except WinnowError:
-        pass  # the head ends within a sample; whether the shard is truncated is found when it is read
     if len(head) < _HEAD:
         end = len(head)  # all of it: the count is right
     return max(512.0, end / count) if count else float(_HEAD)
@@ -143,8 +127,6 @@ def shard_index(tar: str, token: str) -> Index:
     try:
         with storage.open_read(tar) as file:
             return tuple((key, tuple(members.values())) for key, members in tar_samples(file, ()))
-    except TaskError:
-        raise
     except WinnowError as error:
         raise TaskError(error.what, where=tar, do=error.do) from error
 
@@ -162,15 +144,12 @@ def _streamed(tar: str, wanted: Wanted) -> Iterator[Sample]:
         try:
             for key, members in tar_samples(file, (*wanted.images, *wanted.members)):
                 yield Sample(key=key, members={member.ext: member.data for member in wanted.of([*members.values()])})
-        except TaskError:
-            raise
         except WinnowError as error:
             raise TaskError(error.what, where=tar, do=error.do) from error
 
 
 def read_samples(tars: Sequence[str], indices: Sequence[int], wanted: Wanted) -> list[Sample]:
-    """Samples of a split by their index, counted over all samples of its shards; for protocols that read members
-    again."""
+    """Samples of a split by their index, counted over all samples of its shards."""
     found: dict[int, Sample] = {}
     first = 0
     for tar in tars:
@@ -206,25 +185,3 @@ def check_targets(targets: Targets, faults: Sequence[str | None], test_set: Eval
         if fault is not None:
             raise TaskError(fault, where=f"{tar}, sample {key}")
     return test_set.kind.check(targets, test_set, tar)
-
-
-def samples_of(test_set: EvalSet, split: str = "test") -> Iterator[Sample]:
-    """The samples of a set, in order, with `label`, `texts` and `columns["metadata"]` as its kind reads them.
-
-    Raises:
-        TaskError: a shard is truncated, or a sample lacks something or does not fit the set.
-    """
-    wanted = Wanted.by(test_set.kind, test_set.task)
-    count = 0
-    for part in split_into_parts(test_set.url, split):
-        samples = list(read_part(part, wanted))
-        targets = check_targets(
-            *as_columns([read_target(test_set.kind, sample) for sample in samples]), test_set, part.tar
-        )
-        for i, sample in enumerate(samples):
-            sample.label, sample.texts = int(targets.labels[i]), targets.captions[i]
-            sample.columns = {"metadata": targets.metadata[i]}
-            yield sample
-        count += len(samples)
-    if not count:
-        raise TaskError("holds no sample", where=storage.join(test_set.url, split))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from typing import Any
 
@@ -35,21 +35,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class SubsetScores:
-    """A subset with its checkpoints' scores.
-
-    Attributes:
-        name: the subset's.
-        size: samples in it.
-        pool: samples in the pool.
-        seeds: of its training runs, in order.
-        scores: for each seed, by task key.
-    """
+    """A subset with its checkpoints' scores."""
 
     name: str
-    size: int
-    pool: int
-    seeds: tuple[int, ...]
-    scores: tuple[Mapping[str, Estimate], ...]
+    size: int  # samples in it
+    pool: int  # samples in the pool
+    seeds: tuple[int, ...]  # of its training runs, in order
+    scores: tuple[Mapping[str, Estimate], ...]  # for each seed, by task key
 
     def tasks(self) -> list[str]:
         """Tasks on which every checkpoint has a score."""
@@ -108,22 +100,14 @@ def compare(subsets: Sequence[SubsetScores], tasks: Mapping[str, Mapping[str, An
     """The comparison as JSON values.
 
     Averages are over the scored tasks that every subset with any score has, so that they are of the same tasks; when
-    all of DataComp's 38 are among them, over those alone.
-
-    Args:
-        subsets: in the recipe's order.
-        tasks: facts of each task as the evaluate manifest has them: name, group, metric, chance, scored, n.
-        baseline: name of the subset the others are measured against.
+    all of DataComp's 38 are among them, over those alone. `tasks` has the facts of the evaluate manifest.
     """
     tasks = dict(sorted(tasks.items(), key=lambda item: (ORDER.index(item[1]["group"]), item[1]["name"].lower())))
     scored = [subset for subset in subsets if subset.tasks()]
     shared = [key for key in tasks if all(key in subset.tasks() for subset in scored)]
     averaged = averaged_tasks(tasks, shared)
-    groups = {
-        group: [key for key in averaged if tasks[key]["group"] == group]
-        for group in AGGREGATES
-        if any(tasks[key]["group"] == group for key in averaged)
-    }
+    groups = {group: [key for key in averaged if tasks[key]["group"] == group] for group in AGGREGATES}
+    groups = {group: keys for group, keys in groups.items() if keys}
     base = next((subset for subset in scored if subset.name == baseline), None)
     rows = [_row(subset, base, averaged, groups) for subset in subsets]
     rows.sort(key=lambda row: -row["average"]["value"] if row["average"] else math.inf)
@@ -168,16 +152,12 @@ def _row(
         "share": subset.size / subset.pool if subset.pool else None,
         "seeds": list(subset.seeds),
         "tasks": per_task,
-        "average": _pair(average(subset, averaged)) if scored else None,
-        "groups": {group: _pair(average(subset, keys)) for group, keys in groups.items()} if scored else {},
-        "difference": _pair(difference(subset, base, averaged))
+        "average": asdict(average(subset, averaged)) if scored else None,
+        "groups": {group: asdict(average(subset, keys)) for group, keys in groups.items()} if scored else {},
+        "difference": asdict(difference(subset, base, averaged))
         if scored and base is not None and subset.name != base.name
         else None,
     }
-
-
-def _pair(score: Estimate) -> dict[str, float]:
-    return {"value": score.value, "stderr": score.stderr}
 
 
 def _known_mean(values: Sequence[float | None]) -> float | None:
@@ -186,7 +166,7 @@ def _known_mean(values: Sequence[float | None]) -> float | None:
 
 
 def significance(value: float, stderr: float) -> str:
-    """What a difference of this many standard errors says."""
+    """How significant a difference with this standard error is, in words."""
     ratio = abs(value) / stderr if stderr > 0 else math.inf
     if ratio < 1:
         return "less than one standard error: the two cannot be distinguished"
@@ -209,21 +189,17 @@ def headline(result: Mapping[str, Any]) -> str:
     if best["subset"] == baseline:
         rival = ranked[1]
         delta = rival["difference"]
-        text = (
-            f"No subset beat {baseline}. The best of them, {rival['subset']}, is {-delta['value']:.3f} "
-            f"± {delta['stderr']:.3f} below it ({name}; {significance(delta['value'], delta['stderr'])})."
-        )
+        below = f"{-delta['value']:.3f} ± {delta['stderr']:.3f} below it"
+        text = f"No subset beat {baseline}. The best of them, {rival['subset']}, is {below}"
         pair = (best, rival)
     elif best["difference"] is None:
         return f"{best['subset']} is first with {best['average']['value']:.3f} ({name}); {baseline} has no score."
     else:
         delta = best["difference"]
         verb = "beat" if delta["value"] >= 2 * delta["stderr"] else "is ahead of"
-        text = (
-            f"{best['subset']} {verb} {baseline} by {delta['value']:.3f} ± {delta['stderr']:.3f} "
-            f"({name}; {significance(delta['value'], delta['stderr'])})."
-        )
+        text = f"{best['subset']} {verb} {baseline} by {delta['value']:.3f} ± {delta['stderr']:.3f}"
         pair = (best, next(row for row in ranked if row["subset"] == baseline))
+    text += f" ({name}; {significance(delta['value'], delta['stderr'])})."
     if any(len(row["seeds"]) < 2 for row in pair):
         text += " With one seed each, the variation between training runs is not part of that error."
     return text

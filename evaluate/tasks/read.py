@@ -41,10 +41,7 @@ def read_task(url: str) -> Task:
 def read_tasks(folder: str) -> dict[str, Task]:
     """Every task file of a folder, by key. Raises UsageError also when two have the same key."""
     tasks: dict[str, Task] = {}
-    for name in storage.list_names(folder):
-        if not name.endswith(".yaml"):
-            continue
-        url = storage.join(folder, name)
+    for url in (storage.join(folder, name) for name in storage.list_names(folder) if name.endswith(".yaml")):
         task = read_task(url)
         if task.key in tasks:
             raise UsageError(f'another file has the key "{task.key}", too', where=url)

@@ -7,6 +7,7 @@ import io
 import json
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,9 @@ from tests.drawing import COLORS, draw_image, write_tar
 from winnow.evaluate.protocols.base import IMAGES, EvalSet
 from winnow.evaluate.sets.files import open_set
 from winnow.evaluate.sets.layout import FoundTask
+from winnow.evaluate.sets.shards import Wanted, as_columns, check_targets, read_part, read_target, split_into_parts
+from winnow.evaluate.tasks.task import TaskError
+from winnow.infra.io import storage
 from winnow.infra.pool.sample import Sample
 
 CONFIG = {
@@ -198,3 +202,25 @@ def open_found(found: FoundTask) -> EvalSet:
 def image_of(sample: Sample) -> bytes:
     """The encoded image of a sample."""
     return next(data for ext, data in sample.members.items() if ext in IMAGES)
+
+
+def samples_of(test_set: EvalSet, split: str = "test") -> Iterator[Sample]:
+    """The samples of a set, in order, with `label`, `texts` and `columns["metadata"]` as its kind reads them.
+
+    Raises:
+        TaskError: a shard is truncated, or a sample lacks something or does not fit the set.
+    """
+    wanted = Wanted.by(test_set.kind, test_set.task)
+    count = 0
+    for part in split_into_parts(test_set.url, split):
+        samples = list(read_part(part, wanted))
+        targets = check_targets(
+            *as_columns([read_target(test_set.kind, sample) for sample in samples]), test_set, part.tar
+        )
+        for i, sample in enumerate(samples):
+            sample.label, sample.texts = int(targets.labels[i]), targets.captions[i]
+            sample.columns = {"metadata": targets.metadata[i]}
+            yield sample
+        count += len(samples)
+    if not count:
+        raise TaskError("holds no sample", where=storage.join(test_set.url, split))

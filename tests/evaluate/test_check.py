@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.evaluate.sets import open_found, write_classification, write_packed_wino, write_retrieval
+from tests.evaluate.sets import open_found, samples_of, write_classification, write_packed_wino, write_retrieval
 from winnow.evaluate.check import (
     COMPLETE,
     INCOMPLETE,
@@ -17,7 +17,6 @@ from winnow.evaluate.check import (
     check_tasks,
 )
 from winnow.evaluate.sets.layout import find_tasks
-from winnow.evaluate.sets.shards import samples_of
 from winnow.evaluate.tasks.read import datacomp_tasks
 from winnow.infra.errors import UsageError
 

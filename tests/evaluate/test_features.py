@@ -21,6 +21,7 @@ from tests.evaluate.sets import (
     classification_samples,
     image_of,
     open_found,
+    samples_of,
     write_classification,
     write_config,
     write_retrieval,
@@ -31,7 +32,7 @@ from winnow.evaluate.protocols import PROTOCOLS
 from winnow.evaluate.protocols.base import IMAGES, load_protocol
 from winnow.evaluate.sets.files import split_tars
 from winnow.evaluate.sets.layout import find_tasks
-from winnow.evaluate.sets.shards import Wanted, read_part, read_samples, samples_of, split_into_parts
+from winnow.evaluate.sets.shards import Wanted, read_part, read_samples, split_into_parts
 from winnow.evaluate.stage import EvaluateStage, folder_of
 from winnow.evaluate.tasks.task import TaskError
 from winnow.infra.errors import WinnowError
@@ -131,24 +132,25 @@ def test_features_are_the_encoders(tmp_path: Path, data: Path, specs: dict[str, 
                 np.testing.assert_allclose(row, encoder.encode_images(image)[0], atol=1e-6)
 
 
-def test_evaluating_reads_typed_columns_that_the_manifest_lists(
+def test_evaluating_reads_typed_columns_that_a_listing_names(
     tmp_path: Path, data: Path, specs: dict[str, str], monkeypatch
 ) -> None:
     """Without building the embed stage's units, which alone know how files are named."""
     stage = stage_of(specs, data, tmp_path / "out", protocols=("zeroshot", "knn"))
     embedding = stage.embedding()
     manifest = execute(embedding, SerialExecutor())
-    listed = manifest.values["splits"]
+    listing = storage.read_json(embedding.url(stage.listing()))
+    listed = listing["splits"]
     assert {key: set(splits) for key, splits in listed.items()} == {
         "colors": {"test", "train"},
         "retrieval-colors": {"test"},
     }
-    files = {file for unit in manifest.values["units"].values() for file in unit["files"]}
-    assert files == set(manifest.files)
+    files = {file for unit in listing["units"].values() for file in unit["files"]}
+    assert files | {stage.listing()} == set(manifest.files)
     labels, captions = [], []
     for key, found in (("colors", labels), ("retrieval-colors", captions)):
         for part in listed[key]["test"]["parts"]:
-            (file,) = manifest.values["units"][part["samples"]]["files"]
+            (file,) = listing["units"][part["samples"]]["files"]
             table = pq.read_table(embedding.url(file))
             assert [str(table.schema.field(name).type) for name in ("label", "captions", "metadata")] == [
                 "int64",
@@ -184,6 +186,22 @@ def test_each_image_is_decoded_once_and_nothing_twice(
     assert {name.split("/")[1] for name in todo if name not in done} == {"prompts"}
     run(stage)
     assert len(decoded) == 30 + 9 + 24
+
+
+def test_evaluations_that_share_features_do_not_disturb_each_other(
+    tmp_path: Path, data: Path, specs: dict[str, str]
+) -> None:
+    """Both embed before either is scored, in either order; neither reads the other's listing."""
+    shared = str(tmp_path / "features")
+    first = stage_of({"tiny": specs["tiny"]}, data, tmp_path / "a", features=shared, protocols=("knn",))
+    second = stage_of({"wide": specs["wide"]}, data, tmp_path / "b", features=shared, tasks=("retrieval-colors",))
+    for stage in (first, second):
+        execute(stage.embedding(), SerialExecutor())
+    for stage in (first, second):
+        assert execute(stage, SerialExecutor(), budget=Budget(0)).values["missing"] == []
+        alone = replace(stage, out=f"{stage.out}-alone", features="")
+        run(alone)
+        assert pq.read_table(stage.url("scores.parquet")).equals(pq.read_table(alone.url("scores.parquet")))
 
 
 def test_a_new_checkpoint_is_embedded_alone(
@@ -297,8 +315,7 @@ def test_an_encoder_without_text_is_probed(tmp_path: Path, data: Path, specs: di
 
     blind = winnow.pretrain.encoder.load_encoder(specs["tiny"])
     monkeypatch.setattr(blind, "reads", frozenset({"image"}))
-    monkeypatch.setattr(winnow.pretrain.encoder, "load_encoder", lambda *_, **__: blind)
-    monkeypatch.setattr("winnow.pretrain.encoder._together", {})
+    monkeypatch.setattr(winnow.pretrain.encoder, "_load", lambda *_: blind)
     stage = stage_of({"blind": specs["tiny"]}, data, tmp_path / "out", protocols=("zeroshot", "knn"))
     manifest = run(stage)
     rows = pq.read_table(stage.url("scores.parquet")).to_pylist()

@@ -14,6 +14,7 @@ from tests.drawing import COLORS, draw_image
 from tests.evaluate.sets import (
     add_metadata,
     open_found,
+    samples_of,
     write_classification,
     write_config,
     write_faces,
@@ -23,7 +24,6 @@ from tests.evaluate.sets import (
 from tests.evaluate.test_packed import write_arrow
 from winnow.evaluate.report.tables import partial_note
 from winnow.evaluate.sets.layout import find_tasks
-from winnow.evaluate.sets.shards import samples_of
 from winnow.evaluate.stage import EvaluateStage
 from winnow.evaluate.tasks.read import datacomp_tasks
 from winnow.infra.stages.executors import SerialExecutor

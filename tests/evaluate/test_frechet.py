@@ -10,12 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import winnow.pretrain.encoder
-from tests.evaluate.sets import image_of, open_found, write_classification, write_config
+from tests.evaluate.sets import image_of, open_found, samples_of, write_classification, write_config
 from winnow.evaluate import metrics
 from winnow.evaluate.protocols.frechet import embedded
 from winnow.evaluate.report.score_table import scores_text
 from winnow.evaluate.sets.layout import find_tasks
-from winnow.evaluate.sets.shards import samples_of
 from winnow.evaluate.stage import EvaluateStage
 from winnow.infra.errors import UsageError
 from winnow.infra.io.images import decode_image

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.evaluate.hubserver import Hub, serving
-from tests.evaluate.sets import TEMPLATES, open_found, write_classification, write_config, write_packed_retrieval
+from tests.evaluate.sets import (
+    TEMPLATES,
+    open_found,
+    samples_of,
+    write_classification,
+    write_config,
+    write_packed_retrieval,
+)
 from winnow.evaluate.check import COMPLETE, INCOMPLETE, MISSING, check_tasks
 from winnow.evaluate.protocols.base import EvalSet
 from winnow.evaluate.sets import hub
 from winnow.evaluate.sets.files import data_digest
 from winnow.evaluate.sets.layout import find_tasks
-from winnow.evaluate.sets.shards import samples_of
 from winnow.evaluate.tasks.read import datacomp_tasks
 from winnow.evaluate.tasks.task import TaskError
 from winnow.infra.errors import UsageError, WinnowError
@@ -27,10 +34,14 @@ COMMIT = "c" * 40
 def server(tmp_path: Path, monkeypatch):
     root = tmp_path / "hub"
     write_classification(root / "djghosh", "wds_cifar10_test", names=TEN, n=20)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hub, "DELAYS", (0.01, 0.01, 0.01))
+    # What HF_HUB_CACHE and HF_ENDPOINT set when the library is imported.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # between retries
+    hub.listing.cache_clear(), hub.url_of.cache_clear()
     with serving(root, COMMIT) as running:
-        monkeypatch.setenv("HF_ENDPOINT", running.url)
+        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", running.url)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
         yield running
 
 
@@ -111,7 +122,7 @@ def test_what_is_in_the_cache_needs_no_hub(server: Hub) -> None:
     sizes = storage.size_of(tar), len(storage.read_bytes(tar))
     server.shutdown()
     server.server_close()
-    hub._listing.cache_clear()
+    hub.listing.cache_clear()
     assert content(open_found(found)) == samples
     assert data_digest(found.url) == digest
     assert sizes == (storage.size_of(tar), len(storage.read_bytes(tar)))
@@ -141,7 +152,7 @@ def test_a_hub_that_cannot_be_reached_is_no_missing_file(server: Hub, monkeypatc
     assert row.state == INCOMPLETE and "cannot be fetched" in row.note
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(hub.Unreachable, match=r"classnames\.txt: cannot be fetched.*Without a network"):
-        hub.fetch(hub.parse(f"{found.url}/classnames.txt"))
+        storage.read_bytes(f"{found.url}/classnames.txt")
     with pytest.raises(hub.Unreachable):
         check_tasks(f"hf://datasets/djghosh@{COMMIT}", "cifar10")
 

@@ -12,6 +12,7 @@ from tests.evaluate.sets import (
     FACE_NAMES,
     FACE_TEMPLATES,
     open_found,
+    samples_of,
     wino_rows,
     write_classification,
     write_faces,
@@ -19,7 +20,6 @@ from tests.evaluate.sets import (
 )
 from winnow.evaluate.protocols.base import EvalSet, Features, Row, SetTexts, load_kind, load_protocol
 from winnow.evaluate.sets.layout import FoundTask, extra_task
-from winnow.evaluate.sets.shards import samples_of
 from winnow.evaluate.tasks.read import datacomp_tasks
 from winnow.evaluate.tasks.task import Task
 

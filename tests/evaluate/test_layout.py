@@ -10,11 +10,20 @@ import numpy as np
 import pytest
 
 from tests.drawing import COLORS, draw_image, write_tar
-from tests.evaluate.sets import TEMPLATES, image_of, npy, open_found, write_classification, write_faces, write_retrieval
+from tests.evaluate.sets import (
+    TEMPLATES,
+    image_of,
+    npy,
+    open_found,
+    samples_of,
+    write_classification,
+    write_faces,
+    write_retrieval,
+)
 from winnow.evaluate.protocols.base import IMAGES
 from winnow.evaluate.sets.files import data_digest
 from winnow.evaluate.sets.layout import find_tasks
-from winnow.evaluate.sets.shards import Wanted, read_part, samples_of, split_into_parts
+from winnow.evaluate.sets.shards import Wanted, read_part, split_into_parts
 from winnow.evaluate.tasks.task import TaskError
 from winnow.infra.errors import UsageError
 

@@ -12,6 +12,7 @@ from tests.drawing import COLORS, draw_image
 from tests.evaluate.sets import (
     image_of,
     open_found,
+    samples_of,
     wino_images,
     wino_rows,
     write_csv,
@@ -22,7 +23,6 @@ from tests.evaluate.sets import (
 from winnow.evaluate.protocols.base import EvalSet
 from winnow.evaluate.sets.files import data_digest
 from winnow.evaluate.sets.layout import FoundTask, find_tasks
-from winnow.evaluate.sets.shards import samples_of
 from winnow.evaluate.tasks.read import datacomp_tasks
 from winnow.evaluate.tasks.task import TaskError
 

@@ -21,6 +21,7 @@ from tests.evaluate.sets import (
     TEMPLATES,
     image_of,
     open_found,
+    samples_of,
     write_classification,
     write_config,
     write_retrieval,
@@ -29,7 +30,6 @@ from winnow.evaluate.protocols import KINDS
 from winnow.evaluate.protocols.base import Kind, Row, Target, read_captions
 from winnow.evaluate.report.score_table import scores_text
 from winnow.evaluate.sets.layout import find_tasks
-from winnow.evaluate.sets.shards import samples_of
 from winnow.evaluate.stage import EvaluateStage
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
@@ -303,8 +303,7 @@ def test_encoder_without_text_is_not_applicable(tmp_path: Path, data: Path, spec
 
     blind = winnow.pretrain.encoder.load_encoder(spec)
     monkeypatch.setattr(blind, "reads", frozenset({"image"}))
-    monkeypatch.setattr(winnow.pretrain.encoder, "load_encoder", lambda *_, **__: blind)
-    monkeypatch.setattr("winnow.pretrain.encoder._together", {})
+    monkeypatch.setattr(winnow.pretrain.encoder, "_load", lambda *_: blind)
     with pytest.raises(WinnowError, match="the encoder has no text tower"):
         run(stage_of(spec, data, tmp_path / "out"))
 

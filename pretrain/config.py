@@ -201,6 +201,11 @@ class PretrainConfig(Section):
             return self.model.text is not None
         return bool(self.objective_class.needs_text)
 
+    @property
+    def measures(self) -> list[str]:
+        """Names of the measures whose columns the objective reads. Imports the objective."""
+        return sorted({name.partition(".")[0] for name in self.objective_class.columns if "." in name})
+
     def absolute(self) -> PretrainConfig:
         """The config with absolute paths, for processes that run in another directory."""
         params = dict(self.objective_params)

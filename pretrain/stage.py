@@ -98,7 +98,7 @@ class PretrainStage(Stage):
 
     def _measured(self, run: TrainRun) -> dict[str, Any]:
         """Digests of the measures whose columns the objective reads."""
-        measures = sorted({name.partition(".")[0] for name in self.config.objective_class.columns if "." in name})
+        measures = self.config.measures
         if run.measured is None or not measures:
             return {}
         values = need_manifest(run.measured, "columns").values

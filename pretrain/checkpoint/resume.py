@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import re
-import tempfile
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
+from winnow.pretrain.checkpoint.load import local_copy
 from winnow.pretrain.distributed import broadcast_object, rank
 from winnow.pretrain.engine.engine import Engine
 from winnow.pretrain.objectives.base import Objective
@@ -65,11 +61,9 @@ class Resume:
     def __enter__(self) -> Resume:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self._join()
-        if error is None:
+        if kind is None:
             self.check()
 
     def save(self, engine: Engine, step: int, state: dict[str, Any]) -> None:
@@ -120,7 +114,7 @@ class Resume:
                 where=where,
                 do="Train in another directory, or remove this one.",
             )
-        with _local(storage.join(where, STATE)) as path:
+        with local_copy(storage.join(where, STATE)) as path:
             tensors = load_file(path)
         weights = {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
         _check_shapes(weights, objective, where)
@@ -226,17 +220,3 @@ def _check_shapes(weights: dict[str, torch.Tensor], objective: Objective, where:
         where=where,
         do="Train in another directory, or remove this one.",
     )
-
-
-@contextlib.contextmanager
-def _local(url: str) -> Iterator[Path]:
-    """A local path of a file, fetched if need be."""
-    if storage.is_local(url):
-        yield storage.local_path(url)
-        return
-    with tempfile.TemporaryDirectory() as folder, storage.open_read(url) as source:
-        path = Path(folder) / STATE
-        with path.open("wb") as target:
-            while block := source.read(8 << 20):
-                target.write(block)
-        yield path

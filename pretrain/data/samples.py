@@ -67,15 +67,15 @@ class Samples:
         self, url: str, subset: str | None, measured: str | None, parts: list[tuple[pa.Table, np.ndarray, np.ndarray]]
     ) -> None:
         """Append, by shard, what is read of its chosen samples, their uids, and the rows in the order of numbers."""
-        distinct, counts = (None, None) if subset is None else _counted(load_subset(subset))
-        present = np.zeros(0 if distinct is None else len(distinct), bool)
+        distinct, counts = _counted(np.empty(0, "u8,u8") if subset is None else load_subset(subset))
+        absent = np.ones(len(distinct), bool)
         first, size = sum(table.num_rows for table, *_ in parts), 0
         for shard in Pool.open(url).shards:
             uids = shard.uids()
             times = np.ones(len(uids), np.int64)
-            if distinct is not None:
+            if subset is not None:
                 at, times = _times(uids, distinct, counts)
-                present[at[times > 0]] = True
+                absent[at[times > 0]] = False
             if not times.any():
                 continue
             table = read_table(shard, self.columns, measured, required=not self.sizes)
@@ -86,8 +86,8 @@ class Samples:
             parts.append((table.filter(mask_array(chosen)), uids[chosen], rows))
             self._tars += shard.tars
             first, size = first + np.count_nonzero(chosen), size + len(rows)
-        if distinct is not None and (n := int(np.count_nonzero(~present))):
-            names = ", ".join(encode_uids(distinct[~present][:3]))
+        if n := int(np.count_nonzero(absent)):
+            names = ", ".join(encode_uids(distinct[absent][:3]))
             raise WinnowError(
                 f"names {n} samples that are not in the pool: {names}{', …' * (n > 3)}",
                 where=subset,

@@ -13,7 +13,7 @@ from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 from winnow.pretrain.checkpoint.export import export
 from winnow.pretrain.checkpoint.load import initial_weights
-from winnow.pretrain.checkpoint.resume import Resume, Saved, no_space
+from winnow.pretrain.checkpoint.resume import Resume, Saved, disk_is_full
 from winnow.pretrain.config import PretrainConfig
 from winnow.pretrain.data.loader import Batches
 from winnow.pretrain.data.samples import Samples
@@ -77,12 +77,10 @@ def train(job: Job, device: torch.device, via: str) -> None:
         with _settings(job.config.parallel.threads, device):
             _train(job, job.config, device, via)
     except Exception as error:
-        reported = WinnowError(
-            "no space left on the disk", where=job.out, do="Free some and run again: it resumes from there."
-        )
-        if (full := no_space(error, reported)) is not None:
-            raise full from error
-        raise
+        if not disk_is_full(error):
+            raise
+        do = "Free some and run again: it resumes from there."
+        raise WinnowError("no space left on the disk", where=job.out, do=do) from error
 
 
 def _train(job: Job, config: PretrainConfig, device: torch.device, via: str) -> None:

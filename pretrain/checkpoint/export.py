@@ -27,11 +27,7 @@ def export(engine: Engine, config: PretrainConfig, out: str, training: dict[str,
     The weights of an encoder that also reads text have open_clip's own names, so its directory is an open_clip
     "local-dir:" as well. The objective's images are saved next to them.
 
-    Args:
-        engine: whose objective's encoder is written.
-        config: the training's.
-        out: URL of the directory.
-        training: facts about the training for `config.json`; JSON values that are the same on every run.
+    `training` has facts about the training for `config.json`: JSON values that are the same on every run.
     """
     encoder = engine.objective.encoder()
     with engine.whole(list(encoder.parameters())):

@@ -130,9 +130,9 @@ class Resume:
         try:
             self._write(saved)
         except Exception as error:
-            self._error = no_space(error, self._announce(saved)) or error
+            self._error = self._no_space(saved) if disk_is_full(error) else error
 
-    def _announce(self, saved: Saved) -> WinnowError:
+    def _no_space(self, saved: Saved) -> WinnowError:
         size = sum(value.nbytes for value in saved.tensors.values())
         since = f"step {self._last}" if self._last else "the start"
         return WinnowError(
@@ -148,14 +148,8 @@ class Resume:
         try:
             with storage.writing(storage.join(folder, STATE)) as path:
                 save_file(saved.tensors, path)
-            content = {
-                "key": self.key,
-                "objective": self.objective,
-                "step": saved.step,
-                "state": saved.state,
-                "scaler": saved.scaler,
-                "files": {STATE: storage.digest_file(storage.join(folder, STATE))},
-            }
+            content = {"key": self.key, "objective": self.objective, "step": saved.step, "state": saved.state}
+            content |= {"scaler": saved.scaler, "files": {STATE: storage.digest_file(storage.join(folder, STATE))}}
             storage.write_json(storage.join(folder, LISTING), content)
         except BaseException:
             storage.remove(folder)
@@ -194,12 +188,9 @@ class Resume:
         return None
 
 
-def no_space(error: BaseException, reported: WinnowError) -> WinnowError | None:
-    """`reported` if the error is that of a full disk, else None."""
+def disk_is_full(error: BaseException) -> bool:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if not full and not (isinstance(error, SafetensorError) and "os error 28" in str(error)):
-        return None
-    return reported
+    return full or (isinstance(error, SafetensorError) and "os error 28" in str(error))
 
 
 def _tag(step: int) -> str:

@@ -20,13 +20,7 @@ from winnow.pretrain.objectives.base import Objective, Player
 
 
 class Engine:
-    """Trains an objective.
-
-    Args:
-        objective: on the CPU, equal in all processes.
-        config: the training's.
-        device: where to train.
-    """
+    """Trains an objective, which is given on the CPU, equal in all processes, and moved to `device`."""
 
     def __init__(self, objective: Objective, config: PretrainConfig, device: torch.device) -> None:
         self.objective, self.config, self.device = objective, config, device
@@ -103,15 +97,16 @@ class Engine:
     def averaged(self) -> Iterator[None]:
         """Within it the objective has the running mean of its weights, where the config asks for one."""
         kept = {name: self.trained[name].detach().clone() for name in self.mean}
-        with torch.no_grad():
-            for name, value in self.mean.items():
-                self.trained[name].copy_(value)
         try:
+            self._write(self.mean)
             yield
         finally:
-            with torch.no_grad():
-                for name, value in kept.items():
-                    self.trained[name].copy_(value)
+            self._write(kept)
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            self.trained[name].copy_(value)
 
     def metrics(self) -> dict[str, float]:
         with torch.no_grad(), self.whole([self.objective.get_parameter(name) for name in self.objective.adjusts]):

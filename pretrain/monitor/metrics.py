@@ -36,13 +36,7 @@ class Report:
     """
 
     def __init__(
-        self,
-        config: PretrainConfig,
-        log: StepLog,
-        boards: Boards,
-        note: str,
-        first: int,
-        peak: float | None = None,
+        self, config: PretrainConfig, log: StepLog, boards: Boards, note: str, first: int, peak: float | None = None
     ) -> None:
         self.config, self.log, self.boards, self.note, self.first = config, log, boards, note, first
         self.flops: float | None = None
@@ -79,8 +73,6 @@ class Report:
         Args:
             step: its number, from 1.
             losses, facts: as `Engine.step` returns them.
-            engine: for further metrics.
-            batches: for the time spent waiting.
 
         Raises:
             WinnowError: a loss is not finite.

@@ -82,15 +82,8 @@ class Diffusion(Objective):
         self.settings, self.augment, self.classes = config, augment, config.names()
         if self.classes is not None and "text" in model:
             raise UsageError("the condition is either a class or a caption", where="objective", do="Drop one of them.")
-        about = {
-            "schedule": config.schedule,
-            "timesteps": config.timesteps,
-            "prediction": config.prediction,
-            "classes": self.classes,
-            "feature_timestep": config.feature_timestep,
-            "captions": list(config.captions),
-        }
-        self.model = model | {"diffusion": about}
+        about = {key: getattr(config, key) for key in ("schedule", "timesteps", "prediction", "feature_timestep")}
+        self.model = model | {"diffusion": {**about, "classes": self.classes, "captions": list(config.captions)}}
         autoencoder = None if config.autoencoder is None else _autoencoder(config.autoencoder)
         if autoencoder is not None:
             self.model["autoencoder"] = autoencoder.config["autoencoder"]

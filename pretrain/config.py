@@ -108,16 +108,13 @@ class PretrainConfig(Section):
         if self.logging.wandb is not None and importlib.util.find_spec("wandb") is None:
             raise InvalidValue("wandb is not installed; pip install wandb, or leave the key out", "logging", "wandb")
         if self.warmup_steps >= self.steps:
-            raise InvalidValue(
-                f"warmup_steps is {self.warmup_steps}, the training has {self.steps} steps "
-                f"(samples_seen {self.samples_seen} / batch_size {self.batch_size})",
-                "warmup_steps",
+            why = (
+                f"the training has {self.steps} steps (samples_seen {self.samples_seen} / batch_size {self.batch_size})"
             )
+            raise InvalidValue(f"warmup_steps is {self.warmup_steps}, {why}", "warmup_steps")
         if self.augment is not None and not 0 < self.augment[0] <= self.augment[1] <= 1:
-            raise InvalidValue(
-                "augment is the fraction of the image's area that a crop takes, from and to: 0 < from <= to <= 1",
-                "augment",
-            )
+            why = "augment is the fraction of the image's area that a crop takes, from and to: 0 < from <= to <= 1"
+            raise InvalidValue(why, "augment")
         return self
 
     def check(self) -> PretrainConfig:

@@ -34,11 +34,8 @@ def export(engine: Engine, config: PretrainConfig, out: str, training: dict[str,
         if rank() == 0:
             weights = {name: value.detach().cpu().contiguous() for name, value in engine.objective.weights().items()}
             if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
-                raise WinnowError(
-                    f"the training ended with weights that are not finite ({broken[0]} and {len(broken) - 1} more)",
-                    where=out,
-                    do="Take a smaller lr, or more warmup_steps.",
-                )
+                what = f"the training ended with weights that are not finite ({broken[0]} and {len(broken) - 1} more)"
+                raise WinnowError(what, where=out, do="Take a smaller lr, or more warmup_steps.")
             for name in storage.list_names(out):
                 if name in (CONFIG, OPEN_CLIP, WEIGHTS) or name.endswith(".png"):
                     storage.remove(storage.join(out, name))

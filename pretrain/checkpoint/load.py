@@ -44,13 +44,10 @@ def load_network(spec: Spec) -> Loaded:
     except WinnowError:
         raise
     except Exception as error:  # whatever a library raises on a damaged file or without a network
-        raise WinnowError(
-            f"cannot be loaded ({_message(error)})",
-            where=spec.text,
-            do="Published weights are downloaded once; without a network give a local file, as NAME:FILE."
-            if spec.kind == "name" and not spec.is_file
-            else "The weights must be a state dict that fits the model.",
-        ) from error
+        do = "The weights must be a state dict that fits the model."
+        if spec.kind == "name" and not spec.is_file:
+            do = "Published weights are downloaded once; without a network give a local file, as NAME:FILE."
+        raise WinnowError(f"cannot be loaded ({_message(error)})", where=spec.text, do=do) from error
 
 
 def load_checkpoint(url: str) -> torch.nn.Module:

@@ -22,6 +22,7 @@ from winnow.pretrain.objectives.base import Objective
 RESUME = "resume"
 STATE = "state.safetensors"
 LISTING = "checkpoint.json"
+_ELSEWHERE = "Train in another directory, or remove this one."
 _LISTED = ("step", "objective", "scaler", "state", "files")
 
 
@@ -109,11 +110,8 @@ class Resume:
         self._last = listing["step"]
         where = storage.join(self.url, _tag(listing["step"]))
         if listing["objective"] != self.objective:
-            raise WinnowError(
-                f"is a checkpoint of {listing['objective']}, the training is of {self.objective}",
-                where=where,
-                do="Train in another directory, or remove this one.",
-            )
+            what = f"is a checkpoint of {listing['objective']}, the training is of {self.objective}"
+            raise WinnowError(what, where=where, do=_ELSEWHERE)
         with local_copy(storage.join(where, STATE)) as path:
             tensors = load_file(path)
         weights = {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
@@ -202,12 +200,7 @@ def _check_shapes(weights: dict[str, torch.Tensor], objective: Objective, where:
     found = {name: tuple(value.shape) for name, value in weights.items()}
     if wanted == found:
         return
-    names = [name for name in (*wanted, *found) if wanted.get(name) != found.get(name)]
-    name = names[0]
+    name, *others = dict.fromkeys(name for name in (*wanted, *found) if wanted.get(name) != found.get(name))
     there, here = (str(list(shapes[name])) if name in shapes else "none" for shapes in (found, wanted))
-    raise WinnowError(
-        f"is a checkpoint of other networks: {name} is {there} there and {here} here"
-        + (f", and {len(set(names)) - 1} more differ" if len(set(names)) > 1 else ""),
-        where=where,
-        do="Train in another directory, or remove this one.",
-    )
+    what = f"is a checkpoint of other networks: {name} is {there} there and {here} here"
+    raise WinnowError(what + (f", and {len(others)} more differ" if others else ""), where=where, do=_ELSEWHERE)

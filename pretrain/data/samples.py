@@ -88,11 +88,8 @@ class Samples:
             first, size = first + np.count_nonzero(chosen), size + len(rows)
         if n := int(np.count_nonzero(absent)):
             names = ", ".join(encode_uids(distinct[absent][:3]))
-            raise WinnowError(
-                f"names {n} samples that are not in the pool: {names}{', …' * (n > 3)}",
-                where=subset,
-                do=f"The pool: {url}. Was the subset drawn from another one?",
-            )
+            what = f"names {n} samples that are not in the pool: {names}{', …' * (n > 3)}"
+            raise WinnowError(what, where=subset, do=f"The pool: {url}. Was the subset drawn from another one?")
         if not size:
             raise WinnowError("holds no sample to train on", where=subset or url)
         self.sizes.append(size)

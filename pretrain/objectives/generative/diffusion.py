@@ -120,11 +120,8 @@ class Diffusion(Objective):
             label = self.classes.index(sample.text)
         if label is None or not 0 <= label < len(self.classes):
             found = f'the caption "{sample.text[:60]}"' if sample.label is None else f"the label {sample.label}"
-            raise WinnowError(
-                f"{found} is none of the {len(self.classes)} classes",
-                where="objective",
-                do="Class-conditional diffusion needs a column `label` in the pool, or captions that are class names.",
-            )
+            do = "Class-conditional diffusion needs a column `label` in the pool, or captions that are class names."
+            raise WinnowError(f"{found} is none of the {len(self.classes)} classes", where="objective", do=do)
         return label
 
     def forward(self, batch: dict[str, torch.Tensor]) -> Losses:

@@ -118,6 +118,12 @@ class Graph:
         return self.url("injected") if self.recipe.inject else self.url(self.layout.pool)
 
     @property
+    def columns_url(self) -> str | None:
+        """The measured columns of that pool; None where there are none."""
+        made = self.url(self.layout.columns) if self.recipe.pool_measures() else None
+        return self.given.columns or made
+
+    @property
     def subsets(self) -> tuple[str, ...]:
         """Names of the subsets to reshard and to train on. A single command has one, which has no name."""
         return tuple(self.recipe.subsets) or ("",)
@@ -272,16 +278,13 @@ class Graph:
 
     def curate_stage(self) -> CurateStage:
         """The stage that writes the subsets."""
-        columns = self.given.columns
-        if columns is None and self.recipe.pool_measures():
-            columns = self.url(self.layout.columns)
         targets = {
             target: MeasuredPool(self.resolve(target))
             if self._is_ready(target)
             else MeasuredPool(*self._target_urls(target))
             for target in self.recipe.targets()
         }
-        source = MeasuredPool(self.pool_url, columns)
+        source = MeasuredPool(self.pool_url, self.columns_url)
         subsets = tuple(self.recipe.subsets.items())
         return CurateStage(source, subsets, self.url(self.layout.subsets), targets, self.given.reasons)
 
@@ -304,12 +307,14 @@ class Graph:
         runs = []
         for name in self.subsets:
             url, digest = self._subset(name)
-            # The samples and their order are the same with and without resharding, and so is the digest.
-            resharded = self.recipe.reshard is not None
+            # The samples and their order are the same with and without resharding, and so is the digest. Measured
+            # columns are of the pool's shards.
+            resharded = self.recipe.reshard is not None and not config.measures
             pool, subset = (self.url(self.layout.shards.format(name=name)), None) if resharded else (self.pool_url, url)
+            measured = None if resharded else self.columns_url
             for seed in config.seeds:
                 digests = digest_json([source, digest])
-                runs.append(TrainRun(name=name or "model", seed=seed, pool=pool, subset=subset, digest=digests))
+                runs.append(TrainRun(name or "model", seed, pool, subset, digests, measured))
         return PretrainStage(config=config, runs=tuple(runs), out=self.url(self.layout.checkpoints))
 
     def _check_captions(self, config: PretrainConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Iterable
 from typing import Any
 
 from winnow.infra.params import InvalidValue
@@ -18,7 +18,33 @@ _OURS = {
     "torch_autocast": "precision",
     "activation_checkpointing": "parallel.activation_checkpointing",
 }
+_TWO_SPLITS = (
+    "accumulation_steps and grad_cache both split the batch: grad_cache is for losses that couple samples, "
+    "accumulation_steps for the others; take one"
+)
+_EMA = (
+    "ema is a mean of whole weights, and zero_stage 3 leaves each process only a part of them; take zero_stage 2 or "
+    "lower"
+)
+_CACHE = (
+    "grad_cache computes features and loss apart, and zero_stage 3 has the weights whole only within one forward pass; "
+    "take zero_stage 2 or lower"
+)
+_LARS = (
+    "lars scales the step of each layer by its norm, and ZeRO cuts the layers into flat partitions; take zero_stage 0, "
+    "or adamw or sgd"
+)
+_OFFLOAD = "offload moves ZeRO's optimizer partitions to the CPU; take zero_stage 1, 2 or 3"
 _NETWORKS = {"encoder": "an encoder of open_clip or timm", "unet": "a unet", "autoencoder": "an autoencoder"}
+
+
+_Rule = tuple[bool, str, tuple[str, ...]]  # whether it is broken, why it is one, and the path to the key
+
+
+def _refuse(rules: Iterable[_Rule]) -> None:
+    for broken, why, path in rules:
+        if broken:
+            raise InvalidValue(why, *path)
 
 
 def check_engine(parallel: ParallelConfig, optimizer: OptimizerConfig, batch_size: int) -> None:
@@ -27,61 +53,27 @@ def check_engine(parallel: ParallelConfig, optimizer: OptimizerConfig, batch_siz
     Raises:
         InvalidValue: the combination, and why it cannot work; with the path to the key.
     """
-    _check_batch(parallel, batch_size)
-    stage = parallel.zero_stage
-    if stage == 3 and optimizer.ema is not None:
-        raise InvalidValue(
-            "ema is a mean of whole weights, and zero_stage 3 leaves each process only a part of them; take zero_stage "
-            "2 or lower",
-            "optimizer",
-            "ema",
-        )
-    if stage == 3 and parallel.grad_cache > 1:
-        raise InvalidValue(
-            "grad_cache computes features and loss apart, and zero_stage 3 has the weights whole only within one "
-            "forward pass; take zero_stage 2 or lower",
-            "parallel",
-            "grad_cache",
-        )
-    if stage and optimizer.name == "lars":
-        raise InvalidValue(
-            "lars scales the step of each layer by its norm, and ZeRO cuts the layers into flat partitions; take "
-            "zero_stage 0, or adamw or sgd",
-            "optimizer",
-            "name",
-        )
-    if parallel.offload and not stage:
-        raise InvalidValue(
-            "offload moves ZeRO's optimizer partitions to the CPU; take zero_stage 1, 2 or 3", "parallel", "offload"
-        )
+    stage, parts = parallel.zero_stage, parallel.parts
+    both = parallel.accumulation_steps > 1 and parallel.grad_cache > 1
+    uneven = f"batch_size {batch_size} cannot be divided evenly among {parallel.num_processes} processes"
+    rules: tuple[_Rule, ...] = (
+        (both, _TWO_SPLITS, ("parallel", "accumulation_steps")),
+        (
+            batch_size % (parallel.num_processes * parts) > 0,
+            uneven + (f" in {parts} parts" if parts > 1 else ""),
+            ("batch_size",),
+        ),
+        (stage == 3 and optimizer.ema is not None, _EMA, ("optimizer", "ema")),
+        (stage == 3 and parallel.grad_cache > 1, _CACHE, ("parallel", "grad_cache")),
+        (stage > 0 and optimizer.name == "lars", _LARS, ("optimizer", "name")),
+        (parallel.offload and not stage, _OFFLOAD, ("parallel", "offload")),
+    )
+    _refuse(rules)
     _check_deepspeed(parallel, batch_size)
 
 
-def check_wandb(project: str | None) -> None:
-    """Raises InvalidValue when W&B is asked for and not installed."""
-    if project is not None and importlib.util.find_spec("wandb") is None:
-        raise InvalidValue("wandb is not installed; pip install wandb, or leave the key out", "logging", "wandb")
-
-
-def _check_batch(parallel: ParallelConfig, batch_size: int) -> None:
-    if parallel.accumulation_steps > 1 and parallel.grad_cache > 1:
-        raise InvalidValue(
-            "accumulation_steps and grad_cache both split the batch: grad_cache is for losses that couple samples, "
-            "accumulation_steps for the others; take one",
-            "parallel",
-            "accumulation_steps",
-        )
-    parts = parallel.parts
-    if batch_size % (parallel.num_processes * parts):
-        raise InvalidValue(
-            f"batch_size {batch_size} cannot be divided evenly among {parallel.num_processes} processes"
-            + (f" in {parts} parts" if parts > 1 else ""),
-            "batch_size",
-        )
-
-
 def _check_deepspeed(parallel: ParallelConfig, batch_size: int) -> None:
-    """What `deepspeed:` says must agree with what the other keys say."""
+    """`deepspeed` must agree with the other keys."""
     given, here = parallel.deepspeed, ("parallel", "deepspeed")
     for key, ours in _OURS.items():
         if key in given:
@@ -90,33 +82,21 @@ def _check_deepspeed(parallel: ParallelConfig, batch_size: int) -> None:
     if not isinstance(zero, dict):
         raise InvalidValue("deepspeed: zero_optimization must be a mapping", *here, "zero_optimization")
     per_process = batch_size // parallel.num_processes // parallel.parts
-    derived: dict[str, tuple[Any, int, str]] = {
-        "train_batch_size": (given.get("train_batch_size"), batch_size, "batch_size"),
-        "train_micro_batch_size_per_gpu": (
-            given.get("train_micro_batch_size_per_gpu"),
-            per_process,
-            "batch_size / num_processes / accumulation_steps",
-        ),
-        "gradient_accumulation_steps": (
-            given.get("gradient_accumulation_steps"),
-            parallel.parts,
-            "accumulation_steps, or grad_cache",
-        ),
-        "zero_optimization.stage": (zero.get("stage"), parallel.zero_stage, "zero_stage"),
+    derived = {
+        "train_batch_size": (batch_size, "batch_size"),
+        "train_micro_batch_size_per_gpu": (per_process, "batch_size / num_processes / accumulation_steps"),
+        "gradient_accumulation_steps": (parallel.parts, "accumulation_steps, or grad_cache"),
+        "zero_optimization.stage": (parallel.zero_stage, "zero_stage"),
     }
-    for key, (value, expected, ours) in derived.items():
+    for key, (expected, ours) in derived.items():
+        section, _, field = key.rpartition(".")
+        value = (zero if section else given).get(field)
         if value is not None and value != expected:
-            raise InvalidValue(
-                f"deepspeed: {key} {value} contradicts {ours}, which is {expected}; change that instead",
-                *here,
-                *key.split("."),
-            )
+            why = f"deepspeed: {key} {value} contradicts {ours}, which is {expected}; change that instead"
+            raise InvalidValue(why, *here, *key.split("."))
     if "offload_optimizer" in zero and not parallel.offload:
-        raise InvalidValue(
-            "deepspeed: zero_optimization.offload_optimizer needs `offload: true` of this config",
-            *here,
-            "zero_optimization",
-        )
+        why = "deepspeed: zero_optimization.offload_optimizer needs `offload: true` of this config"
+        raise InvalidValue(why, *here, "zero_optimization")
 
 
 def check_objective(

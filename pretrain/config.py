@@ -6,6 +6,7 @@ library of its network, and checks their parameters and names.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping
 from functools import cached_property
@@ -16,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from winnow.infra.errors import UsageError
 from winnow.infra.io import storage
 from winnow.infra.params import InvalidValue, ParameterError, Section, build, lists, tuples
-from winnow.pretrain.combinations import check_engine, check_objective, check_wandb
+from winnow.pretrain.combinations import check_engine, check_objective
 from winnow.pretrain.models.spec import absolute, encoder_digest, is_winnow, parse_spec
 from winnow.pretrain.objectives import OBJECTIVES
 from winnow.pretrain.sections import (
@@ -76,8 +77,7 @@ class PretrainConfig(Section):
         if not isinstance(value, Mapping):
             return value
         value = tuples(value)
-        scale = value.get("scale")
-        defaults = SCALES.get(scale, {}) if isinstance(scale, str) else {}
+        defaults = SCALES.get(str(value.get("scale")), {})
         over = {**defaults, **value}
         if isinstance(value.get("optimizer"), Mapping) and "optimizer" in defaults:
             over["optimizer"] = {**defaults["optimizer"], **value["optimizer"]}
@@ -105,18 +105,16 @@ class PretrainConfig(Section):
     @model_validator(mode="after")
     def _combinations(self) -> PretrainConfig:
         check_engine(self.parallel, self.optimizer, self.batch_size)
-        check_wandb(self.logging.wandb)
+        if self.logging.wandb is not None and importlib.util.find_spec("wandb") is None:
+            raise InvalidValue("wandb is not installed; pip install wandb, or leave the key out", "logging", "wandb")
         if self.warmup_steps >= self.steps:
-            raise InvalidValue(
-                f"warmup_steps is {self.warmup_steps}, the training has {self.steps} steps "
-                f"(samples_seen {self.samples_seen} / batch_size {self.batch_size})",
-                "warmup_steps",
+            why = (
+                f"the training has {self.steps} steps (samples_seen {self.samples_seen} / batch_size {self.batch_size})"
             )
+            raise InvalidValue(f"warmup_steps is {self.warmup_steps}, {why}", "warmup_steps")
         if self.augment is not None and not 0 < self.augment[0] <= self.augment[1] <= 1:
-            raise InvalidValue(
-                "augment is the fraction of the image's area that a crop takes, from and to: 0 < from <= to <= 1",
-                "augment",
-            )
+            why = "augment is the fraction of the image's area that a crop takes, from and to: 0 < from <= to <= 1"
+            raise InvalidValue(why, "augment")
         return self
 
     def check(self) -> PretrainConfig:
@@ -139,12 +137,8 @@ class PretrainConfig(Section):
             )
             for key in self.objective_class.checkpoints:
                 if (url := getattr(self.params, key)) is not None and not is_winnow(url):
-                    raise InvalidValue(
-                        f"{self.objective_name}: {key} {url} is not a checkpoint folder",
-                        "objective",
-                        self.objective_name,
-                        key,
-                    )
+                    name = self.objective_name
+                    raise InvalidValue(f"{name}: {key} {url} is not a checkpoint folder", "objective", name, key)
             if self.init is not None:
                 parse_spec(self.init)
         except InvalidValue as error:
@@ -201,16 +195,22 @@ class PretrainConfig(Section):
             return self.model.text is not None
         return bool(self.objective_class.needs_text)
 
+    @property
+    def measures(self) -> list[str]:
+        """Names of the measures whose columns the objective reads. Imports the objective."""
+        return sorted({name.partition(".")[0] for name in self.objective_class.columns if "." in name})
+
     def absolute(self) -> PretrainConfig:
         """The config with absolute paths, for processes that run in another directory."""
         params = dict(self.objective_params)
         for key in set(params) & set(self.objective_class.checkpoints):
             params[key] = params[key] and storage.absolute(params[key])
         sources = tuple(
-            SourceConfig(
-                pool=storage.absolute(source.pool),
-                subset=source.subset and storage.absolute(source.subset),
-                weight=source.weight,
+            source.model_copy(
+                update={
+                    "pool": storage.absolute(source.pool),
+                    "subset": source.subset and storage.absolute(source.subset),
+                }
             )
             for source in self.sources
         )

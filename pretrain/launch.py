@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from winnow.infra.errors import UsageError, WinnowError
@@ -56,7 +56,7 @@ def _local_process(rank: int, jobs: list[Job], config: PretrainConfig, rendezvou
     from winnow.pretrain.loop import train
 
     device, world = _local_device(rank, config.parallel), config.parallel.num_processes
-    with _environment(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank)), _folder() as folder:
+    with _environment(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank)), TemporaryDirectory() as folder:
         rendezvous = rendezvous or str(Path(folder) / "rendezvous")
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=rank, world_size=world)
@@ -94,14 +94,9 @@ def _environment(**values: str) -> Iterator[None]:
         yield
     finally:
         for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
+            os.environ.pop(name, None)
+            if value is not None:
                 os.environ[name] = value
-
-
-def _folder() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory()
 
 
 def _by_spawn(jobs: list[Job], config: PretrainConfig) -> None:
@@ -114,7 +109,7 @@ def _by_spawn(jobs: list[Job], config: PretrainConfig) -> None:
     if method == "forkserver":
         module = OBJECTIVES.path(config.objective_name).partition(":")[0]
         context.set_forkserver_preload([*PRELOADED, module])
-    with _folder() as folder:
+    with TemporaryDirectory() as folder:
         errors = context.SimpleQueue()
         args = (dict(os.environ), os.getpid(), jobs, config, str(Path(folder) / "rendezvous"), errors)
         try:

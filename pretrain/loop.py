@@ -13,7 +13,7 @@ from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 from winnow.pretrain.checkpoint.export import export
 from winnow.pretrain.checkpoint.load import initial_weights
-from winnow.pretrain.checkpoint.resume import Resume, Saved, no_space
+from winnow.pretrain.checkpoint.resume import Resume, Saved, disk_is_full
 from winnow.pretrain.config import PretrainConfig
 from winnow.pretrain.data.loader import Batches
 from winnow.pretrain.data.samples import Samples
@@ -71,22 +71,16 @@ def train(job: Job, device: torch.device, via: str) -> None:
 
     On the CPU in float32, with the same number of processes and threads, an interrupted and resumed training ends in
     the same bits as an uninterrupted one.
-
-    Args:
-        job: what to train.
-        device: where.
-        via: who started the processes, for the log.
+    `via` says who started the processes, for the log.
     """
     try:
         with _settings(job.config.parallel.threads, device):
             _train(job, job.config, device, via)
     except Exception as error:
-        reported = WinnowError(
-            "no space left on the disk", where=job.out, do="Free some and run again: it resumes from there."
-        )
-        if (full := no_space(error, reported)) is not None:
-            raise full from error
-        raise
+        if not disk_is_full(error):
+            raise
+        do = "Free some and run again: it resumes from there."
+        raise WinnowError("no space left on the disk", where=job.out, do=do) from error
 
 
 def _train(job: Job, config: PretrainConfig, device: torch.device, via: str) -> None:
@@ -105,14 +99,19 @@ def _train(job: Job, config: PretrainConfig, device: torch.device, via: str) -> 
         for what in passed_over:
             log.write(event="checkpoint passed over", what=what)
         boards = Boards(config, job.out, job.key, first, rank() == 0)
-        with _batches(job, samples, objective, first, device) as batches, contextlib.closing(boards):
+        batches = Batches(
+            samples, objective.views, seed=job.seed, batch=config.batch_size, rank=rank(), world=world_size(),
+            first=first, last=config.steps, num_workers=config.parallel.num_workers, pin=device.type == "cuda",
+        )  # fmt: skip
+        with batches, contextlib.closing(boards):
             report = Report(config, log, boards, job.note if rank() == 0 else "", first, peak_flops(device))
             if start is not None:
                 report.take(start.state)
             for step, arrays in enumerate(batches, start=first):
                 parts = _parts(arrays, config.parallel.parts, device)
                 if step == first and report.peak is not None:
-                    report.flops = _flops(config, job.seed, parts[0], device)
+                    copy = make_objective(config, job.seed).to(device)
+                    report.flops = model_flops(copy, {name: value[:2] for name, value in parts[0].items()})
                 # Dropout and the like draw from (seed, step, process), so there is no generator state to save.
                 torch.manual_seed(((job.seed * 1_000_003 + step) * 65_537 + rank()) % (1 << 63))
                 wanted = report.wants(step + 1)
@@ -126,39 +125,14 @@ def _train(job: Job, config: PretrainConfig, device: torch.device, via: str) -> 
             total = report.state(batches)
         if saved != config.steps:
             resume.save(engine, config.steps, total)
-        training = {
-            "seed": job.seed,
-            "steps": config.steps,
-            "samples_seen": config.steps * config.batch_size,
-            "samples": len(samples),
-            **total,
-        }
+        seen = config.steps * config.batch_size
+        training = {"seed": job.seed, "steps": config.steps, "samples_seen": seen, "samples": len(samples), **total}
         with engine.averaged():
             export(engine, config, job.out, training)
         resume.wait()
         log.write(event="end", **training)
         report.close()
         engine.close()
-
-
-def _batches(job: Job, samples: Samples, objective: Objective, first: int, device: torch.device) -> Batches:
-    return Batches(
-        samples,
-        objective.views,
-        seed=job.seed,
-        batch=job.config.batch_size,
-        rank=rank(),
-        world=world_size(),
-        first=first,
-        last=job.config.steps,
-        num_workers=job.config.parallel.num_workers,
-        pin=device.type == "cuda",
-    )
-
-
-def _flops(config: PretrainConfig, seed: int, part: dict[str, torch.Tensor], device: torch.device) -> float | None:
-    """Of a sample, counted on two samples with a copy of the networks."""
-    return model_flops(make_objective(config, seed).to(device), {name: value[:2] for name, value in part.items()})
 
 
 def _parts(arrays: dict[str, Any], parts: int, device: torch.device) -> list[dict[str, torch.Tensor]]:

@@ -194,18 +194,15 @@ class LoggingConfig(Section):
 
 # DataComp's scale_configs.py (Gadre et al. 2023); beta2 where it is not open_clip's own.
 SCALES: dict[str, dict[str, Any]] = {
-    "small": {"model": "ViT-B-32", "batch_size": 4096, "lr": 5e-4, "warmup_steps": 500, "samples_seen": 12_800_000},
-    "medium": {"model": "ViT-B-32", "batch_size": 4096, "lr": 5e-4, "warmup_steps": 500, "samples_seen": 128_000_000},
-    "large": {"model": "ViT-B-16", "batch_size": 8192, "lr": 5e-4, "warmup_steps": 500, "samples_seen": 1_280_000_000},
-    "xlarge": {
-        "model": "ViT-L-14",
-        "batch_size": 90112,
-        "lr": 1e-3,
-        "warmup_steps": 10_000,
-        "samples_seen": 12_800_000_000,
-        "optimizer": {"beta2": 0.95},
-    },
+    name: dict(zip(("model", "batch_size", "lr", "warmup_steps", "samples_seen"), values, strict=True))
+    for name, values in {
+        "small": ("ViT-B-32", 4096, 5e-4, 500, 12_800_000),
+        "medium": ("ViT-B-32", 4096, 5e-4, 500, 128_000_000),
+        "large": ("ViT-B-16", 8192, 5e-4, 500, 1_280_000_000),
+        "xlarge": ("ViT-L-14", 90112, 1e-3, 10_000, 12_800_000_000),
+    }.items()
 }
+SCALES["xlarge"]["optimizer"] = {"beta2": 0.95}
 # Keys of before the sections, each with its new name.
 RENAMED: Mapping[str, str] = {
     "warmup": "warmup_steps",

@@ -75,11 +75,13 @@ class PretrainStage(Stage):
         return {run.name: run.digest for run in self.runs} | self._sources()
 
     def plan(self) -> list[Unit]:
+        sources = self.config.sources
+        weights = {"weights": [source.weight for source in sources]} if sources else {}
         return [
             Unit(
                 f"{run.name}/seed-{run.seed}",
                 inputs={"data": run.digest} | self._sources() | self._measured(run),
-                params={"seed": run.seed} | self._weights(),
+                params={"seed": run.seed} | weights,
                 runtime={"pool": run.pool, "subset": run.subset, "measured": run.measured},
                 group=str(number // self.config.parallel.runs_per_launch),
                 items=self.config.steps * self.config.batch_size,
@@ -98,7 +100,7 @@ class PretrainStage(Stage):
 
     def _measured(self, run: TrainRun) -> dict[str, Any]:
         """Digests of the measures whose columns the objective reads."""
-        measures = sorted({name.partition(".")[0] for name in self.config.objective_class.columns if "." in name})
+        measures = self.config.measures
         if run.measured is None or not measures:
             return {}
         values = need_manifest(run.measured, "columns").values
@@ -106,9 +108,6 @@ class PretrainStage(Stage):
         if missing:
             raise UsageError(f'the columns of "{missing[0]}" have not been measured', where=run.measured)
         return {f"measure {name}": values["digests"][values["columns"][name]] for name in measures}
-
-    def _weights(self) -> dict[str, Any]:
-        return {"weights": [source.weight for source in self.config.sources]} if self.config.sources else {}
 
     def run_group(self, units: list[Unit]) -> Iterator[tuple[Unit, Output]]:
         from winnow.pretrain.launch import launch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -81,11 +82,13 @@ class MemberBlock:
         return self._read[ext][row]
 
     def _all(self, ext: str) -> dict[int, bytes]:
-        found: dict[int, bytes] = {}
-        for tar in set(self._tar):
-            rows = [i for i, there in enumerate(self._ranges) if ext in there and self._tar[i] == tar]
+        found, by_tar = dict[int, bytes](), defaultdict[int, list[int]](list)
+        for i, there in enumerate(self._ranges):
+            if ext in there:
+                by_tar[self._tar[i]].append(i)
+        for tar, rows in by_tar.items():
             offsets, sizes = [self._ranges[i][ext][0] for i in rows], [self._ranges[i][ext][1] for i in rows]
-            found |= zip(rows, _read(self._tars[tar], offsets, sizes), strict=True) if rows else ()
+            found |= zip(rows, _read(self._tars[tar], offsets, sizes), strict=True)
         return found
 
 

@@ -26,7 +26,6 @@ from winnow.infra.stages.stage import need_manifest, read_locations
 
 # Columns that `Shard.samples` needs, to be read with `Shard.table`.
 SAMPLE = ("uid", "key", "text", *LOCATION.names)
-_BLOCK = 256  # samples whose images are read at once
 
 
 @dataclass(frozen=True)
@@ -121,27 +120,27 @@ class Shard:
         return read_members(self.tars, table, ext)
 
     def samples(
-        self, table: pa.Table, columns: Sequence[str] = (), together: Collection[str] = EXTENSIONS
+        self, table: pa.Table, columns: Sequence[str] = (), together: Collection[str] = EXTENSIONS, block: int = 256
     ) -> Iterator[Sample]:
         """The rows of a table as samples whose members are read when they are asked for.
 
         Args:
             table: rows of the view with the columns SAMPLE, and any others.
-            columns: of the table that the samples hold as `columns`. A column `label` becomes the label.
-            together: extensions that are read for up to 256 samples at once, in few requests. Others are read one by
-                one.
+            columns: of the table that the samples hold as `columns`. A column `label` of integers becomes the label.
+            together: extensions that are read for `block` samples at once, in few requests. Others are read one by one.
 
         Example:
             >>> def durations(shard: Shard) -> list[int]:
             ...     return [len(sample.member("wav")) for sample in shard.samples(shard.table(SAMPLE))]
         """
-        for start in range(0, table.num_rows, _BLOCK):
-            rows = table.slice(start, _BLOCK).to_pylist()
-            block = MemberBlock(self.tars, rows, together)
+        for start in range(0, table.num_rows, block):
+            rows = table.slice(start, block).to_pylist()
+            members = MemberBlock(self.tars, rows, together)
             for i, row in enumerate(rows):
                 identity: dict[str, Any] = {name: row[name] or "" for name in ("uid", "key", "text")}
+                label = row["label"] if isinstance(row.get("label"), int) else None
                 asked = {name: row[name] for name in columns}
-                yield Sample(**identity, label=row.get("label"), columns=asked, members=Members(block, i))
+                yield Sample(**identity, label=label, columns=asked, members=Members(members, i))
 
 
 def _type_of(column: str) -> pa.DataType:

@@ -44,8 +44,8 @@ class Sample:
     ) -> None:
         self.uid, self.key, self.text, self.label = uid, key, text, label
         self.texts = (text,) if texts is None else texts
-        self.columns: Mapping[str, Any] = columns or {}
-        self.members: Mapping[str, bytes] = members or {}
+        self.columns: Mapping[str, Any] = {} if columns is None else columns
+        self.members: Mapping[str, bytes] = {} if members is None else members
         self._image = image
 
     @property

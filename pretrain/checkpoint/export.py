@@ -27,22 +27,15 @@ def export(engine: Engine, config: PretrainConfig, out: str, training: dict[str,
     The weights of an encoder that also reads text have open_clip's own names, so its directory is an open_clip
     "local-dir:" as well. The objective's images are saved next to them.
 
-    Args:
-        engine: whose objective's encoder is written.
-        config: the training's.
-        out: URL of the directory.
-        training: facts about the training for `config.json`; JSON values that are the same on every run.
+    `training` has facts about the training for `config.json`: JSON values that are the same on every run.
     """
     encoder = engine.objective.encoder()
     with engine.whole(list(encoder.parameters())):
         if rank() == 0:
             weights = {name: value.detach().cpu().contiguous() for name, value in engine.objective.weights().items()}
             if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
-                raise WinnowError(
-                    f"the training ended with weights that are not finite ({broken[0]} and {len(broken) - 1} more)",
-                    where=out,
-                    do="Take a smaller lr, or more warmup_steps.",
-                )
+                what = f"the training ended with weights that are not finite ({broken[0]} and {len(broken) - 1} more)"
+                raise WinnowError(what, where=out, do="Take a smaller lr, or more warmup_steps.")
             for name in storage.list_names(out):
                 if name in (CONFIG, OPEN_CLIP, WEIGHTS) or name.endswith(".png"):
                     storage.remove(storage.join(out, name))

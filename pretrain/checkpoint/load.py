@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pickle
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,13 +44,10 @@ def load_network(spec: Spec) -> Loaded:
     except WinnowError:
         raise
     except Exception as error:  # whatever a library raises on a damaged file or without a network
-        raise WinnowError(
-            f"cannot be loaded ({_message(error)})",
-            where=spec.text,
-            do="Published weights are downloaded once; without a network give a local file, as NAME:FILE."
-            if spec.kind == "name" and not spec.is_file
-            else "The weights must be a state dict that fits the model.",
-        ) from error
+        do = "The weights must be a state dict that fits the model."
+        if spec.kind == "name" and not spec.is_file:
+            do = "Published weights are downloaded once; without a network give a local file, as NAME:FILE."
+        raise WinnowError(f"cannot be loaded ({_message(error)})", where=spec.text, do=do) from error
 
 
 def load_checkpoint(url: str) -> torch.nn.Module:
@@ -95,7 +93,7 @@ def _pixels(spec: Spec) -> Loaded:
 
 
 def _folder(spec: Spec) -> Loaded:
-    with _local(spec.model, folder=True) as folder:
+    with local_copy(spec.model) as folder:
         if is_winnow(str(folder)):
             content = json.loads((folder / "config.json").read_text())
             if isinstance(content, dict) and "objective" in content:
@@ -117,7 +115,7 @@ def _config(spec: Spec) -> Loaded:
     except UsageError as error:
         raise UsageError(error.what, where=spec.model) from error
     if spec.is_file:
-        with _local(spec.weights) as path:
+        with local_copy(spec.weights) as path:
             open_clip.load_checkpoint(model, str(path))
     return model, build_tokenizer(config)
 
@@ -127,7 +125,7 @@ def _name(spec: Spec) -> Loaded:
         if spec.weights == RANDOM:
             model = open_clip.create_model(spec.model, pretrained_text=False)
         elif spec.is_file:
-            with _local(spec.weights) as path:
+            with local_copy(spec.weights) as path:
                 model = open_clip.create_model(spec.model, pretrained=str(path))
         else:
             quick = trained_with_quick_gelu(spec.model, spec.weights)
@@ -144,18 +142,16 @@ def _message(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _local(url: str, folder: bool = False) -> Iterator[Path]:
-    """A local path of a file or of a checkpoint folder, fetched if need be."""
+def local_copy(url: str) -> Iterator[Path]:
+    """A local path of a file or of the files of a folder, fetched if need be."""
     if storage.is_local(url):
         yield storage.local_path(url)
         return
-    with tempfile.TemporaryDirectory() as name:
-        target = Path(name)
-        if not folder:
-            target = target / storage.name_of(url)
-            target.write_bytes(storage.read_bytes(url))
-        else:
-            for part in storage.list_names(url):
-                if not storage.is_dir(storage.join(url, part)):
-                    (target / part).write_bytes(storage.read_bytes(storage.join(url, part)))
-        yield target
+    names = storage.list_names(url) if storage.is_dir(url) else []
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder)
+        for part in [storage.join(url, name) for name in names] or [url]:
+            if not storage.is_dir(part):
+                with storage.open_read(part) as source, (target / storage.name_of(part)).open("wb") as file:
+                    shutil.copyfileobj(source, file, 8 << 20)
+        yield target if names else target / storage.name_of(url)

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import re
-import tempfile
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
+from winnow.pretrain.checkpoint.load import local_copy
 from winnow.pretrain.distributed import broadcast_object, rank
 from winnow.pretrain.engine.engine import Engine
 from winnow.pretrain.objectives.base import Objective
@@ -26,6 +22,7 @@ from winnow.pretrain.objectives.base import Objective
 RESUME = "resume"
 STATE = "state.safetensors"
 LISTING = "checkpoint.json"
+_ELSEWHERE = "Train in another directory, or remove this one."
 _LISTED = ("step", "objective", "scaler", "state", "files")
 
 
@@ -65,11 +62,9 @@ class Resume:
     def __enter__(self) -> Resume:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self._join()
-        if error is None:
+        if kind is None:
             self.check()
 
     def save(self, engine: Engine, step: int, state: dict[str, Any]) -> None:
@@ -115,12 +110,9 @@ class Resume:
         self._last = listing["step"]
         where = storage.join(self.url, _tag(listing["step"]))
         if listing["objective"] != self.objective:
-            raise WinnowError(
-                f"is a checkpoint of {listing['objective']}, the training is of {self.objective}",
-                where=where,
-                do="Train in another directory, or remove this one.",
-            )
-        with _local(storage.join(where, STATE)) as path:
+            what = f"is a checkpoint of {listing['objective']}, the training is of {self.objective}"
+            raise WinnowError(what, where=where, do=_ELSEWHERE)
+        with local_copy(storage.join(where, STATE)) as path:
             tensors = load_file(path)
         weights = {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
         _check_shapes(weights, objective, where)
@@ -136,9 +128,9 @@ class Resume:
         try:
             self._write(saved)
         except Exception as error:
-            self._error = no_space(error, self._announce(saved)) or error
+            self._error = self._no_space(saved) if disk_is_full(error) else error
 
-    def _announce(self, saved: Saved) -> WinnowError:
+    def _no_space(self, saved: Saved) -> WinnowError:
         size = sum(value.nbytes for value in saved.tensors.values())
         since = f"step {self._last}" if self._last else "the start"
         return WinnowError(
@@ -154,14 +146,8 @@ class Resume:
         try:
             with storage.writing(storage.join(folder, STATE)) as path:
                 save_file(saved.tensors, path)
-            content = {
-                "key": self.key,
-                "objective": self.objective,
-                "step": saved.step,
-                "state": saved.state,
-                "scaler": saved.scaler,
-                "files": {STATE: storage.digest_file(storage.join(folder, STATE))},
-            }
+            content = {"key": self.key, "objective": self.objective, "step": saved.step, "state": saved.state}
+            content |= {"scaler": saved.scaler, "files": {STATE: storage.digest_file(storage.join(folder, STATE))}}
             storage.write_json(storage.join(folder, LISTING), content)
         except BaseException:
             storage.remove(folder)
@@ -200,12 +186,9 @@ class Resume:
         return None
 
 
-def no_space(error: BaseException, reported: WinnowError) -> WinnowError | None:
-    """`reported` if the error is that of a full disk, else None."""
+def disk_is_full(error: BaseException) -> bool:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if not full and not (isinstance(error, SafetensorError) and "os error 28" in str(error)):
-        return None
-    return reported
+    return full or (isinstance(error, SafetensorError) and "os error 28" in str(error))
 
 
 def _tag(step: int) -> str:
@@ -217,26 +200,7 @@ def _check_shapes(weights: dict[str, torch.Tensor], objective: Objective, where:
     found = {name: tuple(value.shape) for name, value in weights.items()}
     if wanted == found:
         return
-    names = [name for name in (*wanted, *found) if wanted.get(name) != found.get(name)]
-    name = names[0]
+    name, *others = dict.fromkeys(name for name in (*wanted, *found) if wanted.get(name) != found.get(name))
     there, here = (str(list(shapes[name])) if name in shapes else "none" for shapes in (found, wanted))
-    raise WinnowError(
-        f"is a checkpoint of other networks: {name} is {there} there and {here} here"
-        + (f", and {len(set(names)) - 1} more differ" if len(set(names)) > 1 else ""),
-        where=where,
-        do="Train in another directory, or remove this one.",
-    )
-
-
-@contextlib.contextmanager
-def _local(url: str) -> Iterator[Path]:
-    """A local path of a file, fetched if need be."""
-    if storage.is_local(url):
-        yield storage.local_path(url)
-        return
-    with tempfile.TemporaryDirectory() as folder, storage.open_read(url) as source:
-        path = Path(folder) / STATE
-        with path.open("wb") as target:
-            while block := source.read(8 << 20):
-                target.write(block)
-        yield path
+    what = f"is a checkpoint of other networks: {name} is {there} there and {here} here"
+    raise WinnowError(what + (f", and {len(others)} more differ" if others else ""), where=where, do=_ELSEWHERE)

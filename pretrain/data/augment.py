@@ -7,7 +7,6 @@ generator, so a view is a pure function of image and generator, in any number of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,17 +31,10 @@ class Jitter:
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         around_one = [(max(0.0, 1 - x), 1 + x) for x in (self.brightness, self.contrast, self.saturation)]
         amounts = [rng.uniform(low, high) for low, high in [*around_one, (-self.hue, self.hue)]]
+        changes = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
         for i in rng.permutation(4):
-            image = _COLOUR[i](image, amounts[i])
+            image = changes[i](image, amounts[i])
         return image
-
-
-_COLOUR: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
-    F.adjust_brightness,
-    F.adjust_contrast,
-    F.adjust_saturation,
-    F.adjust_hue,
-)
 
 
 def simclr_jitter(strength: float) -> Jitter:

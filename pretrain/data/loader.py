@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -47,13 +46,10 @@ class _Steps(Dataset):
         replaced = 0
         for row, (position, sample) in enumerate(zip(positions, self.samples.read(self.order(positions)), strict=True)):
             views = self._views(sample, int(position))
-            if views is None:
-                views = self._instead(int(position))
-                replaced += 1
-            for name, value in views.items():
+            replaced += views is None
+            for name, value in (self._instead(int(position)) if views is None else views).items():
                 if name not in arrays:
-                    value = np.asarray(value)
-                    arrays[name] = np.empty((self.local, *value.shape), value.dtype)
+                    arrays[name] = np.empty((self.local, *np.shape(value)), np.asarray(value).dtype)
                 arrays[name][row] = value
         return arrays, replaced
 
@@ -124,9 +120,7 @@ class Batches:
         self._batches = iter(self._loader)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._batches = None  # which ends the processes
 
     def __iter__(self) -> Batches:

@@ -31,14 +31,10 @@ class Order:
         self.sizes = [sizes] if isinstance(sizes, int) else list(sizes)
         self.weights = [1.0] * len(self.sizes) if weights is None else list(weights)
         self.seed = seed
+        totals = [round(weight * n) for n, weight in zip(self.sizes, self.weights, strict=True)]
         self._whole = [int(weight) for weight in self.weights]
-        self._rest = [
-            round(weight * n) - whole * n
-            for n, weight, whole in zip(self.sizes, self.weights, self._whole, strict=True)
-        ]
-        self.epoch_size = sum(
-            whole * n + rest for n, whole, rest in zip(self.sizes, self._whole, self._rest, strict=True)
-        )
+        self._rest = [total - whole * n for n, total, whole in zip(self.sizes, totals, self._whole, strict=True)]
+        self.epoch_size = sum(totals)
         self._epochs: dict[int, np.ndarray] = {}
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:

@@ -10,23 +10,23 @@ import pyarrow.compute as pc
 
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
-from winnow.infra.io.images import EXTENSIONS
+from winnow.infra.io.arrow import mask_array
 from winnow.infra.io.parquet import open_parquet
-from winnow.infra.pool.pool import Pool, Shard
+from winnow.infra.pool.pool import SAMPLE, Pool, Shard
 from winnow.infra.pool.sample import Sample
 from winnow.infra.pool.uids import encode_uids, load_subset
 from winnow.infra.stages.stage import need_manifest
 from winnow.pretrain.data.order import Order
 from winnow.pretrain.sections import SourceConfig
 
-_READ = ("text", "label", "tar", "image_ext", "image_offset", "image_size")
+_READ = (*(name for name in SAMPLE if name != "uid"), "label")
 
 
 class Samples:
     """The samples of a pool, or of a subset of it, and of further sources, by number.
 
     A uid that a subset lists k times counts k times, as in DataComp's resharder. Holds what is needed to read the
-    chosen samples (about 40 bytes, the caption and the wanted columns of each), not the images.
+    chosen samples (about 120 bytes, the caption and the wanted columns of each), not their members.
 
     Args:
         pool: URL of an indexed pool.
@@ -52,50 +52,44 @@ class Samples:
         self.where, self.columns = pool, tuple(columns)
         self.weights = [1.0, *(source.weight for source in more)]
         self.sizes: list[int] = []
-        self.files: list[str] = []
-        self._parts: list[tuple[np.ndarray, ...]] = []
-        tables: list[pa.Table] = []
+        self._tars: list[str] = []
+        parts: list[tuple[pa.Table, np.ndarray, np.ndarray]] = []
         for url, selected in [(pool, subset), *((source.pool, source.subset) for source in more)]:
-            self._add(url, selected, measured if not self.sizes else None, tables)
-        arrays = [np.concatenate(column) for column in zip(*self._parts, strict=True)]
-        self._file, self._offset, self._size, self._label, self._ext, self._row = arrays
-        del self._parts
+            self._add(url, selected, measured if not self.sizes else None, parts)
+        tables, uids, rows = zip(*parts, strict=True)
+        self._uids, self._row = np.concatenate(uids), np.concatenate(rows)
         whole = pa.concat_tables(tables, promote_options="permissive")
         # Arrays, because a table's `take` starts threads, which the loader's forked processes cannot.
         self._values = {name: whole[name].combine_chunks() for name in whole.column_names}
+        self._shard = Shard("", pool, tuple(self._tars), whole.num_rows, "")  # all sources' samples as one
 
-    def _add(self, url: str, subset: str | None, measured: str | None, tables: list[pa.Table]) -> None:
-        selected = None if subset is None else _counted(load_subset(subset))
-        absent = None if selected is None else np.ones(len(selected[0]), bool)
-        first, size = sum(len(part[0]) for part in self._parts), 0
+    def _add(
+        self, url: str, subset: str | None, measured: str | None, parts: list[tuple[pa.Table, np.ndarray, np.ndarray]]
+    ) -> None:
+        """Append, by shard, what is read of its chosen samples, their uids, and the rows in the order of numbers."""
+        distinct, counts = _counted(np.empty(0, "u8,u8") if subset is None else load_subset(subset))
+        absent = np.ones(len(distinct), bool)
+        first, size = sum(table.num_rows for table, *_ in parts), 0
         for shard in Pool.open(url).shards:
-            times = None
-            if selected is not None and absent is not None:
-                at, times = _times(shard.uids(), *selected)
+            uids = shard.uids()
+            times = np.ones(len(uids), np.int64)
+            if subset is not None:
+                at, times = _times(uids, distinct, counts)
                 absent[at[times > 0]] = False
-                if not times.any():
-                    continue
-            table = shard.table(_READ)
-            wanted = read_columns(shard, self.columns, measured, required=not self.sizes)
-            for name in self.columns:
-                table = table.append_column(f"column {name}", wanted[name])
-            if times is not None:
-                table = table.filter(pa.array(times > 0))
-                times = times[times > 0]
-            n = table.num_rows
-            rows = first + (np.arange(n) if times is None else np.repeat(np.arange(n), times))
-            self._parts.append((*_locations(table, len(self.files)), rows))
-            kept = table.select(["text", *(f"column {name}" for name in self.columns)])
-            tables.append(kept.set_column(0, "text", table["text"].cast(pa.large_string())))
-            self.files += shard.tars
-            first, size = first + n, size + len(rows)
-        if selected is not None and absent is not None and (n := int(np.count_nonzero(absent))):
-            names = ", ".join(encode_uids(selected[0][absent][:3]))
-            raise WinnowError(
-                f"names {n} samples that are not in the pool: {names}{', …' * (n > 3)}",
-                where=subset,
-                do=f"The pool: {url}. Was the subset drawn from another one?",
-            )
+            if not times.any():
+                continue
+            table = read_table(shard, self.columns, measured, required=not self.sizes)
+            tar = pc.add(table["tar"].cast(pa.int32()), len(self._tars))
+            table = table.set_column(table.column_names.index("tar"), "tar", tar)
+            chosen = times > 0
+            rows = first + np.repeat(np.arange(np.count_nonzero(chosen)), times[chosen])
+            parts.append((table.filter(mask_array(chosen)), uids[chosen], rows))
+            self._tars += shard.tars
+            first, size = first + np.count_nonzero(chosen), size + len(rows)
+        if n := int(np.count_nonzero(absent)):
+            names = ", ".join(encode_uids(distinct[absent][:3]))
+            what = f"names {n} samples that are not in the pool: {names}{', …' * (n > 3)}"
+            raise WinnowError(what, where=subset, do=f"The pool: {url}. Was the subset drawn from another one?")
         if not size:
             raise WinnowError("holds no sample to train on", where=subset or url)
         self.sizes.append(size)
@@ -107,63 +101,42 @@ class Samples:
         return Order(self.sizes, seed, self.weights)
 
     def read(self, numbers: np.ndarray) -> list[Sample]:
-        """The samples with their encoded images, read by range, file by file; int64 [k]."""
+        """The samples, whose members are read when they are asked for, images tar by tar; int64 [k]."""
         rows = self._row[numbers]
-        files, images = self._file[rows], [b""] * len(rows)
-        for file in np.unique(files):
-            at = np.nonzero(files == file)[0]
-            ranges = self._offset[rows[at]], self._size[rows[at]]
-            for i, data in zip(at, storage.read_ranges(self.files[file], *ranges), strict=True):
-                images[i] = data
-        values = {name: array.take(pa.array(rows)).to_pylist() for name, array in self._values.items()}
-        return [
-            Sample(
-                text=values["text"][i] or "",
-                label=None if self._label[row] < 0 else int(self._label[row]),
-                columns={name: values[f"column {name}"][i] for name in self.columns},
-                members={EXTENSIONS[self._ext[row]]: image},
-            )
-            for i, (row, image) in enumerate(zip(rows, images, strict=True))
-        ]
+        index = pa.array(rows)
+        values = {name: array.take(index) for name, array in self._values.items()}
+        table = pa.table({"uid": encode_uids(self._uids[rows]), **values})
+        return list(self._shard.samples(table, self.columns, block=max(1, len(rows))))
 
 
-def _locations(table: pa.Table, first_file: int) -> tuple[np.ndarray, ...]:
-    """File, offset, size, label (-1: none) and index of the extension of each sample."""
-    label, n = table["label"], table.num_rows
-    whole = pa.types.is_integer(label.type)
-    ext = pc.fill_null(pc.index_in(table["image_ext"], value_set=pa.array(EXTENSIONS)), 0)
-    return (
-        (first_file + table["tar"].to_numpy()).astype(np.int32),
-        table["image_offset"].to_numpy(),
-        table["image_size"].to_numpy(),
-        label.cast(pa.int64()).fill_null(-1).to_numpy() if whole else np.full(n, -1, np.int64),
-        ext.to_numpy().astype(np.int8),
-    )
-
-
-def read_columns(shard: Shard, names: Sequence[str], measured: str | None, required: bool) -> dict[str, pa.Array]:
-    """Columns of a shard; null where they are not there and not `required`.
+def read_table(shard: Shard, columns: Sequence[str], measured: str | None, required: bool) -> pa.Table:
+    """What a training reads of a shard: `_READ`, and further columns; null where not there and not `required`.
 
     Raises:
         UsageError: a required column is not in the pool, or has not been measured.
     """
-    found = {}
-    own = set(shard.columns()) if names else set()
-    for name in names:
+    known = set(shard.columns()) if columns else set()
+    table = shard.table([*_READ, *(name for name in columns if name in known and name not in (*_READ, "uid"))])
+    for i, field in enumerate(table.schema):
+        if field.name == "label" and not pa.types.is_integer(field.type) and "label" not in columns:
+            table = table.set_column(i, "label", pa.nulls(table.num_rows, pa.int64()))
+        elif pa.types.is_string(field.type):  # 2 GiB of a pool's keys or captions do not fit into one string array
+            table = table.set_column(i, field.name, table[i].cast(pa.large_string()))
+    for name in columns:
+        if name in known:
+            continue
         measure, _, field = name.partition(".")
-        if name in own:
-            found[name] = shard.table([name])[name]
-        elif measured is not None and field:
+        if measured is not None and field:
             ids = need_manifest(measured, "columns").values["columns"]
             if measure not in ids:
                 raise UsageError(f'column "{name}" has not been measured', where=measured)
             with open_parquet(storage.join(measured, ids[measure], f"{shard.name}.parquet")) as parquet:
-                found[name] = parquet.read(columns=[field])[field]
+                table = table.append_column(name, parquet.read(columns=[field])[field])
         elif required:
             raise UsageError(f'the objective reads column "{name}", which is not in the pool', where=shard.view)
         else:
-            found[name] = pa.nulls(shard.rows)
-    return found
+            table = table.append_column(name, pa.nulls(table.num_rows))
+    return table
 
 
 def _counted(subset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

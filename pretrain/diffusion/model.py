@@ -101,11 +101,9 @@ class Diffusion(nn.Module):
         if "autoencoder" in config:
             self.autoencoder = Autoencoder(config).requires_grad_(False)
             self.size, self.shape = self.autoencoder.size, self.autoencoder.shape
-            if given["sample_size"] != self.shape[1]:
-                raise UsageError(
-                    f"sample_size is {given['sample_size']}, the autoencoder's latents have {self.shape[1]} a side",
-                    where="model: unet",
-                )
+            if (side := given["sample_size"]) != self.shape[1]:
+                what = f"sample_size is {side}, the autoencoder's latents have {self.shape[1]} a side"
+                raise UsageError(what, where="model: unet")
         given |= {"in_channels": self.shape[0], "out_channels": self.shape[0]}
         self.text: Any = None
         if "text" in config:

@@ -48,7 +48,6 @@ def ancestral(
     The mean is that of q(x_s | x_t, x_0) (equation 7). Without clipping it is line 4 of algorithm 2.
 
     Args:
-        denoise: the model.
         alpha_bar: of all timesteps, float64 [timesteps].
         x: noise to start from, [n, …].
         draw: returns new noise of the shape of x.

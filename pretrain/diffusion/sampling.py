@@ -39,7 +39,6 @@ def sample(
         n: how many.
         steps: timesteps that the sampler visits.
         guidance: w of Ho & Salimans 2022; 0 is the condition without guidance.
-        seed: of the noise.
         classes: names, for a class-conditional model; taken in turn, all of them if none are given.
         captions: for a caption-conditional model; taken in turn, the empty one if none are given.
         sampler, eta: DDIM with eta (Song et al. 2021), or ancestral sampling (Ho et al. 2020).

@@ -20,13 +20,7 @@ from winnow.pretrain.objectives.base import Objective, Player
 
 
 class Engine:
-    """Trains an objective.
-
-    Args:
-        objective: on the CPU, equal in all processes.
-        config: the training's.
-        device: where to train.
-    """
+    """Trains an objective, which is given on the CPU, equal in all processes, and moved to `device`."""
 
     def __init__(self, objective: Objective, config: PretrainConfig, device: torch.device) -> None:
         self.objective, self.config, self.device = objective, config, device
@@ -103,15 +97,16 @@ class Engine:
     def averaged(self) -> Iterator[None]:
         """Within it the objective has the running mean of its weights, where the config asks for one."""
         kept = {name: self.trained[name].detach().clone() for name in self.mean}
-        with torch.no_grad():
-            for name, value in self.mean.items():
-                self.trained[name].copy_(value)
         try:
+            self._write(self.mean)
             yield
         finally:
-            with torch.no_grad():
-                for name, value in kept.items():
-                    self.trained[name].copy_(value)
+            self._write(kept)
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            self.trained[name].copy_(value)
 
     def metrics(self) -> dict[str, float]:
         with torch.no_grad(), self.whole([self.objective.get_parameter(name) for name in self.objective.adjusts]):
@@ -171,11 +166,8 @@ def _check_norms(objective: Objective, config: PretrainConfig) -> None:
     """A batch whose samples are coupled by batch normalisation is not split."""
     for key in ("grad_cache", "accumulation_steps"):
         if getattr(config.parallel, key) > 1 and (norms := norm_names(objective)):
-            raise UsageError(
-                f"the model has batch normalisation ({norms[0]}), which would see each part of the batch separately",
-                where=f"parallel.{key}",
-                do="Take a network without it, or more processes.",
-            )
+            what = f"the model has batch normalisation ({norms[0]}), which would see each part of the batch separately"
+            raise UsageError(what, where=f"parallel.{key}", do="Take a network without it, or more processes.")
 
 
 def _check_players(objective: Objective, config: PretrainConfig, trained: set[str]) -> tuple[Player, ...]:
@@ -185,11 +177,8 @@ def _check_players(objective: Objective, config: PretrainConfig, trained: set[st
         return players
     if config.parallel.zero_stage == 3 or config.parallel.grad_cache > 1:
         key = "zero_stage" if config.parallel.zero_stage == 3 else "grad_cache"
-        raise UsageError(
-            f"{title} has several players, each with an engine, and {key} wants one that sees all of the objective",
-            where=f"parallel.{key}",
-            do="Take zero_stage 2 or lower, and grad_cache 1.",
-        )
+        what = f"{title} has several players, each with an engine, and {key} needs one that sees all of the objective"
+        raise UsageError(what, where=f"parallel.{key}", do="Take zero_stage 2 or lower, and grad_cache 1.")
     owners = [module for player in players for module in player.modules]
     if "" in (names := [player.name for player in players]) or len(set(names)) < len(names):
         raise UsageError(f"the players of {title} need different names, and these are {names}")

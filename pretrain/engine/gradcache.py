@@ -18,8 +18,7 @@ class CachedGradients:
     Args:
         objective: with `embed` and `loss`.
         trained: its trained parameters.
-        parts: of this process's batch.
-        device: where they are.
+        parts: of this process's batch, on `device`.
         autocast: context in which to compute.
 
     Attributes:

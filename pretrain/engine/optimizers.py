@@ -39,8 +39,6 @@ def make_optimizer(
 
     Args:
         objective: whose `decays` says which parameters decay.
-        config: the optimizer's.
-        lr: learning rate.
         trained: names and parameters.
         fused: whether to use torch's fused kernels.
 

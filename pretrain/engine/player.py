@@ -45,14 +45,7 @@ class _Turn(nn.Module):
 
 
 class PlayerEngine:
-    """A DeepSpeed engine that trains the parameters of one player.
-
-    Args:
-        objective: on the training's device.
-        player: whose turn it is when `step` is called.
-        config: the training's.
-        device: where to train.
-    """
+    """A DeepSpeed engine that trains the parameters of one player of an objective, which is on `device`."""
 
     def __init__(self, objective: Objective, player: Player, config: PretrainConfig, device: torch.device) -> None:
         self.deepspeed = zero.load_deepspeed(device)

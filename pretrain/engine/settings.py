@@ -15,14 +15,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def deepspeed_config(
     config: PretrainConfig, optimizer: OptimizerConfig, world: int, device: torch.device
 ) -> dict[str, Any]:
-    """DeepSpeed's config dict; `config.parallel.deepspeed` is merged over it.
-
-    Args:
-        config: the training's.
-        optimizer: of the player.
-        world: number of processes.
-        device: where to train.
-    """
+    """DeepSpeed's config dict for one player's optimizer; `config.parallel.deepspeed` is merged over it."""
     parallel = config.parallel
     ours: dict[str, Any] = {
         "train_batch_size": config.batch_size,

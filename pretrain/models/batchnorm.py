@@ -70,10 +70,8 @@ class PartBatchNorm(nn.SyncBatchNorm):
         self.num_batches_tracked.add_(1)
         here = self.parts // world_size()
         if x.numel() // x.shape[1] <= here:
-            raise UsageError(
-                f"batch normalisation has one value a part of the batch ({self.parts} parts), which has no variance",
-                do="Take a larger batch_size, or fewer parts.",
-            )
+            what = f"batch normalisation has one value a part of the batch ({self.parts} parts), which has no variance"
+            raise UsageError(what, do="Take a larger batch_size, or fewer parts.")
         means, variances = (value.repeat(here, 1) for value in (self.running_mean, self.running_var))
         outs = [
             F.batch_norm(part, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)

@@ -39,32 +39,16 @@ def check_networks(config: dict[str, Any]) -> dict[str, Any]:
         UsageError: a key that is not known, or numbers that do not go together.
     """
     if "autoencoder" in config:
-        _only(config, ("autoencoder",))
         _check(AUTOENCODER, config["autoencoder"], "autoencoder")
     else:
-        _only(config, ("unet", "text"))
-        if "unet" not in config:
-            raise UsageError("text needs a unet")
-        text = config.get("text")
-        _check(UNET if text is None else CONDITIONAL, config["unet"], "unet")
-        if text is not None:
-            if not isinstance(text, dict):
-                raise UsageError("text must be a mapping of keys to values")
-            for key in text:
-                if key not in TEXT:
-                    raise unknown("key of text", key, TEXT)
+        _check(CONDITIONAL if "text" in config else UNET, config["unet"], "unet")
+        for key in config.get("text", {}):
+            if key not in TEXT:
+                raise unknown("key of text", key, TEXT)
     return config
 
 
-def _only(config: dict[str, Any], known: tuple[str, ...]) -> None:
-    for key in config:
-        if key not in known:
-            raise unknown("key of model", key, known)
-
-
-def _check(name: str, given: Any, where: str) -> None:
-    if not isinstance(given, dict):
-        raise UsageError(f"{where} must be a mapping of keys to values")
+def _check(name: str, given: dict[str, Any], where: str) -> None:
     known = arguments(name)
     for key in given:
         if key in _OURS:

@@ -23,20 +23,15 @@ def feature_maps(model: Any, images: torch.Tensor, where: str) -> torch.Tensor:
     Raises:
         UsageError: the network has no feature maps.
     """
+    maps: torch.Tensor
     if hasattr(model, "feature_maps"):
-        maps: torch.Tensor = model.feature_maps(images)
+        maps = model.feature_maps(images)
         return maps
-    tower = next((getattr(model, name) for name in ("visual", "trunk") if hasattr(model, name)), None)
+    tower: Any = next((getattr(model, name) for name in ("visual", "trunk") if hasattr(model, name)), None)
     for _ in range(2):  # open_clip wraps timm's networks as `visual.trunk`
         if hasattr(tower, "forward_intermediates"):
-            return _intermediates(tower, images)
+            found = tower.forward_intermediates(images, indices=1, output_fmt="NCHW", intermediates_only=True)
+            maps = (found["image_intermediates"] if isinstance(found, dict) else found)[-1]  # a dict of open_clip's
+            return maps
         tower = getattr(tower, "trunk", None)
     raise UsageError("its network has no feature maps", where=where)
-
-
-def _intermediates(tower: Any, images: torch.Tensor) -> torch.Tensor:
-    found = tower.forward_intermediates(images, indices=1, output_fmt="NCHW", intermediates_only=True)
-    if isinstance(found, dict):  # open_clip's
-        found = found["image_intermediates"]
-    last: torch.Tensor = found[-1]
-    return last

@@ -57,11 +57,9 @@ def find_tag(name: str, tag: str) -> str:
     clean = tag.lower().replace("-", "_")
     if clean in tags:
         return clean
-    near = closest_word(clean, tags)
+    near, what = closest_word(clean, tags), f'"{tag}" is neither a pretrained tag of {name} nor a file'
     hint = f'Did you mean "{name}:{near}"?' if near else f"Known: {', '.join(sorted(tags)) or 'none'}."
-    raise UsageError(
-        f'"{tag}" is neither a pretrained tag of {name} nor a file', do=f"{hint} A file with weights will do as well."
-    )
+    raise UsageError(what, do=f"{hint} A file with weights will do as well.")
 
 
 @contextmanager

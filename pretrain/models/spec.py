@@ -138,8 +138,9 @@ def encoder_digest(spec: str) -> str:
     if parsed.kind == "folder" and parsed.weights == RANDOM:
         return digest_json([_file_digest(storage.join(parsed.model, "config.json")), RANDOM])
     if parsed.kind == "folder":
-        names = [name for name in storage.list_names(parsed.model) if _is_part(name)]
-        return digest_json({name: _file_digest(storage.join(parsed.model, name)) for name in names})
+        names = [name for name in storage.list_names(parsed.model) if not name.endswith(".py")]
+        parts = [name for name in names if name in _CHECKPOINT or name.startswith("open_clip_")]
+        return digest_json({name: _file_digest(storage.join(parsed.model, name)) for name in parts})
     model = parsed.model
     if parsed.kind == "config":
         from winnow.pretrain.models.open_clip import check_config
@@ -149,10 +150,6 @@ def encoder_digest(spec: str) -> str:
         check_config(model, parsed.model)
         check_preprocess(model.get("preprocess_cfg"), parsed.model)
     return digest_json([model, {"sha256": _file_digest(parsed.weights)} if parsed.is_file else parsed.weights])
-
-
-def _is_part(name: str) -> bool:
-    return name in _CHECKPOINT or (name.startswith("open_clip_") and not name.endswith(".py"))
 
 
 def is_winnow(url: str) -> bool:

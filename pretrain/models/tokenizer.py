@@ -23,25 +23,18 @@ def build_tokenizer(config: dict[str, Any], name: str | None = None) -> Callable
 
     Equal ones are the same object: to build one takes as long as to load a small model.
     """
-    text = config["text_cfg"]
-    settings = {"name": text.get("hf_tokenizer_name"), "mode": text.get("tokenizer_mode")}
-    settings |= {"context": text.get("context_length", 77), "kwargs": text.get("tokenizer_kwargs") or {}}
-    return _tokenizer(name, json.dumps(settings, sort_keys=True))
+    text = {"context_length": 77, "tokenizer_kwargs": {}} | config["text_cfg"]
+    read = ("hf_tokenizer_name", "tokenizer_mode", "context_length", "tokenizer_kwargs")
+    return _tokenizer(name, json.dumps([text.get(key) for key in read], sort_keys=True))
 
 
 @functools.lru_cache(maxsize=8)
-def _tokenizer(name: str | None, settings: str) -> Callable[[Sequence[str]], torch.Tensor]:
-    tokenizer: Callable[[Sequence[str]], torch.Tensor]
-    config = json.loads(settings)
+def _tokenizer(name: str | None, settings: str) -> Any:
     if name is not None:
-        tokenizer = open_clip.get_tokenizer(name)
-    elif config["name"]:
-        tokenizer = HFTokenizer(
-            config["name"], context_length=config["context"], tokenizer_mode=config["mode"], **config["kwargs"]
-        )
-    else:
-        tokenizer = SimpleTokenizer(context_length=config["context"], **config["kwargs"])
-    return tokenizer
+        return open_clip.get_tokenizer(name)
+    hf_name, mode, context, kwargs = json.loads(settings)
+    given = {"context_length": context, **(kwargs or {})}
+    return HFTokenizer(hf_name, tokenizer_mode=mode, **given) if hf_name else SimpleTokenizer(**given)
 
 
 def caching_tokens(tokenizer: Callable[[Sequence[str]], torch.Tensor]) -> Callable[[str], np.ndarray]:

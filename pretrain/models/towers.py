@@ -66,11 +66,7 @@ def build_image_tower(model: dict[str, Any], preprocess: dict[str, Any] | None =
 
 
 class Pixels(torch.nn.Module):
-    """No network: the features are the pixels, a baseline.
-
-    Args:
-        size: side of the images.
-    """
+    """No network: the features are the pixels of images of side `size`, a baseline."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

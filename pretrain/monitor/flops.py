@@ -10,30 +10,12 @@ from winnow.pretrain.objectives.base import Objective
 # Dense bf16 and fp16 FLOP/s of the tensor cores with float32 accumulation, from NVIDIA's data sheets; the first name
 # that the device's contains.
 PEAKS: tuple[tuple[str, float], ...] = (
-    ("GB200", 2500e12),
-    ("B200", 2250e12),
-    ("GH200", 989.4e12),
-    ("H200 NVL", 835.5e12),
-    ("H200", 989.4e12),
-    ("H100 PCIe", 756.5e12),
-    ("H100 NVL", 835.5e12),
-    ("H100", 989.4e12),
-    ("H800", 989.4e12),
-    ("A100", 312e12),
-    ("A800", 312e12),
-    ("A40", 149.7e12),
-    ("A10G", 70e12),
-    ("A10", 125e12),
-    ("A30", 165e12),
-    ("L40S", 362e12),
-    ("L40", 181e12),
-    ("L4", 121e12),
-    ("RTX 6000 Ada", 364.2e12),
-    ("RTX 4090", 165.2e12),
-    ("RTX 3090", 71.2e12),
-    ("V100", 125e12),
-    ("T4", 65e12),
-)
+    ("GB200", 2500e12), ("B200", 2250e12), ("GH200", 989.4e12), ("H200 NVL", 835.5e12), ("H200", 989.4e12),
+    ("H100 PCIe", 756.5e12), ("H100 NVL", 835.5e12), ("H100", 989.4e12), ("H800", 989.4e12), ("A100", 312e12),
+    ("A800", 312e12), ("A40", 149.7e12), ("A10G", 70e12), ("A10", 125e12), ("A30", 165e12), ("L40S", 362e12),
+    ("L40", 181e12), ("L4", 121e12), ("RTX 6000 Ada", 364.2e12), ("RTX 4090", 165.2e12), ("RTX 3090", 71.2e12),
+    ("V100", 125e12), ("T4", 65e12),
+)  # fmt: skip
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -36,13 +36,7 @@ class Report:
     """
 
     def __init__(
-        self,
-        config: PretrainConfig,
-        log: StepLog,
-        boards: Boards,
-        note: str,
-        first: int,
-        peak: float | None = None,
+        self, config: PretrainConfig, log: StepLog, boards: Boards, note: str, first: int, peak: float | None = None
     ) -> None:
         self.config, self.log, self.boards, self.note, self.first = config, log, boards, note, first
         self.flops: float | None = None
@@ -79,8 +73,6 @@ class Report:
         Args:
             step: its number, from 1.
             losses, facts: as `Engine.step` returns them.
-            engine: for further metrics.
-            batches: for the time spent waiting.
 
         Raises:
             WinnowError: a loss is not finite.
@@ -114,14 +106,12 @@ class Report:
         # Processes wait for one another in every step, so the slowest loader takes at least the mean.
         values = torch.tensor([float(losses[name]) for name in names] + [batches.waited], dtype=torch.float64)
         values = add_up(values) / world_size()
-        if bad := [name for name, value in zip(names, values[:-1], strict=True) if not math.isfinite(value)]:
-            raise WinnowError(
-                f"{bad[0]} is not finite at step {step}",
-                where=self.log.url,
-                do="Try a lower lr, more warmup_steps, grad_clip, or precision bf16 or fp32.",
-            )
-        self.losses = {name: round(float(value), 6) for name, value in zip(names, values[:-1], strict=True)}
-        return float(values[-1])
+        *means, waited = values.tolist()
+        if bad := [name for name, value in zip(names, means, strict=True) if not math.isfinite(value)]:
+            do = "Try a lower lr, more warmup_steps, grad_clip, or precision bf16 or fp32."
+            raise WinnowError(f"{bad[0]} is not finite at step {step}", where=self.log.url, do=do)
+        self.losses = {name: round(value, 6) for name, value in zip(names, means, strict=True)}
+        return float(waited)
 
     def _text(self, step: int, shown: dict[str, Any], now: float) -> str:
         left = (now - self._started) / (step - self.first) * (self.config.steps - step)

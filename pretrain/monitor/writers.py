@@ -70,8 +70,10 @@ class Boards:
             from torch.utils.tensorboard import SummaryWriter
 
             folder = str(storage.local_path(storage.join(out, TENSORBOARD)))
+            if not first:
+                storage.remove(folder)
             # Events written after the checkpoint that the training resumes from are purged.
-            self._board = SummaryWriter(folder, purge_step=first + 1) if first else _fresh(folder)
+            self._board = SummaryWriter(folder, purge_step=first + 1 if first else None)
         if config.logging.wandb is not None:
             self._run = _wandb(config, out, key)
 
@@ -88,13 +90,6 @@ class Boards:
             self._board.close()
         if self._run is not None:
             self._run.finish()
-
-
-def _fresh(folder: str) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    storage.remove(folder)
-    return SummaryWriter(folder)
 
 
 def _wandb(config: PretrainConfig, out: str, key: str) -> Any:

@@ -99,15 +99,12 @@ class Objective(nn.Module, abc.ABC):
         lacking = [name for name in _METHODS if getattr(getattr(cls, name), "__isabstractmethod__", False)]
         if not hasattr(cls, "Config"):
             lacking.append("Config")
+        name, do = cls.__qualname__, "See pretrain/README.md."
         if lacking:
-            raise UsageError(
-                f"the objective {cls.__qualname__} has no {' and no '.join(lacking)}", do="See pretrain/README.md."
-            )
+            raise UsageError(f"the objective {name} has no {' and no '.join(lacking)}", do=do)
         if not hasattr(cls.Config, "__pydantic_fields__"):
-            raise UsageError(
-                f"the Config of the objective {cls.__qualname__} is not a params class",
-                do="Decorate it with winnow.infra.params.params.",
-            )
+            do = "Decorate it with winnow.infra.params.params."
+            raise UsageError(f"the Config of the objective {name} is not a params class", do=do)
 
     @abc.abstractmethod
     def __init__(self, config: Any, model: dict[str, Any], augment: tuple[float, float] | None) -> None:
@@ -172,10 +169,8 @@ class Objective(nn.Module, abc.ABC):
                         getattr(module, name)()
                         found = True
         if not found:
-            raise UsageError(
-                f"the networks of {type(self).__name__} cannot recompute activations",
-                where="parallel.activation_checkpointing",
-            )
+            what = f"the networks of {type(self).__name__} cannot recompute activations"
+            raise UsageError(what, where="parallel.activation_checkpointing")
 
     def after_step(self, step: int) -> None:
         """What follows the optimizer's step number `step` (from 1), under `torch.no_grad`."""

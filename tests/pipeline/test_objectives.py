@@ -4,6 +4,7 @@ import base64
 import json
 import shutil
 import sys
+from typing import ClassVar
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +15,7 @@ from tests.evaluate.sets import write_classification
 from tests.pretrain.tiny import CASES, MODEL
 from winnow.pipeline.cli import main
 from winnow.pretrain.encoder import load_encoder
+from winnow.pretrain.objectives.contrastive.clip import CLIP
 
 SETTINGS = {
     "model": MODEL,
@@ -78,3 +80,30 @@ def test_run_and_pretrain(name, folder, tmp_path, monkeypatch, capsys):
     drawn = [base64.b64encode(file.read_bytes()).decode() for file in made.glob("*.png")]
     assert len(drawn) == (name == "diffusion") and all(png in page for png in drawn)
     assert ("Images drawn" in page) == bool(drawn)
+
+
+class Measured(CLIP):
+    """CLIP that looks at a measured column."""
+
+    columns = ("caption.words",)
+    seen: ClassVar[list] = []
+
+    def views(self, sample, rng):
+        self.seen.append((sample.text, sample.columns["caption.words"], len(sample.member("txt"))))
+        return super().views(sample, rng)
+
+
+def test_an_objective_reads_measured_columns(folder, tmp_path, monkeypatch, capsys):
+    """In a recipe, also one that reshards: each sample has the value of its caption, and its other members."""
+    recipe = {
+        "pool": f"{folder}/shards",
+        "measures": {"caption": {}},
+        "subsets": {"all": {}, "short": {"basic": {"language": None, "min_words": 3}}},
+        "pretrain": SETTINGS | {"objective": "tests.pipeline.test_objectives:Measured"},
+    }
+    recipe["pretrain"] |= {"parallel": {"device": "cpu", "num_workers": 0}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    Measured.seen.clear()
+    winnow(monkeypatch, capsys, "run", tmp_path / "recipe.yaml", "--executor", "serial", "--out", tmp_path / "run")
+    assert len(Measured.seen) >= 48
+    assert all(words == len(text.split()) and size == len(text.encode()) for text, words, size in Measured.seen)

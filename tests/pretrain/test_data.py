@@ -246,7 +246,9 @@ def test_labels_come_with_their_samples(tmp_path: Path) -> None:
     samples = Samples(str(tmp_path / "pool"), None)
     numbers = np.array([7, 0, 11, 3])
     for sample in samples.read(numbers):
-        assert sample.label == int(sample.text.rsplit(" ", 1)[1]) % 5
+        number = int(sample.text.rsplit(" ", 1)[1])
+        assert sample.label == number % 5 and sample.member("cls") == str(number % 5).encode()
+        assert sample.key == items[number]["key"] and sample.member("txt").decode() == sample.text
     (tmp_path / "other").mkdir()
     other = Samples(make_pool(tmp_path / "other"), None)
     assert [sample.label for sample in other.read(np.array([0, 1]))] == [None, None]

@@ -54,9 +54,8 @@ class SimCLR(Objective):
         super().__init__(config, model, augment)
         self.temperature = config.temperature
         net = build_image_tower(model)
-        self.augmentation = Augmentation(
-            image_size(net), augment or CROPS, simclr_jitter(config.strength), blur_p=0.5 if config.blur else 0.0
-        )
+        jitter, blur_p = simclr_jitter(config.strength), 0.5 if config.blur else 0.0
+        self.augmentation = Augmentation(image_size(net), augment or CROPS, jitter, blur_p=blur_p)
         self.net = net
         self.head = projection_head(net.dim, config)
 

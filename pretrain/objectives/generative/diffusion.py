@@ -82,15 +82,8 @@ class Diffusion(Objective):
         self.settings, self.augment, self.classes = config, augment, config.names()
         if self.classes is not None and "text" in model:
             raise UsageError("the condition is either a class or a caption", where="objective", do="Drop one of them.")
-        about = {
-            "schedule": config.schedule,
-            "timesteps": config.timesteps,
-            "prediction": config.prediction,
-            "classes": self.classes,
-            "feature_timestep": config.feature_timestep,
-            "captions": list(config.captions),
-        }
-        self.model = model | {"diffusion": about}
+        about = {key: getattr(config, key) for key in ("schedule", "timesteps", "prediction", "feature_timestep")}
+        self.model = model | {"diffusion": {**about, "classes": self.classes, "captions": list(config.captions)}}
         autoencoder = None if config.autoencoder is None else _autoencoder(config.autoencoder)
         if autoencoder is not None:
             self.model["autoencoder"] = autoencoder.config["autoencoder"]
@@ -127,11 +120,8 @@ class Diffusion(Objective):
             label = self.classes.index(sample.text)
         if label is None or not 0 <= label < len(self.classes):
             found = f'the caption "{sample.text[:60]}"' if sample.label is None else f"the label {sample.label}"
-            raise WinnowError(
-                f"{found} is none of the {len(self.classes)} classes",
-                where="objective",
-                do="Class-conditional diffusion needs a column `label` in the pool, or captions that are class names.",
-            )
+            do = "Class-conditional diffusion needs a column `label` in the pool, or captions that are class names."
+            raise WinnowError(f"{found} is none of the {len(self.classes)} classes", where="objective", do=do)
         return label
 
     def forward(self, batch: dict[str, torch.Tensor]) -> Losses:

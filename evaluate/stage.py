@@ -64,10 +64,10 @@ class EvaluateStage(SetsStage):
         if not self.protocols:
             raise UsageError("no protocol to evaluate by")
         units: list[Unit] = []
-        reasons, listing = [], self.listing()
+        reasons = []
         for found, (spec, protocol) in itertools.product(self.found(), self._by_name().items()):
             if (reason := _unfit(found, protocol)) is None:
-                units += self._units(found, spec, protocol, listing)
+                units += self._units(found, spec, protocol)
             else:
                 reasons.append(f"The first: {reason}.")
         if not units:
@@ -83,7 +83,7 @@ class EvaluateStage(SetsStage):
                 raise UsageError(f'two protocols have the name "{name}"')
         return found
 
-    def _units(self, found: FoundTask, spec: str, protocol: Protocol, listing: str) -> list[Unit]:
+    def _units(self, found: FoundTask, spec: str, protocol: Protocol) -> list[Unit]:
         splits = ("train", "val") if "train" in protocol.needs else ()
         inputs = {"data": data_digest(found.url)}
         inputs |= {split: data_digest(found.url, split) for split in splits if has_split(found.url, split)}
@@ -91,6 +91,7 @@ class EvaluateStage(SetsStage):
         params |= {"precision": self.precision, "max_skipped": self.max_skipped}
         if protocol.version > 1:
             params["protocol_version"] = protocol.version
+        listing = self.listing(found)
         return [
             Unit(
                 unit_name(name, found.task, protocol.name, seed if protocol.seeds else None),
@@ -174,7 +175,7 @@ class EvaluateStage(SetsStage):
             labels=test.targets.labels,
             encode_texts=_known_texts(test.texts, encoder),
             captions=test.targets.captions,
-            class_weights=files.class_weights(test_set, unit.inputs["checkpoint"]) if text else None,
+            class_weights=files.class_weights(unit.inputs["checkpoint"]) if text else None,
             splits={name: _split(split, labelled=name != "test") for name, split in splits.items()},
             encoder=encoder,
             seed=unit.params["seed"],

@@ -64,7 +64,7 @@ class FeatureFiles:
             NotEmbedded: there are no features of it.
         """
         tars = {storage.name_of(tar): tar for tar in split_tars(test_set.url, split)}
-        listed = self._listed("splits", test_set).get(split)
+        listed = self._listing["splits"].get(split)
         if listed is None or listed["data"] != data:
             raise NotEmbedded("has not been embedded", where=storage.join(test_set.url, split), do="Run again.")
         targets, images, skipped, indices = [], [], [], []
@@ -96,16 +96,12 @@ class FeatureFiles:
         kept, wanted = Targets.concatenate(targets, indices), Wanted.by(test_set.kind, test_set.task)
         return LoadedSplit(kept, features, skipped, texts, has_text, [*tars.values()], indices, wanted)
 
-    def class_weights(self, test_set: EvalSet, encoder: str) -> np.ndarray | None:
+    def class_weights(self, encoder: str) -> np.ndarray | None:
         """float32 [classes, dim]; None where no prompts were embedded. Raises NotEmbedded."""
-        names = self._listed("prompts", test_set).get(encoder, [])
+        names = self._listing["prompts"].get(encoder, [])
         if not names or not all(self._unit(name)["text"] for name in names):
             return None
         return np.concatenate([self._array(f"{name}.npy") for name in names])
-
-    def _listed(self, what: str, test_set: EvalSet) -> dict[str, Any]:
-        listed: dict[str, Any] = self._listing[what].get(test_set.task.key, {})
-        return listed
 
     def _unit(self, name: str, tar: str | None = None) -> dict[str, Any]:
         unit: dict[str, Any] | None = self._listing["units"].get(name)

@@ -110,15 +110,12 @@ class SetsStage(Stage):
     def needs_prompts(self, found: FoundTask) -> bool:
         return any("text" in one.needs for one in self.applying(found))
 
-    def listing(self) -> str:
-        """Path of the list of features of these checkpoints and sets, below the directory of features. Other arguments
+    def listing(self, found: FoundTask) -> str:
+        """Path of the list of a set's features by these checkpoints, below the directory of features. Other arguments
         give another path, so that stages which share the directory do not disturb each other."""
-        sets = [
-            [found.task.model_dump(mode="json"), self.data_digests(found), self.needs_prompts(found)]
-            for found in self.found()
-        ]
         encoders = sorted({digest for _, _, digest in self.checkpoints})
-        return f"listings/{storage.digest_json([sets, encoders, self.precision, self.part_samples])[:24]}.json"
+        content = [found.task.model_dump(mode="json"), self.data_digests(found), self.needs_prompts(found), encoders]
+        return f"listings/{storage.digest_json([*content, self.precision, self.part_samples])[:24]}.json"
 
 
 Parts = list[tuple[Part, Unit, dict[str, Unit]]]  # each with the unit of its samples, and of its images by encoder
@@ -144,9 +141,9 @@ class EmbedStage(SetsStage):
         ENCODER/prompts/DIGEST.npy: float32 [classes, dim], the class weights of some classes.
         samples/SHARD/I-of-N-KIND.parquet: for each sample its key, label, captions and metadata, what is wrong with
             them, and why its image cannot be decoded. KIND is a digest of what reads them.
-        listings/DIGEST.json: what this stage's arguments need (`SetsStage.listing`). "splits" has by task and split the
-            digest of its data, and for each part the names of its units; "prompts" by task and encoder the names of
-            the units of its class weights; "units" by name the files and values of each finished unit.
+        listings/DIGEST.json: the features of a set (`SetsStage.listing`). "splits" has by split the digest of its data,
+            and for each part the names of its units; "prompts" by encoder the names of the units of its class weights;
+            "units" by name the files and values of each finished unit.
     """
 
     name = "embed"
@@ -160,8 +157,8 @@ class EmbedStage(SetsStage):
         return digests
 
     def manifest_key(self, units: Iterable[Unit]) -> str:
-        """The listing is part of it, so that a run which finds no work still writes its listing."""
-        return storage.digest_json([super().manifest_key(units), self.listing()])
+        """The listings are part of it, so that a run which finds no work still writes its own."""
+        return storage.digest_json([super().manifest_key(units), *map(self.listing, self.found())])
 
     def encoders(self) -> dict[str, str]:
         """Spec by digest, each encoder once, whatever number of names it has."""
@@ -339,19 +336,23 @@ class EmbedStage(SetsStage):
         return note
 
     def finish(self, records: list[Record]) -> Output:
-        splits: dict[str, Any] = {}
-        prompts: dict[str, Any] = {}
-        for found in self.found():
-            for split, parts in self.split_parts(found).items():
-                listed = []
-                for part, samples, images in parts:
-                    names = {digest: unit.name for digest, unit in images.items()}
-                    listed.append({"shard": storage.name_of(part.tar), "samples": samples.name, "images": names})
-                digest = data_digest(found.url, split)
-                splits.setdefault(found.task.key, {})[split] = {"data": digest, "parts": listed}
-            for unit in self.prompt_units(found):
-                prompts.setdefault(found.task.key, {}).setdefault(unit.inputs["encoder"], []).append(unit.name)
         units = {record.unit: {"files": sorted(record.files), **record.values} for record in records}
-        file = self.listing()
-        storage.write_json(self.url(file), {"splits": splits, "prompts": prompts, "units": units})
-        return Output([file])
+        files = []
+        for found in self.found():
+            splits: dict[str, Any] = {}
+            prompts: dict[str, list[str]] = {}
+            names = set()
+            for split, parts in self.split_parts(found).items():
+                splits[split] = {"data": data_digest(found.url, split), "parts": []}
+                for part, samples, images in parts:
+                    of = {digest: unit.name for digest, unit in images.items()}
+                    entry = {"shard": storage.name_of(part.tar), "samples": samples.name, "images": of}
+                    splits[split]["parts"].append(entry)
+                    names |= {samples.name, *of.values()}
+            for unit in self.prompt_units(found):
+                prompts.setdefault(unit.inputs["encoder"], []).append(unit.name)
+                names.add(unit.name)
+            listed = {name: units[name] for name in names & units.keys()}
+            files.append(self.listing(found))
+            storage.write_json(self.url(files[-1]), {"splits": splits, "prompts": prompts, "units": listed})
+        return Output(files)

@@ -139,18 +139,19 @@ def test_evaluating_reads_typed_columns_that_a_listing_names(
     stage = stage_of(specs, data, tmp_path / "out", protocols=("zeroshot", "knn"))
     embedding = stage.embedding()
     manifest = execute(embedding, SerialExecutor())
-    listing = storage.read_json(embedding.url(stage.listing()))
-    listed = listing["splits"]
+    listings = {found.task.key: stage.listing(found) for found in stage.found()}
+    read = {key: storage.read_json(embedding.url(file)) for key, file in listings.items()}
+    listed = {key: listing["splits"] for key, listing in read.items()}
     assert {key: set(splits) for key, splits in listed.items()} == {
         "colors": {"test", "train"},
         "retrieval-colors": {"test"},
     }
-    files = {file for unit in listing["units"].values() for file in unit["files"]}
-    assert files | {stage.listing()} == set(manifest.files)
+    files = {file for listing in read.values() for unit in listing["units"].values() for file in unit["files"]}
+    assert files | set(listings.values()) == set(manifest.files)
     labels, captions = [], []
     for key, found in (("colors", labels), ("retrieval-colors", captions)):
         for part in listed[key]["test"]["parts"]:
-            (file,) = listing["units"][part["samples"]]["files"]
+            (file,) = read[key]["units"][part["samples"]]["files"]
             table = pq.read_table(embedding.url(file))
             assert [str(table.schema.field(name).type) for name in ("label", "captions", "metadata")] == [
                 "int64",

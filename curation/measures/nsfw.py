@@ -21,6 +21,6 @@ class Nsfw(Prompted):
     summary: ClassVar[str] = "probability of sexual content, by a head or prompts on the CLIP embedding"
     prompts: ClassVar[tuple[tuple[str, str], ...]] = (
         ("a photo of a naked person", "a photo of a dressed person"),
-        ("pornography", "an image for all ages"),
+        ("pornography", "a picture for all ages"),
         ("an explicit sexual image", "an image without sexual content"),
     )

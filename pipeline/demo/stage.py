@@ -75,15 +75,15 @@ CLASSIFICATION: dict[str, Classes] = {
     "demo-shape": Classes(
         "kind",
         {kind: names[0] for kind, names in words.KIND_WORDS.items()},
-        ("an image of a {c}.", "a drawing of a {c}.", "an illustration of a {c}.", "a {c}."),
+        ("a picture of a {c}.", "a drawing of a {c}.", "an illustration of a {c}.", "a {c}."),
     ),
     "demo-color": Classes(
         "colour",
         {colour: names[0] for colour, names in words.COLOUR_WORDS.items()},
-        ("a {c} thing.", "an image of a {c} shape.", "a drawing of a {c} thing."),
+        ("a {c} thing.", "a picture of a {c} shape.", "a drawing of a {c} thing."),
     ),
     "demo-scene": Classes(
-        "scene", words.SCENE_NAMES, ("a thing on {c}.", "an image of a shape on {c}.", "a drawing in front of {c}.")
+        "scene", words.SCENE_NAMES, ("a thing on {c}.", "a picture of a shape on {c}.", "a drawing in front of {c}.")
     ),
 }
 RETRIEVAL = "demo-retrieval"

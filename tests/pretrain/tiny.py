@@ -93,7 +93,7 @@ def make_pool(folder: Path, count: int = 40, broken: tuple[int, ...] = (), shard
                 if i in broken:
                     data = data[:200] + bytes(len(data) - 200)
                     data = data[: len(data) // 2]
-                text = f"a {name} image number {i}"
+                text = f"a {name} picture number {i}"
                 for ext, content in (("jpg", data), ("txt", text.encode())):
                     info = tarfile.TarInfo(f"{i:05d}.{ext}")
                     info.size = len(content)

@@ -23,6 +23,13 @@ def mask_array(mask: np.ndarray) -> pa.BooleanArray:
     return pa.Array.from_buffers(pa.bool_(), len(mask), [None, pa.py_buffer(bits)])
 
 
+def number_array(values: np.ndarray) -> pa.Array:
+    """NumPy numbers as an Arrow array of their type, shape [n]."""
+    return pa.Array.from_buffers(
+        pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(np.ascontiguousarray(values))]
+    )
+
+
 def null_mask(column: Column) -> np.ndarray:
     """Which values are null; bool [n]."""
     if not column.null_count:

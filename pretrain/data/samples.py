@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
-from winnow.infra.io.arrow import mask_array
+from winnow.infra.io.arrow import int_values, mask_array, number_array
 from winnow.infra.io.parquet import open_parquet
 from winnow.infra.pool.pool import SAMPLE, Pool, Shard
 from winnow.infra.pool.sample import Sample
@@ -79,7 +78,7 @@ class Samples:
             if not times.any():
                 continue
             table = read_table(shard, self.columns, measured, required=not self.sizes)
-            tar = pc.add(table["tar"].cast(pa.int32()), len(self._tars))
+            tar = number_array((int_values(table["tar"]) + len(self._tars)).astype(np.int32))
             table = table.set_column(table.column_names.index("tar"), "tar", tar)
             chosen = times > 0
             rows = first + np.repeat(np.arange(np.count_nonzero(chosen)), times[chosen])
@@ -103,7 +102,7 @@ class Samples:
     def read(self, numbers: np.ndarray) -> list[Sample]:
         """The samples, whose members are read when they are asked for, images tar by tar; int64 [k]."""
         rows = self._row[numbers]
-        index = pa.array(rows)
+        index = number_array(rows)
         values = {name: array.take(index) for name, array in self._values.items()}
         table = pa.table({"uid": encode_uids(self._uids[rows]), **values})
         return list(self._shard.samples(table, self.columns, block=max(1, len(rows))))

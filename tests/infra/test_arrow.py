@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from winnow.infra.io.arrow import as_matrix, float_values, int_values, mask_array, null_mask
+from winnow.infra.io.arrow import as_matrix, float_values, int_values, mask_array, null_mask, number_array
 
 VALUES = [3, None, 1, 0, None, 7, 2, 5, 9, 4, None]
 
@@ -49,3 +49,9 @@ def test_matrices():
     whole, present = as_matrix(pa.array([[1.0, 2.0]] * 3, pa.list_(pa.float32(), 2)))
     assert whole.dtype == np.float32 and whole.shape == (3, 2) and present.all()
     assert as_matrix(pa.array([], pa.list_(pa.float16(), 4)))[0].shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint8, np.float16, np.float32])
+def test_numbers_as_arrow(dtype):
+    values = np.arange(10).astype(dtype)[::2]
+    assert number_array(values).equals(pa.array(values)) and len(number_array(values[:0])) == 0

@@ -13,7 +13,7 @@ from winnow.infra.io.arrow import int_values, mask_array, number_array
 from winnow.infra.io.parquet import open_parquet
 from winnow.infra.pool.pool import SAMPLE, Pool, Shard
 from winnow.infra.pool.sample import Sample
-from winnow.infra.pool.uids import encode_uids, load_subset
+from winnow.infra.pool.uids import encode_uids, load_subset, uid_column
 from winnow.infra.stages.stage import need_manifest
 from winnow.pretrain.data.order import Order
 from winnow.pretrain.sections import SourceConfig
@@ -104,7 +104,7 @@ class Samples:
         rows = self._row[numbers]
         index = number_array(rows)
         values = {name: array.take(index) for name, array in self._values.items()}
-        table = pa.table({"uid": encode_uids(self._uids[rows]), **values})
+        table = pa.table({"uid": uid_column(self._uids[rows]), **values})
         return list(self._shard.samples(table, self.columns, block=max(1, len(rows))))
 
 

@@ -14,6 +14,7 @@ from winnow.infra.pool.uids import (
     load_subset,
     save_subset,
     sort_uids,
+    uid_column,
 )
 
 
@@ -82,3 +83,9 @@ def test_hash_is_uniform_and_its_own_for_each_seed():
 def test_derived_uid_depends_on_where_the_parts_end():
     assert derived_uid("ab", "c") != derived_uid("a", "bc")
     assert derived_uid("ab", "c") == hashlib.sha256(b"ab\0c").hexdigest()[:32]
+
+
+@pytest.mark.parametrize("n", [0, 1, 7])
+def test_uids_as_a_column(n):
+    uids = np.random.default_rng(0).integers(0, 1 << 63, (n, 2), dtype=np.uint64).view("u8,u8")[:, 0]
+    assert uid_column(uids).to_pylist() == encode_uids(uids)

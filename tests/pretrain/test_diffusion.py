@@ -168,7 +168,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def conditional(**changes: Any) -> PretrainConfig:
-    names = [f"a {sorted(COLOURS)[i % 4]} image number {i}" for i in range(40)]
+    names = [f"a {sorted(COLOURS)[i % 4]} picture number {i}" for i in range(40)]
     params = {"timesteps": 20, "feature_timestep": 2, "classes": names}
     values = {"objective": {"diffusion": params}, "model": tiny.UNET, "ema": 0.5, "log_every": 1}
     return config(**values | changes)

@@ -185,6 +185,7 @@ class _Noise:
     def alter(self, tar: SampleWriter) -> None:
         """Write the altered images and point their rows to them. An image that cannot be decoded stays as it is."""
         rows = pa.Table.from_pylist([self.rows[source] for source, _, _ in self.alters], schema=self.schema)
+        # The salt is part of the bytes of every altered pool.
         random = [self._unit(f"picture {i}") for i in range(corrupt.DRAWS)]
         failed = []
         for (source, at, kind), sample in zip(self.alters, self.shard.samples(rows), strict=True):

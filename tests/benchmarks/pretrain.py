@@ -131,7 +131,7 @@ def loader(args: Namespace, pool: str, folder: Path) -> None:
         return run
 
     def same(data: bytes, text: str) -> tuple[np.ndarray, np.ndarray]:
-        views = objective.views(Sample(decode_image(data), text), np.random.default_rng(0))
+        views = objective.views(Sample(image=decode_image(data), text=text), np.random.default_rng(0))
         return views["image"], views["text"]
 
     _, train_transform, _ = open_clip.create_model_and_transforms(

@@ -146,7 +146,7 @@ def tar_samples(
         elif key is not None and skip is not None:
             skip(key, str(fault))
         elif key is not None:
-            raise WinnowError(str(fault), where=f"sample {key}", do="Store the file itself, and not too large.")
+            raise WinnowError(str(fault), do=f"It is of the sample {key}. Store the file itself.")
 
     source = _Source(file)
     info_class = type("_Info", (_StrictInfo,), {"source": source})
@@ -167,9 +167,11 @@ def tar_samples(
                 data = _data(tar, info) if read and not why else b""
                 members[ext] = Member(ext, info.offset_data, info.size, data)
     except tarfile.TarError as error:
-        fault = source.at_start() or (error.reason if isinstance(error, _Fault) else _reason(error))
+        reason = source.at_start() or (error.reason if isinstance(error, _Fault) else _reason(error))
+        if reason == TRAILING:
+            yield from whole()
         detail = error.detail if isinstance(error, _Fault) else error
-        raise WinnowError(fault, do=f"({detail})" if fault in _DAMAGE else None) from error
+        raise WinnowError(reason, do=f"({detail})" if reason in _DAMAGE else None) from error
     yield from whole()
 
 

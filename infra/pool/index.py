@@ -7,18 +7,20 @@ next to it; or bare tars in webdataset's convention, where `KEY.cls` becomes the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.content import HashingReader
 from winnow.infra.io.parquet import read_parquet
-from winnow.infra.io.tar import Member, open_stream, tar_samples
-from winnow.infra.pool.join import join, read_rows, without_duplicates
+from winnow.infra.io.tar import TRUNCATED, Member, open_stream, tar_samples
+from winnow.infra.pool.join import ONLY_PARQUET, join, read_rows, without_duplicates
 from winnow.infra.pool.layouts import ShardFiles, base_url, shard_files, source_names
 from winnow.infra.pool.rows import READ, row_of, table_of
 from winnow.infra.pool.uids import decode_uids, derived_uid
@@ -56,7 +58,7 @@ class IndexStage(Stage):
     require: frozenset[str] = frozenset({"image", "text"})
 
     name = "index"
-    version = 4
+    version = 5  # 5: what cannot be read is counted; archives that follow one another are read as one
     allow_failures = True
     _shards: list[tuple[str, int, ShardFiles]] = field(default_factory=list, repr=False)
 
@@ -95,6 +97,7 @@ class IndexStage(Stage):
         for name, i, shard in self.shards():
             inputs, reference = {"tar": _token(shard.tar)}, f"pool{i}/{shard.name}.tar"
             runtime: dict[str, Any] = {"tar": shard.tar, "reference": reference, "stream": shard.stream}
+            runtime["fault"] = shard.fault
             if shard.parquet:
                 inputs["parquet"] = storage.version_token(shard.parquet)
                 runtime["parquet"] = shard.parquet
@@ -102,16 +105,40 @@ class IndexStage(Stage):
         return units
 
     def run(self, unit: Unit) -> Output:
+        if unit.runtime["fault"]:
+            raise WinnowError(unit.runtime["fault"])
         skipped: list[Skipped] = []
         writer = PoolWriter(self.out, unit.name)
         rows, digest, size = (self._copy if unit.runtime["stream"] else self._read)(unit, writer, skipped)
         for row in rows:
             row["uid"] = row["uid"] or derived_uid(digest, row["key"])
-        parquet = read_rows(unit.runtime["parquet"], unit.name, skipped) if "parquet" in unit.runtime else None
-        table = table_of(rows) if parquet is None else join(rows, parquet, unit.name, skipped)
+        table = self._joined(unit, rows, skipped) if "parquet" in unit.runtime else table_of(rows)
         table = without_duplicates(table, unit.name, skipped)
         # The default source is the name of a directory, which may change; the pool's digest is of content alone.
         return writer.view(with_source(table, unit.params["source"]), skipped, bytes=size, content=view_digest(table))
+
+    def expected(self, unit: Unit, whole: Sequence[Record]) -> int:
+        """What the shard's parquet has, else the mean of the other shards."""
+        if "parquet" in unit.runtime and (table := read_rows(unit.runtime["parquet"], unit.name, [])) is not None:
+            return table.num_rows
+        sizes = [record.items + sum(item.get("count", 1) for item in record.skipped) for record in whole]
+        return round(sum(sizes) / len(sizes)) if sizes else 0
+
+    def _joined(self, unit: Unit, rows: list[dict[str, Any]], skipped: list[Skipped]) -> pa.Table:
+        """The rows of a tar with the columns of its parquet. Without these, where it is unreadable, all are skipped."""
+        damage = next((item for item in skipped if item.id == unit.name), None)
+        parquet = read_rows(unit.runtime["parquet"], unit.name, skipped)
+        if parquet is None:
+            skipped[-1] = replace(skipped[-1], count=len(rows))
+            return table_of([])
+        table = join(rows, parquet, unit.name, skipped)
+        if damage is not None:  # it has cost what the parquet alone has
+            lost = [i for i, item in enumerate(skipped) if item.reason.startswith(ONLY_PARQUET)]
+            for i in lost:
+                skipped[i] = replace(skipped[i], reason=damage.reason, detail=damage.detail)
+            at = skipped.index(damage)
+            skipped[at : at + 1] = [] if lost else [replace(damage, count=1)]
+        return table
 
     def _read(self, unit: Unit, writer: PoolWriter, skipped: list[Skipped]) -> tuple[list[dict[str, Any]], str, int]:
         """The rows of a tar that stays where it is, the sha256 of its content, and its size in bytes."""
@@ -136,27 +163,42 @@ class IndexStage(Stage):
         self, file: HashingReader, shard: str, skipped: list[Skipped], everything: bool = False
     ) -> Iterator[tuple[dict[str, Any], dict[str, Member]]]:
         seen: set[str] = set()
+        count = end = 0
+
+        def skip(key: str, reason: str) -> None:
+            skipped.append(Skipped(f"{shard}/{key.encode('utf-8', 'backslashreplace').decode()}", reason))
+
         try:
-            for key, members in tar_samples(file, None if everything else READ):
-                sample_id = f"{shard}/{key.encode('utf-8', 'backslashreplace').decode()}"
+            for key, members in tar_samples(file, None if everything else READ, skip):
+                count, end = count + 1, max(member.offset + member.size for member in members.values())
                 if key in seen:
-                    skipped.append(Skipped(sample_id, "duplicate key in the tar"))
+                    skip(key, "duplicate key in the tar")
                     continue
                 seen.add(key)
                 try:
                     row = row_of(key, members, self.required)
                 except WinnowError as error:
-                    skipped.append(Skipped(sample_id, error.what))
+                    skip(key, error.what)
                     continue
                 yield row, members
         except WinnowError as error:
-            skipped.append(Skipped(shard, error.what, error.do or ""))
+            file.drain()
+            # A cut says nothing of what there was. After other damage the rest has samples of about the same size.
+            rest = 0 if error.what == TRUNCATED or not count else max(1, round(count * (file.count - end) / end))
+            skipped.append(Skipped(shard, error.what, error.do or "", rest))
 
     def finish(self, records: list[Record]) -> Output:
         by_name = {record.unit: record for record in records}
         found = [by_name[name] for name, _, _ in self.shards() if name in by_name]
         dropped = self._duplicates([record.unit for record in found])
-        skipped = [Skipped(f"{name}/row {row}", "duplicated uid") for name, rows in dropped.items() for row in rows]
+        if sum(record.items for record in found) == sum(map(len, dropped.values())):
+            reasons = Counter(item["reason"] for record in found for item in record.skipped)
+            why = f" ({'; '.join(reason for reason, _ in reasons.most_common(3))})" if reasons else ""
+            raise WinnowError(f"holds not one sample that can be used{why}", where=", ".join(self.sources))
+        skipped = []
+        for name, rows in dropped.items():
+            keys = read_parquet(self.url(f"{name}.parquet"), ["key"])["key"]
+            skipped += [Skipped(f"{name}/{keys[row]}", "duplicated uid") for row in rows]
         return Output(skipped=skipped, values={"shards": shard_entries(found, dropped)})
 
     def _duplicates(self, names: list[str]) -> dict[str, list[int]]:

@@ -15,6 +15,7 @@ from winnow.infra.stages.stage import Skipped
 
 # Columns of img2dataset that describe the download, not the sample.
 _DOWNLOAD = {"status", "error_message", "exif"}
+ONLY_PARQUET = "in the parquet but not in the tar"
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -55,7 +56,7 @@ def join(rows: list[dict[str, Any]], parquet: pa.Table, shard: str, skipped: lis
         take.append(at)
     for value in index:
         if f"{shard}/{value}" not in reported:
-            skipped.append(Skipped(f"{shard}/{value}", f"in the parquet but not in the tar (by {by})"))
+            skipped.append(Skipped(f"{shard}/{value}", f"{ONLY_PARQUET} (by {by})"))
     return _with_columns(table_of(kept), parquet.take(pa.array(take, pa.int64())))
 
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.arrays import read_header
+from winnow.infra.pool.layouts import is_ours
 from winnow.infra.stages.stage import LOCATIONS, MANIFEST, RECORDS
 
 # Members of the .npz (DataComp's names): L2-normalised CLIP ViT-L/14 and ViT-B/32 embeddings, float16.
@@ -23,7 +24,7 @@ FEATURES = ("l14_img", "l14_txt", "b32_img", "b32_txt")
 
 def is_metadata(url: str) -> bool:
     """Whether a directory holds parquets, no tars, and is not the output of a stage."""
-    names = storage.list_names(url)
+    names = [name for name in storage.list_names(url) if is_ours(name)]
     if {MANIFEST, LOCATIONS, RECORDS} & set(names) or any(name.endswith(".tar") for name in names):
         return False
     return any(name.endswith(".parquet") for name in names)
@@ -33,7 +34,7 @@ def metadata_files(url: str) -> list[tuple[str, str, str | None, str]]:
     """(stem, parquet URL, npz URL or None, version token) of each parquet in a folder, by name."""
     tokens = storage.list_tokens(url)
     found = []
-    for name in sorted(name for name in tokens if name.endswith(".parquet")):
+    for name in sorted(name for name in tokens if is_ours(name) and name.endswith(".parquet")):
         stem = name.removesuffix(".parquet")
         features = f"{stem}.npz" if f"{stem}.npz" in tokens else None
         token = tokens[name] + (f"+{tokens[features]}" if features else "")

@@ -26,6 +26,7 @@ from winnow.infra.pool.rows import READ, row_of, table_of
 from winnow.infra.pool.uids import decode_uids, derived_uid
 from winnow.infra.pool.views import with_source
 from winnow.infra.pool.writer import PoolWriter, shard_entries, view_digest
+from winnow.infra.stages.counts import mean_samples
 from winnow.infra.stages.stage import Output, Record, Skipped, Stage, Unit
 
 
@@ -121,8 +122,7 @@ class IndexStage(Stage):
         """What the shard's parquet has, else the mean of the other shards."""
         if "parquet" in unit.runtime and (table := read_rows(unit.runtime["parquet"], unit.name, [])) is not None:
             return table.num_rows
-        sizes = [record.items + sum(item.get("count", 1) for item in record.skipped) for record in whole]
-        return round(sum(sizes) / len(sizes)) if sizes else 0
+        return mean_samples(whole)
 
     def _joined(self, unit: Unit, rows: list[dict[str, Any]], skipped: list[Skipped]) -> pa.Table:
         """The rows of a tar with the columns of its parquet. Without these, where it is unreadable, all are skipped."""

@@ -81,7 +81,10 @@ def _below(source: str, folder: str = "") -> list[ShardFiles]:
     if not tars:
         return []
     parquets = {name.removesuffix(".parquet"): storage.join(url, name) for name in names if name.endswith(".parquet")}
-    shards = [ShardFiles(folder + stem, storage.join(url, tars[stem]), parquets.get(stem)) for stem in tars]
+    shards = []
+    for stem, name in tars.items():
+        fault = "" if name.endswith(".tar") else "a compressed tar; shards are plain tars"
+        shards.append(ShardFiles(folder + stem, storage.join(url, name), parquets.get(stem), fault=fault))
     for stem in parquets.keys() - tars.keys():
         tar = storage.join(url, f"{stem}.tar")
         shards.append(ShardFiles(folder + stem, tar, parquets[stem], fault="a parquet without its tar"))

@@ -120,7 +120,7 @@ def test_shards_that_cannot_be_read_are_named_and_counted(tmp_path):
     assert manifest.skipped["reasons"] == {
         "a parquet without its tar.": N,
         "a tar in a directory below the others; give the directory as another source.": N,
-        "compressed; shards are plain tars": N,
+        "a compressed tar; shards are plain tars.": N,
     }
     with pytest.raises(WinnowError, match="30 of 50 skipped"):
         index(tmp_path, 0.5)

@@ -12,15 +12,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.content import HashingReader
 from winnow.infra.io.parquet import read_parquet
 from winnow.infra.io.tar import Member, open_stream, tar_samples
-from winnow.infra.pool.join import join, read_rows, without_duplicates
+from winnow.infra.pool.join import join, read_rows, usable
 from winnow.infra.pool.layouts import ShardFiles, base_url, shard_files, source_names
-from winnow.infra.pool.rows import READ, row_of, table_of
+from winnow.infra.pool.matching import Facts
+from winnow.infra.pool.rows import READ, identity_of, row_of, table_of
 from winnow.infra.pool.uids import decode_uids, derived_uid
 from winnow.infra.pool.views import with_source
 from winnow.infra.pool.writer import PoolWriter, shard_entries, view_digest
@@ -56,7 +58,7 @@ class IndexStage(Stage):
     require: frozenset[str] = frozenset({"image", "text"})
 
     name = "index"
-    version = 4
+    version = 5
     allow_failures = True
     _shards: list[tuple[str, int, ShardFiles]] = field(default_factory=list, repr=False)
 
@@ -104,38 +106,43 @@ class IndexStage(Stage):
     def run(self, unit: Unit) -> Output:
         skipped: list[Skipped] = []
         writer = PoolWriter(self.out, unit.name)
-        rows, digest, size = (self._copy if unit.runtime["stream"] else self._read)(unit, writer, skipped)
-        for row in rows:
-            row["uid"] = row["uid"] or derived_uid(digest, row["key"])
+        unusable: list[Facts] = []
+        rows, digest, size = (self._copy if unit.runtime["stream"] else self._read)(unit, writer, skipped, unusable)
         parquet = read_rows(unit.runtime["parquet"], unit.name, skipped) if "parquet" in unit.runtime else None
-        table = table_of(rows) if parquet is None else join(rows, parquet, unit.name, skipped)
-        table = without_duplicates(table, unit.name, skipped)
+        table = table_of(rows) if parquet is None else join(rows, parquet, unit.name, skipped, unusable)
+        table = usable(_with_uids(table, digest), unit.name, skipped, "text" in self.required)
         # The default source is the name of a directory, which may change; the pool's digest is of content alone.
         return writer.view(with_source(table, unit.params["source"]), skipped, bytes=size, content=view_digest(table))
 
-    def _read(self, unit: Unit, writer: PoolWriter, skipped: list[Skipped]) -> tuple[list[dict[str, Any]], str, int]:
+    def _read(
+        self, unit: Unit, writer: PoolWriter, skipped: list[Skipped], unusable: list[Facts]
+    ) -> tuple[list[dict[str, Any]], str, int]:
         """The rows of a tar that stays where it is, the sha256 of its content, and its size in bytes."""
         with storage.open_read(unit.runtime["tar"]) as raw:
             file = HashingReader(raw)
-            rows = [row for row, _ in self._rows(file, unit.name, skipped)]
+            rows = [row for row, _ in self._rows(file, unit, skipped, unusable)]
             file.drain()
         writer.tars.append([unit.runtime["reference"], file.digest])
         return rows, file.digest, file.count
 
-    def _copy(self, unit: Unit, writer: PoolWriter, skipped: list[Skipped]) -> tuple[list[dict[str, Any]], str, int]:
+    def _copy(
+        self, unit: Unit, writer: PoolWriter, skipped: list[Skipped], unusable: list[Facts]
+    ) -> tuple[list[dict[str, Any]], str, int]:
         """The same for a stream, whose usable samples are copied into a tar of the pool."""
         rows = []
         with writer.tar() as tar, open_stream(unit.runtime["tar"]) as raw:
             file = HashingReader(raw)
-            for row, members in self._rows(file, unit.name, skipped, everything=True):
+            for row, members in self._rows(file, unit, skipped, unusable, everything=True):
                 rows.append(row | tar.add(row["key"], {ext: member.data for ext, member in members.items()}))
             file.drain()
         return rows, file.digest, file.count
 
     def _rows(
-        self, file: HashingReader, shard: str, skipped: list[Skipped], everything: bool = False
+        self, file: HashingReader, unit: Unit, skipped: list[Skipped], unusable: list[Facts], everything: bool = False
     ) -> Iterator[tuple[dict[str, Any], dict[str, Member]]]:
         seen: set[str] = set()
+        shard, parquet = unit.name, "parquet" in unit.runtime
+        require = self.required - {"text"} if parquet else self.required  # a parquet may hold the captions
         try:
             for key, members in tar_samples(file, None if everything else READ):
                 sample_id = f"{shard}/{key.encode('utf-8', 'backslashreplace').decode()}"
@@ -144,9 +151,10 @@ class IndexStage(Stage):
                     continue
                 seen.add(key)
                 try:
-                    row = row_of(key, members, self.required)
+                    row = row_of(key, members, require)
                 except WinnowError as error:
                     skipped.append(Skipped(sample_id, error.what))
+                    unusable.append(identity_of(key, members))
                     continue
                 yield row, members
         except WinnowError as error:
@@ -173,6 +181,15 @@ class IndexStage(Stage):
         for at in sorted(order[1:][ordered[1:] == ordered[:-1]]):
             result.setdefault(names[owner[at]], []).append(int(row[at]))
         return result
+
+
+def _with_uids(table: pa.Table, digest: str) -> pa.Table:
+    """The view with a uid derived from the content of the tar where a sample has none."""
+    if not table["uid"].null_count:
+        return table
+    rows = zip(table["uid"].to_pylist(), table["key"].to_pylist(), strict=True)
+    uids = [derived_uid(digest, key) if uid is None else uid for uid, key in rows]
+    return table.set_column(table.column_names.index("uid"), "uid", pa.array(uids, pa.string()))
 
 
 def _token(tar: str) -> str:

@@ -103,6 +103,8 @@ class _Parquet:
         self._label = _whole(table["label"]) if "label" in names else None
         asked = ("key", *_IDS, "text", *(() if "text" in names else ("caption",)))
         self.words = {name: _words(name, self._table[name]) for name in asked if name in names}
+        self._ids = [(name, self.words[name]) for name in _IDS if name in names]
+        self._text = self.words.get("text")
 
     def value(self, name: str, at: int) -> str | None:
         """A value of `words`; None where the column is missing."""
@@ -137,13 +139,13 @@ class _Parquet:
 
     def difference(self, row: Facts, at: int) -> str | None:
         """Why a sample of the tar and a row are not the same; None if they are."""
-        for name in _IDS:
-            mine, theirs = row.get(name), self.value(name, at)
+        for name, values in self._ids:
+            theirs, mine = values[at], row.get(name)
             if mine and theirs and mine != theirs and (name != "sha256" or mine.lower() != theirs):
                 return f"{name} differs between tar and parquet"
-        mine, theirs = row["text"], self.value("text", at)
-        if mine is not None and theirs is not None and mine != theirs and caption_of(mine) != caption_of(theirs):
-            return "caption differs between tar and parquet"
+        if self._text is not None and (mine := row["text"]) is not None and mine != (theirs := self._text[at]):
+            if theirs is not None and caption_of(mine) != caption_of(theirs):
+                return "caption differs between tar and parquet"
         label = self._label[at] if self._label is not None else None
         return None if label is None or row.get("label", label) == label else "label differs between tar and parquet"
 

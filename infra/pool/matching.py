@@ -52,6 +52,8 @@ class Matching:
     def left_over(self, shard: str, unusable: Collection[Facts]) -> Iterator[Skipped]:
         """The rows of the parquet without a sample, and further rows with the same value, except the rows of samples
         that have been skipped: `unusable`, and those whose value is not unique."""
+        if self.count == len(self._values) and not self._again:
+            return
         used = {self._values[at] for at in self.found if at >= 0} | {self._value(facts) for facts in unusable}
         again, spare = set(self._again), Counter(self._several)
         for at, value in enumerate(self._values):

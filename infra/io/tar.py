@@ -122,7 +122,7 @@ def split_name(path: str) -> tuple[str, str]:
 
 
 def tar_samples(
-    file: Any, keep: Collection[str] | None, skip: Callable[[str, str], None] | None = None
+    file: Any, keep: Collection[str] | None, skip: Callable[[str, str, dict[str, Member]], None] | None = None
 ) -> Iterator[tuple[str, dict[str, Member]]]:
     """The samples of a tar, in order: key and members by extension. What follows the end of the archive is read, too.
 
@@ -130,7 +130,7 @@ def tar_samples(
         file: a binary file object; it is only read forwards.
         keep: extensions whose data is wanted; None for all.
         skip: called with the key of each sample that has a member which cannot be read (a link, a sparse file, more
-            bytes than `max_bytes`), and the reason. Without it, such a sample is an error.
+            bytes than `max_bytes`), the reason, and its members. Without it, such a sample is an error.
 
     Raises:
         WinnowError: the file is damaged or not a tar. Raised after the last complete sample, that is, one after which
@@ -144,7 +144,7 @@ def tar_samples(
         if key is not None and fault is None:
             yield key, members
         elif key is not None and skip is not None:
-            skip(key, str(fault))
+            skip(key, str(fault), members)
         elif key is not None:
             raise WinnowError(str(fault), do=f"It is of the sample {key}. Store the file itself.")
 

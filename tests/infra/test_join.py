@@ -15,7 +15,11 @@ from winnow.infra.pool.pool import Pool
 def test_columns_of_the_parquet_are_kept(tmp_path):
     samples = [sample(i) for i in range(3)]
     for i, item in enumerate(samples):
-        item["row"] |= {"clip_b32_similarity_score": 0.1 * i, "status": "success", "url": f"u{i}"}
+        item["row"] |= {
+            "clip_b32_similarity_score": 0.1 * i,
+            "status": "success",
+            "url": f"https://example.com/{i}.jpg",
+        }
     write_tar(tmp_path / "shards" / "00000.tar", samples)
     failed = {"row": samples[0]["row"] | {"key": "000000009", "uid": uid_of(9), "status": "failed_to_download"}}
     write_parquet(tmp_path / "shards" / "00000.parquet", [*samples, failed])
@@ -24,7 +28,7 @@ def test_columns_of_the_parquet_are_kept(tmp_path):
     table = Pool.open(str(tmp_path / "pool")).shards[0].table()
     assert table["clip_b32_similarity_score"].to_pylist() == pytest.approx([0.0, 0.1, 0.2])
     assert table["original_width"].to_pylist() == [240, 241, 242]
-    assert table["url"].to_pylist() == ["u0", "u1", "u2"]
+    assert table["url"].to_pylist() == [f"https://example.com/{i}.jpg" for i in range(3)]
     assert "status" not in table.column_names
 
 

@@ -86,6 +86,8 @@ class _StrictInfo(tarfile.TarInfo):
         source.depth += 1
         try:
             info = super().fromtarfile(archive)  # calls itself for the headers of long names
+            if info.size < 0:
+                raise ValueError("negative size")
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             source.zeros = source.zeros or source.depth == 1
             raise

@@ -21,6 +21,8 @@ from winnow.infra.stages.stage import LOCATIONS, MANIFEST, RECORDS
 # Members of the .npz (DataComp's names): L2-normalised CLIP ViT-L/14 and ViT-B/32 embeddings, float16.
 FEATURES = ("l14_img", "l14_txt", "b32_img", "b32_txt")
 
+MAX_DIM = 1 << 14
+
 
 def is_metadata(url: str) -> bool:
     """Whether a directory holds parquets, no tars, and is not the output of a stage."""
@@ -60,6 +62,10 @@ def read_feature(url: str, name: str, rows: int) -> pa.FixedSizeListArray:
         if shape[0] != rows:
             raise WinnowError(f"{name} has {shape[0]} rows, the parquet next to it {rows}", where=url)
         count = shape[0] * shape[1]
+        rest = archive.getinfo(f"{name}.npy").file_size - file.tell()
+        if shape[1] > MAX_DIM or rest != count * dtype.itemsize:
+            what = f"{name} is said to be {dtype} of shape {shape}, and {rest:,} bytes follow"
+            raise WinnowError(what, where=url, do=f"It may have {MAX_DIM:,} columns at most.")
         try:
             data = file.read(count * dtype.itemsize)
         except (zipfile.BadZipFile, OSError, EOFError) as error:

@@ -44,6 +44,16 @@ def uids(folder):
     return [uid for shard in Pool.open(str(folder / "pool")).shards for uid in shard.table(["uid"])["uid"].to_pylist()]
 
 
+@pytest.mark.parametrize(("column", "value"), [("original_width", 1 << 40), ("original_height", -1), ("uid", "x")])
+def test_one_absurd_value_costs_its_sample(tmp_path, column, value):
+    samples = [sample(i) for i in range(N)]
+    samples[3]["row"][column] = value
+    write_tar(tmp_path / "shards" / "0.tar", samples)
+    write_parquet(tmp_path / "shards" / "0.parquet", samples)
+    manifest = index(tmp_path)
+    assert manifest.skipped["count"] == 1 and uids(tmp_path) == [uid_of(i) for i in range(N) if i != 3]
+
+
 def header(number, ext="jpg"):
     """Offset of a member's header in the tar that `write_pool` makes."""
     file = io.BytesIO()

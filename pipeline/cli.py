@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.errors import StorageError, UsageError, WinnowError
 from winnow.infra.importing import search_also
 from winnow.infra.io import storage
 from winnow.infra.registry import unknown
@@ -391,7 +391,7 @@ def main() -> None:
     try:
         _refuse_old_options(sys.argv)
         app()
-    except WinnowError as error:
+    except (StorageError, WinnowError) as error:
         if debug:
             traceback.print_exc()
         else:

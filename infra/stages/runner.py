@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.errors import StorageError, UsageError, WinnowError
 from winnow.infra.io import storage
 from winnow.infra.stages.executors import Executor
 from winnow.infra.stages.progress import RunLog, StageProgress, read_note
@@ -211,7 +211,7 @@ def _run_groups(
                 names = [unit.name for unit in groups[result.index]]
                 facts = {"units": ", ".join(names), "error": str(result.error)}
                 progress.log.event(event="failure", stage=progress.label, **facts)
-                if attempts[result.index] <= retries and not isinstance(result.error, WinnowError):
+                if attempts[result.index] <= retries and not isinstance(result.error, (StorageError, WinnowError)):
                     retry.append(result.index)
                 else:
                     failures.update(dict.fromkeys(names, result.error))
@@ -219,12 +219,16 @@ def _run_groups(
 
 
 def _report_failures(stage: Stage, units: list[Unit], failures: dict[str, Exception], log: RunLog) -> None:
-    """Say which units failed. Raises WinnowError where the stage allows no failures, or no unit succeeded."""
+    """Say which units failed. Raises WinnowError where the stage allows no failures, or no unit succeeded, or the
+    storage failed, on which no result may depend."""
     reasons: dict[str, list[str]] = {}
     for name in (lost := [unit.name for unit in units if unit.name in failures]):
         reasons.setdefault(_reason(failures[name]), []).append(name)
     for reason, names in reasons.items():
         log.say(f"{stage.name}: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} failed: {reason}")
+    for error in (failures[name] for name in lost):
+        if isinstance(error, StorageError):
+            raise error
     if not lost or (stage.allow_failures and len(lost) < len(units)):
         return
     first = failures[lost[0]]

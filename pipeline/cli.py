@@ -371,6 +371,21 @@ def doctor(debug: Debug = False) -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+def verify(
+    run: Annotated[str, Argument(help="Directory of a run or of a single command's output.")], debug: Debug = False
+) -> None:
+    """Read every file that a run has recorded, and name each that is damaged. Exit status 1 if one is."""
+    from winnow.infra.stages.verify import verify as read
+
+    count, faults = read(run)
+    for url, fault in faults:
+        typer.echo(f"{url}: {fault}")
+    typer.echo(f"{count:,} files, {len(faults):,} damaged: {run}")
+    if faults:
+        raise typer.Exit(1)
+
+
 STOPPED = "winnow: stopped; what is finished is kept."
 INTERRUPTED = 130  # exit status, as shells have it
 

@@ -59,7 +59,8 @@ class RemoteFile(io.RawIOBase):
     """A file of a remote storage, open for reading. After an error that may pass it is opened again where it was."""
 
     def __init__(self, url: str, open_file: Callable[[], Any]) -> None:
-        self._url, self._open, self._at, self._file = url, open_file, 0, None
+        self._url, self._open, self._at = url, open_file, 0
+        self._file: Any = None
         self._patiently(lambda file: None)
 
     def _patiently(self, use: Callable[[Any], T]) -> T:
@@ -67,15 +68,21 @@ class RemoteFile(io.RawIOBase):
             if self._file is None:
                 self._file = self._open()
                 if self._at:
-                    self._file.seek(self._at)
+                    self._go_on()
             try:
-                result = use(self._file)
+                return use(self._file)
             except Exception:
                 self._file = None
                 raise
-            return result
 
         return patiently(self._url, attempt)
+
+    def _go_on(self) -> None:
+        try:
+            self._file.seek(self._at)
+        except Exception as error:
+            what = f"{self._url}: the connection was lost, and the server cannot go on from the middle of a file."
+            raise StorageError(f"{what} Run again.") from error
 
     def read(self, size: int | None = -1) -> bytes:
         data: bytes = self._patiently(lambda file: file.read(-1 if size is None else size))

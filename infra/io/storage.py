@@ -185,6 +185,13 @@ def _spans(offsets: list[int], sizes: list[int]) -> tuple[list[tuple[int, int]],
     return [(start, end) for start, end in spans], positions
 
 
+def touch(url: str) -> None:
+    """Set the time of a local file's last change to now, where that is allowed."""
+    if is_local(url):
+        with contextlib.suppress(OSError):
+            os.utime(local_path(url))
+
+
 def size_of(url: str) -> int:
     if is_local(url):
         return local_path(url).stat().st_size
@@ -217,7 +224,7 @@ def times(url: str) -> tuple[int, tuple[float, ...]] | None:
         return stat.st_size, (stat.st_mtime_ns, stat.st_ctime_ns)
     if (info := _info(url, fresh=True)) is None:
         return None
-    found = next((info[name] for name in ("LastModified", "mtime", "updated", "created") if info.get(name)), None)
+    found: Any = next((info[name] for name in ("LastModified", "mtime", "updated", "created") if info.get(name)), None)
     return int(info["size"] or 0), (found.timestamp(),) if hasattr(found, "timestamp") else ()
 
 
@@ -237,8 +244,8 @@ def list_tokens(url: str) -> dict[str, str]:
             files = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
         return {name: f"{stat.st_size}-{stat.st_mtime_ns}" for name, stat in files}
     fs, path = _fs(url)
-    entries = patiently(url, lambda: fs.ls(path, detail=True)) if is_dir(url) else []
-    return {name_of(info["name"]): _token(info) for info in entries if info.get("type") == "file"}
+    listed = patiently(url, lambda: fs.ls(path, detail=True)) if is_dir(url) else []
+    return {name_of(info["name"]): _token(info) for info in listed if info.get("type") == "file"}
 
 
 def make_dir(url: str) -> None:

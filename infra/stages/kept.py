@@ -17,8 +17,7 @@ from winnow.infra.io.content import content_digest
 
 MANIFEST, RECORDS = "manifest.json", "units"
 _LEVELS = 4  # folders between a file and the manifest that lists it, at most
-_REMOTE = 60.0  # seconds for which a remote file that was found whole is not asked about again
-_asked: dict[str, float] = {}
+_REMOTE = 60.0  # seconds after which a remote file that was found whole is asked about again
 
 
 class KeptFile(str):
@@ -35,6 +34,7 @@ class KeptFile(str):
     since: str
     size: int
     token: str
+    _whole_until = 0.0
 
     @classmethod
     def written(cls, url: str, facts: Mapping[str, Any], since: str) -> KeptFile:
@@ -57,15 +57,15 @@ class KeptFile(str):
 
     def is_whole(self) -> bool:
         """Whether the file exists and has the recorded content."""
-        url, known = str(self), _asked.get(self)
-        if known is not None and time.monotonic() - known < _REMOTE:
+        url = str(self)
+        if time.monotonic() < self._whole_until:
             return True
         try:
             whole = self.is_untouched() or (self._has_size() and content_digest(url) == self.sha256)
         except FileNotFoundError:
             return False
         if whole and not storage.is_local(url):
-            _asked[url] = time.monotonic()
+            self._whole_until = time.monotonic() + _REMOTE
         return whole
 
     def is_untouched(self) -> bool:

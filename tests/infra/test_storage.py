@@ -141,7 +141,7 @@ def test_two_writers_with_one_process_id_do_not_mix(tmp_path, monkeypatch):
         assert first != second
         first.write_bytes(b"first")
         second.write_bytes(b"second")
-    assert (tmp_path / "file").read_bytes() == b"first" and os.listdir(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"first" and [path.name for path in tmp_path.iterdir()] == ["file"]
     long = str(tmp_path / ("ü" * 127))
     storage.write_bytes(long, b"x")
     assert Path(long).read_bytes() == b"x"
@@ -174,5 +174,5 @@ def test_what_a_killed_run_was_writing_is_swept_by_the_next(tmp_path):
     (other / "locations.json").write_text("{}")
     (other / ".a.txt.123.part").write_bytes(b"being written")
     go(Square((1, 2), str(tmp_path)))
-    assert os.listdir(tmp_path / "deep") == [".mine.part"]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == [".mine.part"]
     assert (other / ".a.txt.123.part").exists()

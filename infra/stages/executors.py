@@ -122,7 +122,7 @@ class RayExecutor:
             else:
                 options |= {"include_dashboard": False, "num_cpus": self.num_cpus}
             try:
-                found = ray.init(**options).address_info.get("session_dir")
+                found = getattr(ray.init(**options), "address_info", {}).get("session_dir")
             except (ConnectionError, RuntimeError, ValueError) as error:
                 do = "If the cluster wants a token, set RAY_AUTH_MODE=token." if address else None
                 where = address or "local Ray"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from winnow.infra.errors import WinnowError
+from winnow.infra.errors import StorageError, WinnowError
 from winnow.infra.io.content import LFS_POINTER, is_lfs_pointer
 
 MAX_HEADER_BYTES = 1 << 20  # with the headers of its long name, its attributes and its sparse map
@@ -18,6 +18,7 @@ MAX_TEXT_BYTES = 4 << 20  # of a .txt, .json or .cls
 MAX_MEMBER_BYTES = 512 << 20  # of another member
 TRUNCATED, BAD_HEADER, TRAILING = "truncated tar", "bad header", "bytes after the end of the archive"
 _DAMAGE = (TRUNCATED, BAD_HEADER, TRAILING)
+_PASSING = (5, 6, 7, 18, 28, 35, 52, 55, 56)  # exit statuses of curl: no connection, or it was lost
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
 
 
@@ -214,6 +215,7 @@ def open_stream(url: str) -> Iterator[Any]:
 
     Raises:
         WinnowError: the command or the server failed; also at the end of the data.
+        StorageError: the connection to the server failed.
     """
     from webdataset.gopen import gopen  # imports torch
 
@@ -223,6 +225,8 @@ def open_stream(url: str) -> Iterator[Any]:
             yield file
     except OSError as error:
         status = getattr(file, "status", None)  # of the command
+        if status in _PASSING and not url.startswith("pipe:"):
+            raise StorageError(f"{url}: the connection failed (curl's exit status {status}). Run again.") from error
         raise WinnowError(f"the stream failed ({f'exit status {status}' if status else error})", where=url) from error
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -248,3 +249,20 @@ def test_a_corrupted_byte_of_a_parquet_is_noticed_or_changes_nothing(offset, bit
         for uid, (text, image, score) in found.items():
             assert (text, image) == samples[uid][:2]
             assert score in (int(uid[16:], 16) / 8, None)  # the headers of pages have no checksum
+
+
+@settings(drawn, max_examples=12)
+@given(st.integers(0, 1 << 20), st.integers(0, 7), st.sampled_from(["0.tar", "0.parquet"]))
+def test_a_byte_that_is_corrupted_after_indexing_is_noticed(offset, bit, file):
+    """The tar that the index left in place, and the view that it wrote."""
+    folder, pool = empty("stale"), empty("stale-pool")
+    shutil.copytree(whole()[0], folder, dirs_exist_ok=True)
+    run(IndexStage((str(folder),), str(pool)))
+    before = read_pool(pool)
+    path = (folder if file == "0.tar" else pool) / file
+    data = bytearray(path.read_bytes())
+    data[offset % len(data)] ^= 1 << bit
+    path.write_bytes(data)
+    with pytest.raises(WinnowError, match=f"{file}: "):
+        read_pool(pool)
+    assert len(before) == N

@@ -1,5 +1,5 @@
-"""Arrow columns: one type for each kind of value; to NumPy and back without pandas, which `pyarrow.array` and `to_numpy`
-import where it is installed."""
+"""Arrow columns: one type for each kind of value; to NumPy and back without pandas, which `pyarrow.array` and
+`to_numpy` import where it is installed."""
 
 from __future__ import annotations
 
@@ -120,6 +120,11 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a plain type is that of strings or bytes."""
+    return pa.types.is_string(kind) or pa.types.is_binary(kind)
+
+
 def plain(table: pa.Table, leave: Collection[str] = ()) -> pa.Table:
     """The table with every column but those in `leave` in its `plain_type`. Values change only where decimals are
     rounded to float64."""
@@ -145,8 +150,10 @@ def concat(tables: Sequence[pa.Table]) -> pa.Table:
 
 
 def _common_type(name: str, first: pa.DataType, second: pa.DataType) -> pa.DataType:
-    if first == second:
+    if first == second or pa.types.is_null(second):
         return first
+    if pa.types.is_null(first):
+        return second
     both = [plain_type(first), plain_type(second)]
     if pa.string() in both and not any(pa.types.is_nested(kind) or pa.types.is_binary(kind) for kind in both):
         return pa.string()
@@ -174,7 +181,9 @@ def _differs(name: str, what: str) -> WinnowError:
 
 def _is_list(kind: pa.DataType) -> bool:
     types = pa.types
-    return any(check(kind) for check in (types.is_list, types.is_large_list, types.is_list_view, types.is_large_list_view))
+    return any(
+        check(kind) for check in (types.is_list, types.is_large_list, types.is_list_view, types.is_large_list_view)
+    )
 
 
 def _plain_column(column: pa.ChunkedArray) -> pa.ChunkedArray:

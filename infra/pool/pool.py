@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
-from winnow.infra.io.arrow import mask_array
+from winnow.infra.io.arrow import concat, mask_array, plain
 from winnow.infra.io.images import EXTENSIONS
 from winnow.infra.io.parquet import open_parquet, unreadable
 from winnow.infra.io.prefetch import prefetch
@@ -21,7 +21,7 @@ from winnow.infra.pool.members import MemberBlock, Members, read_members
 from winnow.infra.pool.metadata import FEATURES, feature_dims, is_metadata, metadata_files, read_feature
 from winnow.infra.pool.sample import Sample
 from winnow.infra.pool.uids import decode_uids
-from winnow.infra.pool.views import HERE, IDENTITY, LOCATION
+from winnow.infra.pool.views import HERE, IDENTITY, LOCATION, SOURCE
 from winnow.infra.stages.stage import need_manifest, read_locations
 
 # Columns that `Shard.samples` needs, to be read with `Shard.table`.
@@ -71,7 +71,7 @@ class Shard:
         return list(self.schema().names)
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Columns in tar order; one that the shard does not have is null. Shape [rows].
+        """Columns in tar order and plain types; one that the shard does not have is null. Shape [rows].
 
         Raises:
             WinnowError: the file cannot be read, or a metadata parquet does not have the column.
@@ -84,6 +84,7 @@ class Shard:
                     table = parquet.read(columns=["uid"], use_threads=False)
             except (pa.ArrowException, OSError) as error:
                 raise unreadable(self.view, error) from error
+        table = plain(table, leave=(SOURCE.name,))
         if missing and not self.tars:
             table = self._with_features(table, missing)
         if self.dropped:
@@ -204,10 +205,8 @@ class Pool:
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One column of the whole pool; for small pools and reports."""
-        chunks = [chunk for _, table in self.tables([name]) for chunk in table[name].chunks]
-        kinds = {chunk.type for chunk in chunks if not pa.types.is_null(chunk.type)}
-        kind = kinds.pop() if kinds else pa.null()
-        return pa.chunked_array([chunk.cast(kind) for chunk in chunks], type=kind)
+        tables = [table for _, table in self.tables([name])]
+        return concat(tables)[name] if tables else pa.chunked_array([], pa.null())
 
     def uids(self) -> np.ndarray:
         """dtype u8,u8, shape [n], in pool order."""

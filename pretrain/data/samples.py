@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
-from winnow.infra.io.arrow import int_values, mask_array, number_array
+from winnow.infra.io.arrow import concat, int_values, mask_array, number_array
 from winnow.infra.io.parquet import open_parquet
 from winnow.infra.pool.pool import SAMPLE, Pool, Shard
 from winnow.infra.pool.sample import Sample
@@ -57,7 +57,7 @@ class Samples:
             self._add(url, selected, measured if not self.sizes else None, parts)
         tables, uids, rows = zip(*parts, strict=True)
         self._uids, self._row = np.concatenate(uids), np.concatenate(rows)
-        whole = pa.concat_tables(tables, promote_options="permissive")
+        whole = concat(tables)
         # Arrays, because a table's `take` starts threads, which the loader's forked processes cannot.
         self._values = {name: whole[name].combine_chunks() for name in whole.column_names}
         self._shard = Shard("", pool, tuple(self._tars), whole.num_rows, "")  # all sources' samples as one

@@ -20,7 +20,7 @@ from winnow.infra.io.storage import digest_json
 from winnow.infra.pool.members import MemberBlock, Members, read_members
 from winnow.infra.pool.metadata import FEATURES, feature_dims, is_metadata, metadata_files, read_feature
 from winnow.infra.pool.sample import Sample
-from winnow.infra.pool.uids import decode_uids
+from winnow.infra.pool.uids import decode_uids, uid_column
 from winnow.infra.pool.views import HERE, IDENTITY, LOCATION, SOURCE
 from winnow.infra.stages.stage import need_manifest, read_locations
 
@@ -84,7 +84,7 @@ class Shard:
                     table = parquet.read(columns=["uid"], use_threads=False)
             except (pa.ArrowException, OSError) as error:
                 raise unreadable(self.view, error) from error
-        table = plain(table, leave=(SOURCE.name,))
+        table = self._plain(table)
         if missing and not self.tars:
             table = self._with_features(table, missing)
         if self.dropped:
@@ -95,6 +95,18 @@ class Shard:
             for name in set(columns) - set(table.column_names):
                 table = table.append_column(name, pa.nulls(table.num_rows, _type_of(name)))
             table = table.select(columns)
+        return table
+
+    def _plain(self, table: pa.Table) -> pa.Table:
+        """The table in plain types. Writers that do not mark strings as such leave uids and captions as bytes."""
+        table = plain(table, leave=(SOURCE.name,))
+        for i, item in enumerate(table.schema):
+            if item.name in ("uid", "text") and pa.types.is_binary(item.type):
+                try:
+                    values = uid_column(decode_uids(table[i])) if item.name == "uid" else table[i].cast(pa.string())
+                except pa.ArrowInvalid:
+                    raise WinnowError("has captions that are not UTF-8", where=self.view) from None
+                table = table.set_column(i, item.name, values)
         return table
 
     def _with_features(self, table: pa.Table, names: Iterable[str]) -> pa.Table:

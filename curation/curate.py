@@ -6,8 +6,9 @@ import contextlib
 import io
 import time
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from winnow.curation.algebra.fit import columns_of, fit_tree
 from winnow.curation.algebra.funnel import NodeDecision, TreeEvaluator
 from winnow.curation.algebra.nodes import Node
 from winnow.curation.algebra.parse import fingerprint, unparse
+from winnow.curation.columns.damaged import lost_samples, without_damaged
 from winnow.curation.columns.table import State, View
 from winnow.curation.filters.base import Filter
 from winnow.infra.errors import UsageError, WinnowError
@@ -85,20 +87,27 @@ class CurateStage(Stage):
         view = self._view()
         units = []
         for name, node in self.subsets:
-            view.check(columns_of(node))
+            without_damaged(view, columns_of(node), partial(_check, node, columns_of(node)), read=False)
             inputs = {"columns": view.digest(columns_of(node))}
             wanted = [(view.target(name), item.target_columns()) for item in node.filters() for name in item.targets()]
             for number, (target, columns) in enumerate(wanted):
                 target.check(columns)
                 inputs[f"target{number}"] = target.digest(columns)
-            for item in node.filters():
-                item.check(view)
             params, items = {"tree": fingerprint(node)}, len(view) if view.pool.counted else 0
             units.append(Unit(name or "subset", inputs, params, {"subset": name}, items=items))
         return units
 
+    def reads(self, unit: Unit) -> str:
+        return "pool"
+
     def run(self, unit: Unit) -> Output:
-        prefix, view = unit.runtime["subset"], self._view()
+        view, subset = self._view(), unit.runtime["subset"]
+        columns = ("uid", *columns_of(dict(self.subsets)[subset]))
+        output, faults = without_damaged(view, columns, partial(self._curate, subset))
+        output.skipped = lost_samples(view, faults)
+        return output
+
+    def _curate(self, prefix: str, view: View) -> Output:
         node = dict(self.subsets)[prefix]
         names = [storage.join(prefix, name).lstrip("/") for name in ("subset.npy", "funnel.json", "reasons.parquet")]
         files = names if self.reasons else names[:2]
@@ -204,9 +213,14 @@ def check_trees(source: MeasuredPool, nodes: Iterable[Node], targets: Mapping[st
     pool = Pool.open(source.pool)
     view = View(pool, None, {name: source.view() for name, source in (targets or {}).items()})
     for node in nodes:
-        view.check([column for column in columns_of(node) if view.knows(column)])
-        for item in node.filters():
-            item.check(view)
+        columns = [column for column in columns_of(node) if view.knows(column)]
+        without_damaged(view, columns, partial(_check, node, columns), read=False)
+
+
+def _check(node: Node, columns: Sequence[str], view: View) -> None:
+    view.check(columns)
+    for item in node.filters():
+        item.check(view)
 
 
 def check_uid(uid: str) -> np.void:

@@ -105,7 +105,7 @@ class View:
 
     def digest(self, columns: Sequence[str]) -> str:
         """Digest of the pool and the named columns. It does not depend on other columns."""
-        parts = {"pool": self.pool.digest}
+        parts = {"pool": digest_json([self.pool.digest, self.pool.lost]) if self.pool.lost else self.pool.digest}
         if self.columns_url is not None:
             manifest = need_manifest(self.columns_url, "columns")
             for measure in sorted({name for column in columns if (name := measure_of(column))}):

@@ -86,6 +86,8 @@ class _StrictInfo(tarfile.TarInfo):
         source.depth += 1
         try:
             info = super().fromtarfile(archive)  # calls itself for the headers of long names
+            if info.size < 0:
+                raise ValueError("negative size")
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             source.zeros = source.zeros or source.depth == 1
             raise
@@ -122,7 +124,7 @@ def split_name(path: str) -> tuple[str, str]:
 
 
 def tar_samples(
-    file: Any, keep: Collection[str] | None, skip: Callable[[str, str], None] | None = None
+    file: Any, keep: Collection[str] | None, skip: Callable[[str, str, dict[str, Member]], None] | None = None
 ) -> Iterator[tuple[str, dict[str, Member]]]:
     """The samples of a tar, in order: key and members by extension. What follows the end of the archive is read, too.
 
@@ -130,7 +132,7 @@ def tar_samples(
         file: a binary file object; it is only read forwards.
         keep: extensions whose data is wanted; None for all.
         skip: called with the key of each sample that has a member which cannot be read (a link, a sparse file, more
-            bytes than `max_bytes`), and the reason. Without it, such a sample is an error.
+            bytes than `max_bytes`), the reason, and its members. Without it, such a sample is an error.
 
     Raises:
         WinnowError: the file is damaged or not a tar. Raised after the last complete sample, that is, one after which
@@ -144,9 +146,9 @@ def tar_samples(
         if key is not None and fault is None:
             yield key, members
         elif key is not None and skip is not None:
-            skip(key, str(fault))
+            skip(key, str(fault), members)
         elif key is not None:
-            raise WinnowError(str(fault), where=f"sample {key}", do="Store the file itself, and not too large.")
+            raise WinnowError(str(fault), do=f"It is of the sample {key}. Store the file itself.")
 
     source = _Source(file)
     info_class = type("_Info", (_StrictInfo,), {"source": source})
@@ -167,9 +169,11 @@ def tar_samples(
                 data = _data(tar, info) if read and not why else b""
                 members[ext] = Member(ext, info.offset_data, info.size, data)
     except tarfile.TarError as error:
-        fault = source.at_start() or (error.reason if isinstance(error, _Fault) else _reason(error))
+        reason = source.at_start() or (error.reason if isinstance(error, _Fault) else _reason(error))
+        if reason == TRAILING:
+            yield from whole()
         detail = error.detail if isinstance(error, _Fault) else error
-        raise WinnowError(fault, do=f"({detail})" if fault in _DAMAGE else None) from error
+        raise WinnowError(reason, do=f"({detail})" if reason in _DAMAGE else None) from error
     yield from whole()
 
 

@@ -7,8 +7,9 @@ next to it; or bare tars in webdataset's convention, where `KEY.cls` becomes the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,15 @@ from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.content import HashingReader
 from winnow.infra.io.parquet import read_parquet
-from winnow.infra.io.tar import Member, open_stream, tar_samples
-from winnow.infra.pool.join import join, read_rows, usable
+from winnow.infra.io.tar import TRUNCATED, Member, open_stream, tar_samples
+from winnow.infra.pool.join import ONLY_PARQUET, join, read_rows, usable
 from winnow.infra.pool.layouts import ShardFiles, base_url, shard_files, source_names
 from winnow.infra.pool.matching import Facts
 from winnow.infra.pool.rows import READ, identity_of, row_of, table_of
 from winnow.infra.pool.uids import decode_uids, derived_uid
 from winnow.infra.pool.views import with_source
 from winnow.infra.pool.writer import PoolWriter, shard_entries, view_digest
+from winnow.infra.stages.counts import mean_samples
 from winnow.infra.stages.stage import Output, Record, Skipped, Stage, Unit
 
 
@@ -58,7 +60,7 @@ class IndexStage(Stage):
     require: frozenset[str] = frozenset({"image", "text"})
 
     name = "index"
-    version = 5
+    version = 5  # 5: what cannot be read is counted; archives that follow one another are read as one
     allow_failures = True
     _shards: list[tuple[str, int, ShardFiles]] = field(default_factory=list, repr=False)
 
@@ -97,6 +99,7 @@ class IndexStage(Stage):
         for name, i, shard in self.shards():
             inputs, reference = {"tar": _token(shard.tar)}, f"pool{i}/{shard.name}.tar"
             runtime: dict[str, Any] = {"tar": shard.tar, "reference": reference, "stream": shard.stream}
+            runtime["fault"] = shard.fault
             if shard.parquet:
                 inputs["parquet"] = storage.version_token(shard.parquet)
                 runtime["parquet"] = shard.parquet
@@ -104,15 +107,40 @@ class IndexStage(Stage):
         return units
 
     def run(self, unit: Unit) -> Output:
+        if unit.runtime["fault"]:
+            raise WinnowError(unit.runtime["fault"])
         skipped: list[Skipped] = []
         writer = PoolWriter(self.out, unit.name)
         unusable: list[Facts] = []
         rows, digest, size = (self._copy if unit.runtime["stream"] else self._read)(unit, writer, skipped, unusable)
-        parquet = read_rows(unit.runtime["parquet"], unit.name, skipped) if "parquet" in unit.runtime else None
-        table = table_of(rows) if parquet is None else join(rows, parquet, unit.name, skipped, unusable)
+        table = self._joined(unit, rows, skipped, unusable) if "parquet" in unit.runtime else table_of(rows)
         table = usable(_with_uids(table, digest), unit.name, skipped, "text" in self.required)
         # The default source is the name of a directory, which may change; the pool's digest is of content alone.
         return writer.view(with_source(table, unit.params["source"]), skipped, bytes=size, content=view_digest(table))
+
+    def expected(self, unit: Unit, whole: Sequence[Record]) -> int:
+        """What the shard's parquet has, else the mean of the other shards."""
+        if "parquet" in unit.runtime and (table := read_rows(unit.runtime["parquet"], unit.name, [])) is not None:
+            return table.num_rows
+        return mean_samples(whole)
+
+    def _joined(
+        self, unit: Unit, rows: list[dict[str, Any]], skipped: list[Skipped], unusable: list[Facts]
+    ) -> pa.Table:
+        """The rows of a tar with the columns of its parquet. Without these, where it is unreadable, all are skipped."""
+        damage = next((item for item in skipped if item.id == unit.name), None)
+        parquet = read_rows(unit.runtime["parquet"], unit.name, skipped)
+        if parquet is None:
+            skipped[-1] = replace(skipped[-1], count=len(rows))
+            return table_of([])
+        table = join(rows, parquet, unit.name, skipped, unusable)
+        if damage is not None:  # it has cost what the parquet alone has
+            lost = [i for i, item in enumerate(skipped) if item.reason.startswith(ONLY_PARQUET)]
+            for i in lost:
+                skipped[i] = replace(skipped[i], reason=damage.reason, detail=damage.detail)
+            at = skipped.index(damage)
+            skipped[at : at + 1] = [] if lost else [replace(damage, count=1)]
+        return table
 
     def _read(
         self, unit: Unit, writer: PoolWriter, skipped: list[Skipped], unusable: list[Facts]
@@ -143,28 +171,46 @@ class IndexStage(Stage):
         seen: set[str] = set()
         shard, parquet = unit.name, "parquet" in unit.runtime
         require = self.required - {"text"} if parquet else self.required  # a parquet may hold the captions
+        count = end = 0
+
+        def skip(key: str, reason: str) -> None:
+            skipped.append(Skipped(f"{shard}/{key.encode('utf-8', 'backslashreplace').decode()}", reason))
+
+        def fault(key: str, reason: str, members: dict[str, Member]) -> None:
+            skip(key, reason)
+            unusable.append(identity_of(key, members))
+
         try:
-            for key, members in tar_samples(file, None if everything else READ):
-                sample_id = f"{shard}/{key.encode('utf-8', 'backslashreplace').decode()}"
+            for key, members in tar_samples(file, None if everything else READ, fault):
+                count, end = count + 1, max(member.offset + member.size for member in members.values())
                 if key in seen:
-                    skipped.append(Skipped(sample_id, "duplicate key in the tar"))
+                    skip(key, "duplicate key in the tar")
                     continue
                 seen.add(key)
                 try:
                     row = row_of(key, members, require)
                 except WinnowError as error:
-                    skipped.append(Skipped(sample_id, error.what))
-                    unusable.append(identity_of(key, members))
+                    fault(key, error.what, members)
                     continue
                 yield row, members
         except WinnowError as error:
-            skipped.append(Skipped(shard, error.what, error.do or ""))
+            file.drain()
+            # A cut says nothing of what there was. After other damage the rest has samples of about the same size.
+            rest = 0 if error.what == TRUNCATED or not count else max(1, round(count * (file.count - end) / end))
+            skipped.append(Skipped(shard, error.what, error.do or "", rest))
 
     def finish(self, records: list[Record]) -> Output:
         by_name = {record.unit: record for record in records}
         found = [by_name[name] for name, _, _ in self.shards() if name in by_name]
         dropped = self._duplicates([record.unit for record in found])
-        skipped = [Skipped(f"{name}/row {row}", "duplicated uid") for name, rows in dropped.items() for row in rows]
+        if sum(record.items for record in found) == sum(map(len, dropped.values())):
+            reasons = Counter(item["reason"] for record in found for item in record.skipped)
+            why = f" ({'; '.join(reason for reason, _ in reasons.most_common(3))})" if reasons else ""
+            raise WinnowError(f"holds not one sample that can be used{why}", where=", ".join(self.sources))
+        skipped = []
+        for name, rows in dropped.items():
+            keys = read_parquet(self.url(f"{name}.parquet"), ["key"])["key"]
+            skipped += [Skipped(f"{name}/{keys[row]}", "duplicated uid") for row in rows]
         return Output(skipped=skipped, values={"shards": shard_entries(found, dropped)})
 
     def _duplicates(self, names: list[str]) -> dict[str, list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -169,11 +169,13 @@ class Pool:
         url: the directory.
         shards: in order.
         digest: of all shards' content; the pool's path is not part of it.
+        lost: names of shards that belong to it and cannot be read.
     """
 
     url: str
     shards: tuple[Shard, ...]
     digest: str
+    lost: tuple[str, ...] = ()
 
     @staticmethod
     def open(url: str) -> Pool:
@@ -194,6 +196,10 @@ class Pool:
                 view, dropped = storage.join(url, entry["view"]), tuple(entry.get("dropped", ()))
                 shards.append(Shard(entry["name"], view, tars, entry["rows"], entry["digest"], dropped))
         return Pool(url, tuple(shards), digest_json([[shard.name, shard.digest] for shard in shards]))
+
+    def without(self, lost: Collection[str]) -> Pool:
+        """The pool without the named shards, which cannot be read."""
+        return replace(self, shards=tuple(shard for shard in self.shards if shard.name not in lost), lost=tuple(lost))
 
     def __len__(self) -> int:
         return sum(prefetch(lambda shard: shard.rows, self.shards))

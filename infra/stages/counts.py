@@ -61,3 +61,9 @@ def _resolved(stage: Stage, unit: Unit, record: Record, whole: Sequence[Record])
 
 def _count(item: Mapping[str, Any]) -> int:
     return int(item.get("count", 1))
+
+
+def mean_samples(records: Sequence[Record]) -> int:
+    """How many samples units had on average, those that they skipped included."""
+    sizes = [record.items + sum(map(_count, record.skipped)) for record in records]
+    return round(sum(sizes) / len(sizes)) if sizes else 0

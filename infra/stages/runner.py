@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
@@ -44,13 +46,17 @@ class Budget:
         if not self.max_skipped >= 0:
             raise UsageError(f"max_skipped cannot be {self.max_skipped:g}", do="Give a fraction or a number.")
 
-    def check(self, reasons: Counter[str], items: int, where: str) -> None:
-        """Raises WinnowError when too much was skipped: numbers by reason, against items that were not skipped."""
+    def check(self, reasons: Counter[str], items: int, where: str, skipped: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Raises WinnowError when too much was skipped: numbers by reason, against items that were not skipped. One of
+        `skipped` is named."""
         count, total = reasons.total(), items + reasons.total()
         limit = self.max_skipped * total if self.max_skipped < 1 else self.max_skipped
         if count > limit:
-            listed = ", ".join(f"{reason}: {n}" for reason, n in reasons.most_common(5))
-            what = f"{count} of {total} skipped, the budget is {self} ({listed})"
+            most = reasons.most_common(5)
+            first = next((item for item in skipped if item["reason"] == most[0][0]), None)
+            listed = ", ".join(f"{reason}: {n}" for reason, n in most)
+            example = f"; the first is {first['id']}. {first['detail']}".rstrip(". ") if first else ""
+            what = f"{count} of {total} skipped, the budget is {self} ({listed}){example}"
             raise WinnowError(what, where=where, do="Fix the input, or raise max_skipped.")
 
     def __str__(self) -> str:
@@ -93,7 +99,8 @@ def execute(
         _write_locations(stage)
         if not todo and previous is not None and previous.key == key and _whole(stage, previous, done):
             skipped = Counter(previous.skipped["reasons"])
-            budget.check(skipped, count_samples(stage, units, done, {}).total - skipped.total(), label)
+            total = count_samples(stage, units, done, {}).total
+            budget.check(skipped, total - skipped.total(), label, previous.skipped["samples"])
             log.event(event="unchanged", stage=label, units=len(units))
             log.say(f"{label:<24} unchanged ({len(units)} units)")
             return previous
@@ -135,14 +142,14 @@ def _finish(
     lost = {unit.name: _reason(failures[unit.name]) for unit in units if unit.name in failures}
     counts = count_samples(stage, units, done, lost)
     skipped, reasons = counts.skipped, counts.reasons
-    budget.check(reasons, counts.total - reasons.total(), label)
+    budget.check(reasons, counts.total - reasons.total(), label, skipped)
     storage.remove(stage.url(MANIFEST))
     finished = stage.finish(records)
     files = {path: facts for record in records for path, facts in record.files.items()}
     files |= describe_files(stage, finished.files)
     skipped += [item.as_json() for item in finished.skipped]
     reasons.update(item.reason for item in finished.skipped)
-    budget.check(reasons, counts.total - reasons.total(), label)
+    budget.check(reasons, counts.total - reasons.total(), label, skipped)
     remove_stale(stage, units, files)
     manifest = Manifest(
         stage=stage.name,

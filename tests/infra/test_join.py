@@ -68,12 +68,12 @@ def test_parquet_joined_by_uid_and_by_order(tmp_path):
     assert Pool.open(str(tmp_path / "pool2")).shards[0].table()["uid"].to_pylist() == [uid_of(i) for i in range(4)]
 
 
-def test_unreadable_parquet_leaves_the_tar(tmp_path):
-    write_pool(tmp_path / "shards", shards=1, per_shard=3)
+def test_unreadable_parquet_costs_the_samples_of_its_shard(tmp_path):
+    write_pool(tmp_path / "shards", shards=2, per_shard=3)
     (tmp_path / "shards" / "00000.parquet").write_bytes(b"PAR1 nonsense")
     manifest = index(tmp_path / "shards", tmp_path / "pool")
-    assert reasons(manifest) == {"unreadable parquet": 1}
-    assert len(Pool.open(str(tmp_path / "pool"))) == 3
+    assert reasons(manifest) == {"unreadable parquet": 3}
+    assert [shard.rows for shard in Pool.open(str(tmp_path / "pool")).shards] == [0, 3]
 
 
 @pytest.mark.parametrize("column", ["url", "sha256"])

@@ -63,7 +63,7 @@ class CurateStage(Stage):
     reasons: bool = True
 
     name = "curate"
-    version = 3  # 3: infinite scores and embeddings never pass
+    version = 4  # 4: samples without a value do not pass `not`, nor embeddings of zeros any filter
     keep_stale = True
     run_on_driver = True
 
@@ -147,7 +147,7 @@ class CurateStage(Stage):
 
     def _fit(self, item: Filter, view: View) -> State:
         """The state of a filter, from the file of an earlier subset if it was fitted to the same columns there."""
-        inputs = {"columns": view.digest(item.columns()), "filter": fingerprint(item)}
+        inputs = {"columns": view.digest(item.columns()), "filter": fingerprint(item), "version": self.version}
         for number, target in enumerate(item.targets()):
             inputs[f"target{number}"] = view.target(target).digest(item.target_columns())
         url = self.url("fits", f"{digest_json(inputs)[:32]}.npz")

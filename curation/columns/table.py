@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from winnow.curation.measures import MEASURES
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
+from winnow.infra.io.arrays import check_unit, usable_rows
 from winnow.infra.io.arrow import as_matrix, float_values, null_mask
 from winnow.infra.io.parquet import open_parquet, unreadable
 from winnow.infra.io.prefetch import prefetch
@@ -135,7 +137,7 @@ class View:
             if measure := measure_of(column):
                 by_measure.setdefault(measure, []).append(column.removeprefix(f"{measure}."))
         if not by_measure:
-            return shard.table(columns)
+            return with_fixed_lists(shard.table(columns))
         local = [column for column in columns if measure_of(column) is None]
         arrays = dict(zip(local, shard.table(local).columns, strict=True)) if local else {}
         for measure, fields in by_measure.items():
@@ -150,7 +152,7 @@ class View:
                 what = f"measure {measure} has {table.num_rows} rows, the shard {shard.rows}"
                 raise WinnowError(what, where=url, do="Remove that directory and measure again.")
             arrays.update({f"{measure}.{name}": table[name] for name in fields})
-        return pa.table({column: arrays[column] for column in columns})
+        return with_fixed_lists(pa.table({column: arrays[column] for column in columns}))
 
     def target(self, name: str) -> View:
         """The view of a target set. Raises WinnowError when it was not measured."""
@@ -160,26 +162,54 @@ class View:
 
 
 def missing(table: pa.Table, columns: Sequence[str]) -> np.ndarray:
-    """Rows in which one of the columns is null, NaN or infinite, or an embedding with such an element; bool [n]."""
+    """Rows in which one of the columns is null, NaN or infinite, or an embedding with such an element or all 0; bool
+    [n]."""
     result = np.zeros(table.num_rows, dtype=bool)
     for column in columns:
         values = table[column]
         if pa.types.is_floating(values.type):
             result |= ~np.isfinite(float_values(values))
-        elif pa.types.is_fixed_size_list(values.type):
-            result |= ~finite_matrix(values)[1]
+        elif pa.types.is_fixed_size_list(values.type) and pa.types.is_floating(values.type.value_type):
+            matrix, present = as_matrix(values)
+            result |= ~(present & usable_rows(matrix))
         elif values.null_count:
             result |= null_mask(values)
     return result
 
 
-def finite_matrix(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings of a column, shape [n, dim], and which of them are there and finite, bool [n]; the others are 0."""
-    matrix, present = as_matrix(column)
-    usable = present & np.isfinite(matrix).all(axis=1)
+def embeddings(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """The L2-normalised embeddings of a column, float, shape [n, d], and which rows have one (`missing`), bool [n]. The
+    others are 0; d is 0 where the column is null in the whole table.
+
+    Raises:
+        WinnowError: the column holds no embeddings of one dimension, or they are not L2-normalised.
+    """
+    values = table[column]
+    if pa.types.is_null(values.type):
+        return np.zeros((len(values), 0), np.float16), np.zeros(len(values), dtype=bool)
+    if not pa.types.is_fixed_size_list(values.type) or not pa.types.is_floating(values.type.value_type):
+        raise WinnowError(f'column "{column}" has the type {values.type}, and embeddings are floats, equally many each')
+    matrix, usable = as_matrix(values)
+    usable &= usable_rows(matrix)
+    if column not in FEATURES:  # which are checked as they are read
+        check_unit(matrix, usable, f'column "{column}"')
     return (matrix if usable.all() else np.where(usable[:, None], matrix, matrix.dtype.type(0))), usable
 
 
 def numbers(column: pa.ChunkedArray) -> np.ndarray:
-    """A numeric column as float64 with null as NaN, shape [n]."""
-    return column.to_numpy().astype(np.float64)
+    """A numeric column as float64 with NaN for null and infinite values, shape [n]."""
+    values = column.to_numpy().astype(np.float64)
+    return np.where(np.isinf(values), np.nan, values)
+
+
+def with_fixed_lists(table: pa.Table) -> pa.Table:
+    """The table with columns of lists of floats, where all lists of a column have one length, as lists of fixed size."""
+    for i, field in enumerate(table.schema):
+        kind = field.type
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_floating(kind.value_type):
+            continue
+        sizes = pc.unique(pc.drop_null(pc.list_value_length(table[i])))
+        if len(sizes) < 2:
+            fixed = pa.list_(kind.value_type, sizes[0].as_py()) if len(sizes) else None
+            table = table.set_column(i, field.name, table[i].cast(fixed) if fixed else pa.nulls(table.num_rows))
+    return table

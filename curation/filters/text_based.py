@@ -31,8 +31,7 @@ class TextBased(Filter):
     def columns(self) -> tuple[str, ...]:
         return ("entity.in21k", *(("language.code",) if self.language is not None else ()))
 
-    def numeric(self) -> tuple[str, ...]:
-        return ("entity.in21k",)
+    numeric = columns
 
     def mask(self, batch: pa.Table, state: State) -> np.ndarray:
         mask = pc.fill_null(batch["entity.in21k"], False)

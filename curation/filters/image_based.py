@@ -169,7 +169,7 @@ class ImageBased(Filter):
         return hit_report(state)
 
     def _caption(self, batch: pa.Table) -> np.ndarray:
-        text = batch["text"]
+        text = batch["text"] if batch["text"].null_count < len(batch) else pa.nulls(len(batch), pa.string())
         mask = pc.and_(
             pc.greater_equal(tokens(text), self.min_tokens), pc.greater_equal(pc.utf8_length(text), self.min_characters)
         )

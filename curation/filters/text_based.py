@@ -34,7 +34,7 @@ class TextBased(Filter):
     numeric = columns
 
     def mask(self, batch: pa.Table, state: State) -> np.ndarray:
-        mask = pc.fill_null(batch["entity.in21k"], False)
+        mask = pc.fill_null(pc.equal(batch["entity.in21k"], True), False)
         if self.language is not None:
             mask = pc.and_(mask, pc.fill_null(pc.equal(batch["language.code"], self.language), False))
         return mask.to_numpy()

@@ -72,9 +72,9 @@ class NodeDecision:
 class TreeEvaluator:
     """Applies a fitted tree batch by batch and counts. `states` are in the order of `node.filters()`.
 
-    A sample without a finite value in a column that a filter needs is dropped by the filter, and by `not` of it. This is
-    the three-valued logic of SQL (Kleene 1952): the filter and its `not` are unknown; `all` is unknown unless another
-    member drops the sample, `any` unless another keeps it; and what is unknown is dropped.
+    A sample without a finite value in a column that a filter needs is dropped by the filter, and by `not` of it. This
+    is the three-valued logic of SQL (Kleene 1952): the filter and its `not` are unknown; `all` is unknown unless
+    another member drops the sample, `any` unless another keeps it; and what is unknown is dropped.
     """
 
     def __init__(self, node: Node, states: Sequence[State]) -> None:

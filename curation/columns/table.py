@@ -203,13 +203,12 @@ def numbers(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def with_fixed_lists(table: pa.Table) -> pa.Table:
-    """The table with columns of lists of floats, where all lists of a column have one length, as lists of fixed size."""
-    for i, field in enumerate(table.schema):
-        kind = field.type
+    """The table with its columns of lists of floats, if all lists of the column have one length, of fixed size."""
+    for i, (name, kind) in enumerate(zip(table.schema.names, table.schema.types, strict=True)):
         if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_floating(kind.value_type):
             continue
         sizes = pc.unique(pc.drop_null(pc.list_value_length(table[i])))
         if len(sizes) < 2:
             fixed = pa.list_(kind.value_type, sizes[0].as_py()) if len(sizes) else None
-            table = table.set_column(i, field.name, table[i].cast(fixed) if fixed else pa.nulls(table.num_rows))
+            table = table.set_column(i, name, table[i].cast(fixed) if fixed else pa.nulls(table.num_rows))
     return table

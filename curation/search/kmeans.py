@@ -47,9 +47,9 @@ def sample_vectors(view: View, column: str, clusters: int, sample: int | None, s
     found, start = [], 0
     for batch in view.batches((column,)):
         taken = batch
-        if rows is None and (dim := embeddings(batch.slice(0, 1), column)[0].shape[1]):
-            if (size := sample_size(clusters, dim, sample)) < n:
-                rows = np.sort(np.random.default_rng(seed).choice(n, size, replace=False, shuffle=False))
+        dim = embeddings(batch.slice(0, 1), column)[0].shape[1]
+        if rows is None and dim and (size := sample_size(clusters, dim, sample)) < n:
+            rows = np.sort(np.random.default_rng(seed).choice(n, size, replace=False, shuffle=False))
         if rows is not None:
             low, high = np.searchsorted(rows, (start, start + batch.num_rows))
             taken = batch.take(pa.array(rows[low:high] - start))

@@ -86,5 +86,6 @@ def check_unit(matrix: np.ndarray, usable: np.ndarray, what: str, where: str | N
             np.einsum("nd,nd->n", block, block, out=squared[rows])
     norm = np.sqrt(squared[usable])
     if wrong := int(np.count_nonzero(np.abs(norm - 1) > _TOLERANCE)):
-        found = f"{wrong:,} of {len(norm):,} embeddings are not L2-normalised (norms {norm.min():.3g} to {norm.max():.3g})"
-        raise WinnowError(f"{what}: {found}", where=where, do="Divide each embedding by its L2 norm.")
+        norms = f"norms {norm.min():.3g} to {norm.max():.3g}"
+        found = f"{what}: {wrong:,} of {len(norm):,} embeddings are not L2-normalised ({norms})"
+        raise WinnowError(found, where=where, do="Divide each embedding by its L2 norm.")

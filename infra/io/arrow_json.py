@@ -46,6 +46,14 @@ def json_object(data: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def json_bytes(value: Any) -> bytes:
+    """A value of `json_rows` or `json_object` as the content of a file."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can escape
+        return json.dumps(value, allow_nan=False).encode()
+
+
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 

@@ -13,7 +13,7 @@ from winnow.infra.io.arrow import int_values, mask_array, number_array
 from winnow.infra.io.parquet import open_parquet
 from winnow.infra.pool.pool import SAMPLE, Pool, Shard
 from winnow.infra.pool.sample import Sample
-from winnow.infra.pool.uids import encode_uids, load_subset, uid_column
+from winnow.infra.pool.uids import distinct_uids, encode_uids, load_subset, times_listed, uid_column
 from winnow.infra.stages.stage import need_manifest
 from winnow.pretrain.data.order import Order
 from winnow.pretrain.sections import SourceConfig
@@ -66,14 +66,14 @@ class Samples:
         self, url: str, subset: str | None, measured: str | None, parts: list[tuple[pa.Table, np.ndarray, np.ndarray]]
     ) -> None:
         """Append, by shard, what is read of its chosen samples, their uids, and the rows in the order of numbers."""
-        distinct, counts = _counted(np.empty(0, "u8,u8") if subset is None else load_subset(subset))
+        distinct, counts = distinct_uids(np.empty(0, "u8,u8") if subset is None else load_subset(subset))
         absent = np.ones(len(distinct), bool)
         first, size = sum(table.num_rows for table, *_ in parts), 0
         for shard in Pool.open(url).shards:
             uids = shard.uids()
             times = np.ones(len(uids), np.int64)
             if subset is not None:
-                at, times = _times(uids, distinct, counts)
+                at, times = times_listed(uids, distinct, counts)
                 absent[at[times > 0]] = False
             if not times.any():
                 continue
@@ -136,22 +136,3 @@ def read_table(shard: Shard, columns: Sequence[str], measured: str | None, requi
         else:
             table = table.append_column(name, pa.nulls(table.num_rows))
     return table
-
-
-def _counted(subset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A sorted subset's distinct uids, and how often it has each."""
-    if not len(subset):
-        return subset, np.empty(0, np.int64)
-    starts = np.nonzero(np.concatenate([[True], subset[1:] != subset[:-1]]))[0]
-    return subset[starts], np.diff(np.append(starts, len(subset)))
-
-
-def _times(uids: np.ndarray, distinct: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each uid would be in the subset, and how often it is there; int64 [n] each."""
-    if not len(distinct):
-        return np.zeros(len(uids), np.int64), np.zeros(len(uids), np.int64)
-    # By the first half, since NumPy compares pairs slowly; pairs only where two uids share it.
-    at = np.minimum(np.searchsorted(np.ascontiguousarray(distinct["f0"]), uids["f0"]), len(distinct) - 1)
-    alike = (distinct["f0"][at] == uids["f0"]) & (distinct["f1"][at] != uids["f1"])
-    at[alike] = np.minimum(np.searchsorted(distinct, uids[alike]), len(distinct) - 1)
-    return at, np.where((distinct["f0"][at] == uids["f0"]) & (distinct["f1"][at] == uids["f1"]), counts[at], 0)

@@ -7,7 +7,6 @@ import pyarrow as pa
 import pytest
 
 from tests.curation.tables import Columns, embeddings, sphere
-from winnow.curation.algebra.funnel import TreeEvaluator
 from winnow.curation.filters import FILTERS
 from winnow.curation.filters.basic import Basic
 from winnow.curation.filters.clip_score import ClipScore

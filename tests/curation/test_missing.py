@@ -68,7 +68,7 @@ CASES: dict[str, Callable[[int], dict]] = {
     "image_based": lambda n: {"image_based": {"target": "t", "clusters": 8}},
     "image_cluster": lambda n: {"image_cluster": {"target": "t", "clusters": 8}},
     "laion2b": lambda n: {"laion2b": {}},
-    "metaclip": lambda n: {"metaclip": {"metadata": "ENTRIES", "t": 1}},
+    "metaclip": lambda n: {"metaclip": {"t": 1}},
     "near_duplicates": lambda n: {"near_duplicates": {"radius": 2}},
     "near_duplicates by cosine": lambda n: {"near_duplicates": {"cosine": 0.99}},
     "neg_clip_loss": lambda n: {"neg_clip_loss": {"keep": 20}},
@@ -118,9 +118,8 @@ def test_no_filter_keeps_or_uses_a_sample_without_a_value(name, tmp_path):
     (tmp_path / "entries.txt").write_text("red dog\nwords\nbeach\n")
 
     def tree(n: int) -> Filter:
-        (given,) = CASES[name](n).items()
-        params = {key: str(tmp_path / "entries.txt") if value == "ENTRIES" else value for key, value in given[1].items()}
-        return parse({given[0]: params})
+        ((kind, params),) = CASES[name](n).items()
+        return parse({kind: params | ({"metadata": str(tmp_path / "entries.txt")} if kind == "metaclip" else {})})
 
     table = world()
     images = table.slice(N - 6).select(["clip.image", "image_hash.phash"])

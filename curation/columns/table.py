@@ -100,6 +100,12 @@ class View:
                     raise unknown("measure", measure, [*ids, *MEASURES.table])
                 do = f"Run the measure `{measure}` on this pool first."
                 raise WinnowError(f'column "{column}" has not been measured', where=self.pool.url, do=do)
+            if measure is not None and self.pool.shards:
+                with open_parquet(self._measured(ids[measure], self.pool.shards[0])) as parquet:
+                    names = parquet.schema_arrow.names
+                if column.removeprefix(f"{measure}.") not in names:
+                    do = f"It has: {', '.join(f'{measure}.{name}' for name in names)}."
+                    raise WinnowError(f'the measure has no column "{column}"', where=self.columns_url, do=do)
 
     def knows(self, column: str) -> bool:
         """Whether a column can be read: a pool column, or a measured one after the measures have run."""
@@ -141,8 +147,7 @@ class View:
         local = [column for column in columns if measure_of(column) is None]
         arrays = dict(zip(local, shard.table(local).columns, strict=True)) if local else {}
         for measure, fields in by_measure.items():
-            assert self.columns_url is not None
-            url = storage.join(self.columns_url, ids[measure], f"{shard.name}.parquet")
+            url = self._measured(ids[measure], shard)
             with open_parquet(url) as parquet:
                 try:
                     table = parquet.read(columns=fields, use_threads=False)
@@ -153,6 +158,10 @@ class View:
                 raise WinnowError(what, where=url, do="Remove that directory and measure again.")
             arrays.update({f"{measure}.{name}": table[name] for name in fields})
         return with_fixed_lists(pa.table({column: arrays[column] for column in columns}))
+
+    def _measured(self, measure_id: str, shard: Shard) -> str:
+        assert self.columns_url is not None
+        return storage.join(self.columns_url, measure_id, f"{shard.name}.parquet")
 
     def target(self, name: str) -> View:
         """The view of a target set. Raises WinnowError when it was not measured."""

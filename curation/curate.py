@@ -66,7 +66,7 @@ class CurateStage(Stage):
     reasons: bool = True
 
     name = "curate"
-    version = 4  # 4: a uid that several rows have is in a subset once
+    version = 4  # 4: samples without a value do not pass `not`, embeddings of zeros no filter, repeated uids once
     keep_stale = True
     run_on_driver = True
 
@@ -104,7 +104,7 @@ class CurateStage(Stage):
         view, subset = self._view(), unit.runtime["subset"]
         columns = ("uid", *columns_of(dict(self.subsets)[subset]))
         output, faults = without_damaged(view, columns, partial(self._curate, subset))
-        output.skipped = lost_samples(view, faults)
+        output.skipped += lost_samples(view, faults)
         return output
 
     def _curate(self, prefix: str, view: View) -> Output:
@@ -162,7 +162,7 @@ class CurateStage(Stage):
 
     def _fit(self, item: Filter, view: View) -> State:
         """The state of a filter, from the file of an earlier subset if it was fitted to the same columns there."""
-        inputs = {"columns": view.digest(item.columns()), "filter": fingerprint(item)}
+        inputs = {"columns": view.digest(item.columns()), "filter": fingerprint(item), "version": self.version}
         for number, target in enumerate(item.targets()):
             inputs[f"target{number}"] = view.target(target).digest(item.target_columns())
         url = self.url("fits", f"{digest_json(inputs)[:32]}.npz")

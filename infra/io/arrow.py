@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-
-from winnow.infra.errors import WinnowError
 
 Column: TypeAlias = pa.ChunkedArray | pa.Array
 
@@ -132,51 +130,6 @@ def plain(table: pa.Table, leave: Collection[str] = ()) -> pa.Table:
         if item.name not in leave and plain_type(item.type) != item.type:
             table = table.set_column(i, item.name, _plain_column(table[i]))
     return table
-
-
-def concat(tables: Sequence[pa.Table]) -> pa.Table:
-    """Tables one below the other; a column that one of them lacks is null there.
-
-    A column with different types gets one type for all: the wider number, float64 for integers with floats, text where
-    one of them is text.
-
-    Raises:
-        WinnowError: there is no such type, or a number is not exact in it.
-    """
-    kinds: dict[str, pa.DataType] = {}
-    for item in (item for table in tables for item in table.schema):
-        kinds[item.name] = _common_type(item.name, kinds.get(item.name, item.type), item.type)
-    return pa.concat_tables([_cast(table, kinds) for table in tables], promote_options="default")
-
-
-def _common_type(name: str, first: pa.DataType, second: pa.DataType) -> pa.DataType:
-    if first == second or pa.types.is_null(second):
-        return first
-    if pa.types.is_null(first):
-        return second
-    both = [plain_type(first), plain_type(second)]
-    if pa.string() in both and not any(pa.types.is_nested(kind) or pa.types.is_binary(kind) for kind in both):
-        return pa.string()
-    try:
-        fields = (pa.schema([(name, kind)]) for kind in both)
-        return pa.unify_schemas(list(fields), promote_options="permissive").field(0).type
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        raise _differs(name, f"{first} in one shard and {second} in another") from None
-
-
-def _cast(table: pa.Table, kinds: dict[str, pa.DataType]) -> pa.Table:
-    for i, item in enumerate(table.schema):
-        if item.type != kinds[item.name]:
-            try:
-                table = table.set_column(i, item.name, _plain_column(table[i]).cast(kinds[item.name]))
-            except pa.ArrowException as error:
-                what = f"{item.type} in one shard, which does not fit into the {kinds[item.name]} of others ({error})"
-                raise _differs(item.name, what) from None
-    return table
-
-
-def _differs(name: str, what: str) -> WinnowError:
-    return WinnowError(f'column "{name}" has the type {what}', do="Give it the same type everywhere.")
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -12,10 +12,11 @@ import pyarrow as pa
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
-from winnow.infra.io.arrow import concat, mask_array, plain
+from winnow.infra.io.arrow import mask_array, plain
 from winnow.infra.io.images import EXTENSIONS
 from winnow.infra.io.parquet import open_parquet, unreadable
 from winnow.infra.io.prefetch import prefetch
+from winnow.infra.io.schemas import concat_columns
 from winnow.infra.io.storage import digest_json
 from winnow.infra.pool.members import MemberBlock, Members, read_members
 from winnow.infra.pool.metadata import FEATURES, feature_dims, is_metadata, metadata_files, read_feature
@@ -223,8 +224,10 @@ class Pool:
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One column of the whole pool; for small pools and reports."""
-        tables = [table for _, table in self.tables([name])]
-        return concat(tables)[name] if tables else pa.chunked_array([], pa.null())
+        if not self.shards:
+            return pa.chunked_array([], pa.null())
+        shards, tables = zip(*self.tables([name]), strict=True)
+        return concat_columns(tables, [shard.view for shard in shards])[name]
 
     def uids(self) -> np.ndarray:
         """dtype u8,u8, shape [n], in pool order."""

@@ -138,6 +138,25 @@ def is_member(uids: np.ndarray, subset: np.ndarray) -> np.ndarray:
     return mask
 
 
+def distinct_uids(subset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A sorted subset's distinct uids, and how often it has each."""
+    if not len(subset):
+        return subset, np.empty(0, np.int64)
+    starts = np.nonzero(np.concatenate([[True], subset[1:] != subset[:-1]]))[0]
+    return subset[starts], np.diff(np.append(starts, len(subset)))
+
+
+def times_listed(uids: np.ndarray, distinct: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each uid would be in the subset, and how often it is there; int64 [n] each."""
+    if not len(distinct):
+        return np.zeros(len(uids), np.int64), np.zeros(len(uids), np.int64)
+    # By the first half, since NumPy compares pairs slowly; pairs only where two uids share it.
+    at = np.minimum(np.searchsorted(np.ascontiguousarray(distinct["f0"]), uids["f0"]), len(distinct) - 1)
+    alike = (distinct["f0"][at] == uids["f0"]) & (distinct["f1"][at] != uids["f1"])
+    at[alike] = np.minimum(np.searchsorted(distinct, uids[alike]), len(distinct) - 1)
+    return at, np.where((distinct["f0"][at] == uids["f0"]) & (distinct["f1"][at] == uids["f1"]), counts[at], 0)
+
+
 def hash_unit(uids: np.ndarray, seed: int, salt: str = "") -> np.ndarray:
     """A number in [0, 1) for each uid, uniform over seeds and salts and independent of the order of the uids.
 

@@ -7,10 +7,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrow import (
     as_matrix,
-    concat,
     float_values,
     int_values,
     mask_array,
@@ -136,36 +134,3 @@ def test_every_type_of_number_as_floats(kind):
 def test_types_that_are_plain_are_not_touched():
     table = pa.table({"a": ["x"], "b": [1], "c": pa.array([0.5], pa.float16()), "d": dictionary(["x"], pa.string())})
     assert plain(table, leave=("d",)) is table
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "both"),
-    [
-        (pa.array([1], pa.int8()), pa.array([300], pa.int16()), [1, 300]),
-        (pa.array([1]), pa.array([0.5]), [1.0, 0.5]),
-        (pa.array([1]), pa.array(["x"]), ["1", "x"]),
-        (pa.array([True]), pa.array(["x"]), ["true", "x"]),
-        (pa.array(["x"], pa.string_view()), dictionary(["y"], pa.large_string()), ["x", "y"]),
-        (pa.nulls(1), pa.array(["y"], pa.large_string()), [None, "y"]),
-        (pa.array([Decimal("1.5")], pa.decimal128(9, 2)), pa.array([2]), [1.5, 2.0]),
-        (pa.array([[1.0]], pa.list_view(pa.float64())), pa.array([[2.0]], pa.list_(pa.float32(), 1)), [[1.0], [2.0]]),
-    ],
-)
-def test_columns_typed_differently_get_one_type(first, second, both):
-    for one, two, expected in ((first, second, both), (second, first, both[::-1])):
-        tables = [pa.table({"x": one}), pa.table({"x": two}), pa.table({"y": [1]})]
-        assert concat(tables)["x"].to_pylist() == [*expected, None]
-    assert type(concat([pa.table({"x": first})])["x"].to_pylist()[0]) is type(first.to_pylist()[0])
-
-
-UNLIKE = [
-    (pa.array([2**60 + 1]), pa.array([0.5])),
-    (pa.array([[1]]), pa.array(["a"])),
-    (pa.array([True]), pa.array([2])),
-]
-
-
-@pytest.mark.parametrize(("first", "second"), UNLIKE)
-def test_columns_without_a_common_type_are_refused(first, second):
-    with pytest.raises(WinnowError, match=r'column "x" has the type .* Give it the same type'):
-        concat([pa.table({"x": first}), pa.table({"x": second})])

@@ -27,8 +27,8 @@ from winnow.infra.io import storage
 from winnow.infra.io.arrow import mask_array
 from winnow.infra.io.storage import digest_json
 from winnow.infra.pool.pool import Pool
-from winnow.infra.pool.uids import UID_DTYPE, decode_uids, save_subset
-from winnow.infra.stages.stage import Output, Record, Stage, Unit
+from winnow.infra.pool.uids import UID_DTYPE, decode_uids, encode_uids, save_subset, split_repeated
+from winnow.infra.stages.stage import Output, Record, Skipped, Stage, Unit
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class CurateStage(Stage):
 
     Each subset is a unit with the files `NAME/subset.npy`, `NAME/funnel.json` and, with `reasons`,
     `NAME/reasons.parquet`. The files of a subset called "" are in the directory itself. `NAME/timings.json`, the
-    seconds that fitting each filter took, is not part of the output, so equal work gives equal output.
+    seconds that fitting each filter took, is not part of the output, so equal work gives equal output. Of kept rows
+    with one uid, all but one are skipped; the funnel has their number as `repeated`.
 
     Args:
         source: the pool and its columns.
@@ -65,7 +66,7 @@ class CurateStage(Stage):
     reasons: bool = True
 
     name = "curate"
-    version = 3  # 3: infinite scores and embeddings never pass
+    version = 4  # 4: samples without a value do not pass `not`, embeddings of zeros no filter, repeated uids once
     keep_stale = True
     run_on_driver = True
 
@@ -103,7 +104,7 @@ class CurateStage(Stage):
         view, subset = self._view(), unit.runtime["subset"]
         columns = ("uid", *columns_of(dict(self.subsets)[subset]))
         output, faults = without_damaged(view, columns, partial(self._curate, subset))
-        output.skipped = lost_samples(view, faults)
+        output.skipped += lost_samples(view, faults)
         return output
 
     def _curate(self, prefix: str, view: View) -> Output:
@@ -122,7 +123,7 @@ class CurateStage(Stage):
             else:
                 mask = evaluator.mask(batch)
             kept += decode_uids(batch["uid"].filter(mask_array(mask))).view(np.uint8).data
-        uids = np.frombuffer(kept, UID_DTYPE)
+        uids, repeated = split_repeated(np.frombuffer(kept, UID_DTYPE))
         funnel = {
             "name": prefix,
             "filter": str(node),
@@ -131,6 +132,8 @@ class CurateStage(Stage):
             "kept": len(uids),
             "tree": evaluator.counts.as_json(),
         }
+        if len(repeated):
+            funnel["repeated"] = len(repeated)
         storage.write_json(self.url(storage.join(prefix, "timings.json").lstrip("/")), timings)
         save_subset(self.url(files[0]), uids)
         storage.write_json(self.url(files[1]), funnel)
@@ -139,7 +142,10 @@ class CurateStage(Stage):
             with storage.writing(self.url(files[2])) as path:
                 pq.write_table(table, path, compression="zstd", use_dictionary=["reason"])
         facts = {counts.label: counts.facts for counts in evaluator.counts.leaves() if counts.facts}
-        return Output(files, seen, values={"kept": len(uids), "subset": files[0], "fits": facts})
+        skipped = [Skipped(uid, "duplicated uid") for uid in encode_uids(repeated)]
+        return Output(
+            files, seen - len(skipped), skipped, values={"kept": len(uids), "subset": files[0], "fits": facts}
+        )
 
     def states(self, node: Node, view: View | None = None, timings: dict[str, float] | None = None) -> list[State]:
         """The fitted states of a tree's filters, read from the files of an earlier subset where there are any. Puts the
@@ -156,7 +162,7 @@ class CurateStage(Stage):
 
     def _fit(self, item: Filter, view: View) -> State:
         """The state of a filter, from the file of an earlier subset if it was fitted to the same columns there."""
-        inputs = {"columns": view.digest(item.columns()), "filter": fingerprint(item)}
+        inputs = {"columns": view.digest(item.columns()), "filter": fingerprint(item), "version": self.version}
         for number, target in enumerate(item.targets()):
             inputs[f"target{number}"] = view.target(target).digest(item.target_columns())
         url = self.url("fits", f"{digest_json(inputs)[:32]}.npz")

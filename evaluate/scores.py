@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
@@ -40,7 +39,7 @@ def read_scores(url: str) -> pa.Table:
 
 def write_results(url: str, lines: Sequence[Mapping[str, Any]]) -> None:
     """Write lines of `result_line`."""
-    storage.write_bytes(url, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+    storage.write_bytes(url, "".join(map(storage.json_line, lines)).encode())
 
 
 def result_line(checkpoint: str, task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ __all__ = [
     "load_encoder",
     "load_encoders",
     "load_sampler",
+    "not_finite",
     "parse_spec",
 ]
 
@@ -122,6 +123,14 @@ def load_checkpoint(url: str) -> torch.nn.Module:
     from winnow.pretrain.checkpoint import load
 
     return load.load_checkpoint(url)
+
+
+def not_finite(**features: np.ndarray) -> str | None:
+    """Why what is computed from features, float [n, dim], would be meaningless; None where they are finite."""
+    for of, array in features.items():
+        if wrong := int((~np.isfinite(array).all(axis=1)).sum()):
+            return f"the encoder's features are not finite, for {wrong:,} of {len(array):,} {of}"
+    return None
 
 
 class Encoder:

@@ -21,7 +21,7 @@ class NodeCounts:
 
     Attributes:
         alone: dropped by it, and kept by the tree without it.
-        nan: without a finite value in a column that the filter needs.
+        nan: not decided on, because a value is missing; see `TreeEvaluator`.
         state, facts: of a filter: what `fit` and `report` returned.
     """
 
@@ -70,7 +70,12 @@ class NodeDecision:
 
 
 class TreeEvaluator:
-    """Applies a fitted tree batch by batch and counts. `states` are in the order of `node.filters()`."""
+    """Applies a fitted tree batch by batch and counts. `states` are in the order of `node.filters()`.
+
+    A sample without a finite value in a column that a filter needs is dropped by the filter, and by `not` of it. This
+    is the three-valued logic of SQL (Kleene 1952): the filter and its `not` are unknown; `all` is unknown unless
+    another member drops the sample, `any` unless another keeps it; and what is unknown is dropped.
+    """
 
     def __init__(self, node: Node, states: Sequence[State]) -> None:
         if len(states) != len(list(node.filters())):
@@ -93,7 +98,7 @@ class TreeEvaluator:
     def decisions(self, sample: pa.Table) -> tuple[str | None, list[NodeDecision]]:
         """Of one sample (a batch of one row): the label of the first node that dropped it, and each node's decision."""
         masks: dict[int, np.ndarray] = {}
-        kept = bool(self._mask(self.counts, sample, masks)[0])
+        kept = bool(self._mask(self.counts, sample, masks)[0][0])
         found: list[NodeDecision] = []
 
         def walk(counts: NodeCounts, depth: int) -> None:
@@ -111,29 +116,40 @@ class TreeEvaluator:
 
     def _evaluate(self, batch: pa.Table) -> tuple[np.ndarray, dict[int, np.ndarray]]:
         masks: dict[int, np.ndarray] = {}
-        mask = self._mask(self.counts, batch, masks)
+        mask, _ = self._mask(self.counts, batch, masks)
         self._count(self.counts, masks, np.ones(len(mask), dtype=bool))
         return mask, masks
 
-    def _mask(self, counts: NodeCounts, batch: pa.Table, masks: dict[int, np.ndarray]) -> np.ndarray:
+    def _mask(
+        self, counts: NodeCounts, batch: pa.Table, masks: dict[int, np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Which samples a node keeps, and which of the others it cannot decide on; None for none."""
         node = counts.node
         parts = [self._mask(child, batch, masks) for child in counts.children]
+        unknown = next((rows for _, rows in parts if rows is not None), None)
         if isinstance(node, Filter):
             mask = np.asarray(node.mask(batch, counts.state), dtype=bool)
             if mask.shape != (batch.num_rows,):
                 raise UsageError(f"{node.name}: mask returned shape {mask.shape} for {batch.num_rows} samples")
-            unknown_rows = missing(batch, node.numeric())
-            if unknown_rows.any():
-                counts.nan += int(np.count_nonzero(unknown_rows))
-                mask = mask & ~unknown_rows
+            unknown = missing(batch, node.numeric())
+            mask = mask & ~unknown
         elif isinstance(node, Not):
-            mask = ~parts[0]
+            ((mask, unknown),) = parts
+            mask = ~mask if unknown is None else ~(mask | unknown)
         elif isinstance(node, AnyOf):
-            mask = np.logical_or.reduce(parts)
+            mask = np.logical_or.reduce([kept for kept, _ in parts])
+            if unknown is not None:
+                unknown = np.logical_or.reduce([rows for _, rows in parts if rows is not None]) & ~mask
         else:
-            mask = np.logical_and.reduce(parts) if parts else np.ones(batch.num_rows, dtype=bool)
+            mask = np.logical_and.reduce([np.ones(batch.num_rows, dtype=bool), *(kept for kept, _ in parts)])
+            if unknown is not None:
+                possible = (kept if rows is None else kept | rows for kept, rows in parts)
+                unknown = np.logical_and.reduce(list(possible)) & ~mask
         masks[id(counts)] = mask
-        return mask
+        if unknown is None or not unknown.any():
+            return mask, None
+        counts.nan += int(np.count_nonzero(unknown))
+        return mask, unknown
 
     def _count(self, counts: NodeCounts, masks: dict[int, np.ndarray], decides: np.ndarray) -> None:
         """Add a batch to the counts. `decides`: samples that the whole tree keeps if and only if this node does."""

@@ -82,7 +82,7 @@ class AnyOf(_Join):
 
 @dataclass(frozen=True)
 class Not(Node):
-    """Keeps what its child drops, samples without a value among them."""
+    """Keeps what its child drops, except samples that the child cannot decide on because a value is missing."""
 
     child: Node
 

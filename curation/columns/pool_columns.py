@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from winnow.curation.columns.table import View, finite_matrix, missing, numbers
+from winnow.curation.columns.table import View, embeddings, missing, numbers
 from winnow.curation.columns.threshold import Threshold
 from winnow.infra.errors import WinnowError
-from winnow.infra.io.arrays import is_array, load_matrix
+from winnow.infra.io.arrays import check_unit, is_array, load_matrix, usable_rows
 from winnow.infra.pool.uids import UID_DTYPE, decode_uids, encode_uids
 
 
@@ -39,16 +39,16 @@ class PoolColumns:
 def collect(
     view: View, vectors: Sequence[str] = (), scalars: Sequence[str] = (), optional: Sequence[str] = ()
 ) -> PoolColumns:
-    """Read columns of a pool, without the rows in which one is null or NaN.
+    """Read columns of a pool, without the rows in which one is null, NaN or infinite, or an embedding of zeros.
 
     Args:
         view: of the pool.
         vectors: columns of embeddings; all of a column have one dimension.
         scalars: columns of numbers.
-        optional: columns of numbers that may be null, which become NaN.
+        optional: columns of numbers that may be null or infinite, which become NaN.
 
     Raises:
-        WinnowError: embeddings of a column differ in dimension.
+        WinnowError: embeddings of a column differ in dimension, or are not L2-normalised.
     """
     uids: list[np.ndarray] = []
     values: dict[str, list[np.ndarray]] = {name: [] for name in (*scalars, *optional)}
@@ -56,7 +56,7 @@ def collect(
     total = 0
     for batch in view.batches(tuple(dict.fromkeys(("uid", *vectors, *scalars, *optional)))):
         present = ~np.asarray(missing(batch, scalars))
-        found = {name: finite_matrix(batch[name]) for name in vectors}
+        found = {name: embeddings(batch, name) for name in vectors}
         for _, usable in found.values():
             present &= usable
         columns = {name: _scalars(batch[name]) for name in scalars} | {name: numbers(batch[name]) for name in optional}
@@ -87,6 +87,8 @@ class _Store:
         self.file = tempfile.TemporaryFile()  # noqa: SIM115 - the memory map keeps it open
 
     def append(self, block: np.ndarray) -> None:
+        if not len(block):
+            return
         if self.dim and block.shape[1] != self.dim:
             what = f'embeddings of "{self.column}" have {block.shape[1]} dimensions in one shard, {self.dim} in another'
             raise WinnowError(what, do="Measure the pool again with one scorer.")
@@ -102,11 +104,12 @@ class _Store:
 
 
 def dimensions(view: View, column: str) -> int | None:
-    """The dimension of a view's embeddings; None when it has no shard or they are not measured yet."""
-    if not view.knows(column):
-        return None
-    first = next(iter(view.batches((column,))), None)
-    return None if first is None else int(first[column].type.list_size)
+    """The dimension of a view's embeddings; None when it has none, or they are not measured yet."""
+    if view.knows(column):
+        for batch in view.batches((column,)):
+            if width := embeddings(batch.slice(0, 1), column)[0].shape[1]:
+                return int(width)
+    return None
 
 
 def split_targets(target: str | tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -116,17 +119,25 @@ def split_targets(target: str | tuple[str, ...]) -> tuple[tuple[str, ...], tuple
 
 
 def target_vectors(view: View, target: str | tuple[str, ...], column: str) -> np.ndarray:
-    """The embeddings of targets, float16 or float32, shape [m, d]. Raises WinnowError when there is none."""
+    """The usable embeddings of targets, float16 or float32, shape [m, d].
+
+    Raises:
+        WinnowError: there is none, they differ in dimension, or are not L2-normalised.
+    """
     folders, files = split_targets(target)
-    parts = [load_matrix(name) for name in files]
+    parts = []
+    for name in files:
+        matrix = load_matrix(name)
+        usable = usable_rows(matrix)
+        check_unit(matrix, usable, "the targets", name)
+        parts.append(matrix[usable])
     for name in folders:
         for batch in view.target(name).batches((column,)):
-            matrix, usable = finite_matrix(batch[column])
+            matrix, usable = embeddings(batch, column)
             parts.append(matrix[usable])
     if len({part.shape[1] for part in parts if len(part)}) > 1:
         raise WinnowError("the targets' embeddings differ in dimension", where=", ".join((*folders, *files)))
     found = np.concatenate([part for part in parts if len(part)] or [np.empty((0, 0), np.float16)])
-    found = found[np.isfinite(found).all(axis=1)]
     if not len(found):
         raise WinnowError("the target set has no usable image", where=", ".join((*folders, *files)))
     return found

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from winnow.curation.measures import MEASURES
 from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.io.arrays import check_unit, usable_rows
 from winnow.infra.io.arrow import as_matrix, float_values, null_mask
 from winnow.infra.io.parquet import open_parquet, unreadable
 from winnow.infra.io.prefetch import prefetch
@@ -17,7 +19,7 @@ from winnow.infra.io.storage import digest_json
 from winnow.infra.pool.metadata import FEATURES
 from winnow.infra.pool.pool import Pool, Shard
 from winnow.infra.registry import unknown
-from winnow.infra.stages.kept import check_unit
+from winnow.infra.stages import kept
 from winnow.infra.stages.stage import need_manifest
 
 # What a filter's `fit` learns about a pool: arrays by name, so that they can be kept in a file.
@@ -98,6 +100,12 @@ class View:
                     raise unknown("measure", measure, [*ids, *MEASURES.table])
                 do = f"Run the measure `{measure}` on this pool first."
                 raise WinnowError(f'column "{column}" has not been measured', where=self.pool.url, do=do)
+            if measure is not None and self.pool.shards:
+                with open_parquet(self._measured(ids[measure], self.pool.shards[0])) as parquet:
+                    names = parquet.schema_arrow.names
+                if column.removeprefix(f"{measure}.") not in names:
+                    do = f"It has: {', '.join(f'{measure}.{name}' for name in names)}."
+                    raise WinnowError(f'the measure has no column "{column}"', where=self.columns_url, do=do)
 
     def knows(self, column: str) -> bool:
         """Whether a column can be read: a pool column, or a measured one after the measures have run."""
@@ -135,13 +143,11 @@ class View:
             if measure := measure_of(column):
                 by_measure.setdefault(measure, []).append(column.removeprefix(f"{measure}."))
         if not by_measure:
-            return shard.table(columns)
+            return with_fixed_lists(shard.table(columns))
         local = [column for column in columns if measure_of(column) is None]
         arrays = dict(zip(local, shard.table(local).columns, strict=True)) if local else {}
         for measure, fields in by_measure.items():
-            assert self.columns_url is not None
-            unit = f"{ids[measure]}/{shard.name}"
-            url = check_unit(self.columns_url, unit, f"{unit}.parquet")
+            url = self._measured(ids[measure], shard)
             with open_parquet(url) as parquet:
                 try:
                     table = parquet.read(columns=fields, use_threads=False)
@@ -151,7 +157,12 @@ class View:
                 what = f"measure {measure} has {table.num_rows} rows, the shard {shard.rows}"
                 raise WinnowError(what, where=url, do="Remove that directory and measure again.")
             arrays.update({f"{measure}.{name}": table[name] for name in fields})
-        return pa.table({column: arrays[column] for column in columns})
+        return with_fixed_lists(pa.table({column: arrays[column] for column in columns}))
+
+    def _measured(self, measure_id: str, shard: Shard) -> str:
+        assert self.columns_url is not None
+        unit = f"{measure_id}/{shard.name}"
+        return kept.check_unit(self.columns_url, unit, f"{unit}.parquet")
 
     def target(self, name: str) -> View:
         """The view of a target set. Raises WinnowError when it was not measured."""
@@ -161,26 +172,58 @@ class View:
 
 
 def missing(table: pa.Table, columns: Sequence[str]) -> np.ndarray:
-    """Rows in which one of the columns is null, NaN or infinite, or an embedding with such an element; bool [n]."""
+    """Rows in which one of the columns is null, NaN or infinite, or an embedding with such an element or all 0; bool
+    [n]."""
     result = np.zeros(table.num_rows, dtype=bool)
     for column in columns:
         values = table[column]
         if pa.types.is_floating(values.type):
             result |= ~np.isfinite(float_values(values))
-        elif pa.types.is_fixed_size_list(values.type):
-            result |= ~finite_matrix(values)[1]
+        elif pa.types.is_fixed_size_list(values.type) and pa.types.is_floating(values.type.value_type):
+            matrix, present = as_matrix(values)
+            result |= ~(present & usable_rows(matrix))
         elif values.null_count:
             result |= null_mask(values)
     return result
 
 
-def finite_matrix(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings of a column, shape [n, dim], and which of them are there and finite, bool [n]; the others are 0."""
-    matrix, present = as_matrix(column)
-    usable = present & np.isfinite(matrix).all(axis=1)
+def embeddings(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """The L2-normalised embeddings of a column, float, shape [n, d], and which rows have one (`missing`), bool [n]. The
+    others are 0; d is 0 where the column is null in the whole table.
+
+    Raises:
+        WinnowError: the column holds no embeddings of one dimension, or they are not L2-normalised.
+    """
+    values = table[column]
+    if pa.types.is_null(values.type):
+        return np.zeros((len(values), 0), np.float16), np.zeros(len(values), dtype=bool)
+    if not pa.types.is_fixed_size_list(values.type) or not pa.types.is_floating(values.type.value_type):
+        raise WinnowError(f'column "{column}" has the type {values.type}, and embeddings are floats, equally many each')
+    matrix, usable = as_matrix(values)
+    usable &= usable_rows(matrix)
+    if column not in FEATURES:  # which are checked as they are read
+        check_unit(matrix, usable, f'column "{column}"')
     return (matrix if usable.all() else np.where(usable[:, None], matrix, matrix.dtype.type(0))), usable
 
 
 def numbers(column: pa.ChunkedArray) -> np.ndarray:
-    """A numeric column as float64 with null as NaN, shape [n]."""
-    return column.to_numpy().astype(np.float64)
+    """A column of numbers as float64 with NaN for null and infinite values, shape [n]. Raises WinnowError when it has
+    something else."""
+    try:
+        values = float_values(column)
+    except pa.ArrowInvalid as error:
+        raise WinnowError(f"a column of numbers has text ({error})") from None
+    values = values.astype(np.float64)
+    return np.where(np.isinf(values), np.nan, values)
+
+
+def with_fixed_lists(table: pa.Table) -> pa.Table:
+    """The table with its columns of lists of floats, if all lists of the column have one length, of fixed size."""
+    for i, (name, kind) in enumerate(zip(table.schema.names, table.schema.types, strict=True)):
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_floating(kind.value_type):
+            continue
+        sizes = pc.unique(pc.drop_null(pc.list_value_length(table[i])))
+        if len(sizes) < 2:
+            fixed = pa.list_(kind.value_type, sizes[0].as_py()) if len(sizes) else None
+            table = table.set_column(i, name, table[i].cast(fixed) if fixed else pa.nulls(table.num_rows))
+    return table

@@ -39,8 +39,7 @@ class Basic(Filter):
         language = ("language.code",) if self.language is not None else ()
         return ("caption.words", "caption.characters", "original_width", "original_height", *language)
 
-    def numeric(self) -> tuple[str, ...]:
-        return ("caption.words", "original_width", "original_height")
+    numeric = columns
 
     def mask(self, batch: pa.Table, state: State) -> np.ndarray:
         width, height = numbers(batch["original_width"]), numbers(batch["original_height"])

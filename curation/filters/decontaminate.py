@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 
 from winnow.curation.columns.pool_columns import collect
-from winnow.curation.columns.table import View, missing
+from winnow.curation.columns.table import View, embeddings, missing
 from winnow.curation.filters.base import Filter, Fraction, Names, State, each
 from winnow.curation.filters.near_duplicates import HASH, VECTOR, Radius
 from winnow.curation.search.hamming import hamming_pairs
 from winnow.curation.search.neighbours import cosine_pairs
 from winnow.infra.errors import WinnowError
-from winnow.infra.io.arrow import as_matrix, mask_array
+from winnow.infra.io.arrow import mask_array
 from winnow.infra.params import ParameterError, params
 from winnow.infra.pool.uids import decode_uids, is_member, sort_uids
 
@@ -102,8 +102,8 @@ class Decontaminate(Filter):
                 numbers.append(np.full(batch.num_rows, names.index(task)))
                 if self.radius is not None:
                     hashes.append(batch[HASH].to_numpy().astype(np.uint64))
-                if self.cosine is not None:
-                    vectors.append(as_matrix(batch[self.column])[0])
+                if self.cosine is not None and batch.num_rows:
+                    vectors.append(embeddings(batch, self.column)[0])
         return (
             np.concatenate(hashes) if hashes else None,
             np.concatenate(vectors) if vectors else None,

@@ -11,12 +11,12 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from winnow.curation.columns.pool_columns import dimensions, split_targets
-from winnow.curation.columns.table import View, finite_matrix
+from winnow.curation.columns.table import View, embeddings
 from winnow.curation.filters.base import Filter, Names, Positive, Search, State, each
 from winnow.curation.search.centroids import NearestCentroid, fitted_state, hit_report, nearest_centroid_of
 from winnow.curation.search.kmeans import check_clusters, enough, sample_vectors, train_centroids
 from winnow.infra.errors import WinnowError
-from winnow.infra.io.arrays import is_array, load_matrix, matrix_shape
+from winnow.infra.io.arrays import is_array, load_matrix, matrix_shape, usable_rows
 from winnow.infra.params import ParameterError, params
 
 _MEASURED, _DATACOMP = "clip.image", "l14_img"
@@ -34,7 +34,8 @@ class ImageBased(Filter):
     embeddings of ImageNet-1k's training images as targets, both by OpenAI's ViT-L/14. With `clip_score` under `all`
     this is its "image-based ∩ CLIP score". `image_cluster` is the same without the captions.
 
-    Deviation: target images whose embedding is not finite are ignored, and samples with such an embedding never pass.
+    Deviation: target images whose embedding is not finite or 0 are ignored, and samples with such an embedding never
+    pass. The norms of targets in arrays do not matter.
 
     Args:
         target: embeddings as a .npy file (float16 or float32, shape [m, d]), a folder of shards with the target
@@ -97,8 +98,7 @@ class ImageBased(Filter):
     def columns(self) -> tuple[str, ...]:
         return ("text", self.column, *(("language.code",) if self.language is not None else ()))
 
-    def numeric(self) -> tuple[str, ...]:
-        return (self.column,)
+    numeric = columns
 
     def check(self, view: View) -> None:
         """Raises WinnowError for an empty target set, fewer samples than clusters, or embeddings of the pool, the
@@ -128,6 +128,8 @@ class ImageBased(Filter):
         self.check(view)
         if self.centroids is not None:
             centroids = np.array(load_matrix(self.centroids), dtype=np.float32)
+            if broken := int(np.count_nonzero(~np.isfinite(centroids).all(axis=1))):
+                raise WinnowError(f"{broken:,} of {len(centroids):,} centroids are not finite", where=self.centroids)
         else:
             pool = sample_vectors(view, self.column, self.clusters, self.sample, self.seed)
             centroids = train_centroids(pool, self.clusters, seed=self.seed, sample=len(pool), search=self.search)
@@ -147,26 +149,27 @@ class ImageBased(Filter):
             matrix = load_matrix(name)
             for start in range(0, len(matrix), block):
                 part = np.array(matrix[start : start + block], dtype=np.float32)
-                yield part[np.isfinite(part).all(axis=1)]
+                yield part[usable_rows(part)]
         (column,) = self.target_columns()
         for name in self.targets():
             for batch in view.target(name).batches((column,)):
-                vectors, usable = finite_matrix(batch[column])
+                vectors, usable = embeddings(batch, column)
                 yield vectors[usable]
 
     def mask(self, batch: pa.Table, state: State) -> np.ndarray:
         mask = self._caption(batch)
-        vectors, usable = finite_matrix(batch[self.column])
+        vectors, usable = embeddings(batch, self.column)
         rows = np.flatnonzero(mask & usable)
         mask[:] = False
-        mask[rows] = state["hit"][nearest_centroid_of(state)(vectors[rows])]
+        if len(rows):
+            mask[rows] = state["hit"][nearest_centroid_of(state)(vectors[rows])]
         return mask
 
     def report(self, state: State) -> dict[str, Any]:
         return hit_report(state)
 
     def _caption(self, batch: pa.Table) -> np.ndarray:
-        text = batch["text"]
+        text = batch["text"] if batch["text"].null_count < len(batch) else pa.nulls(len(batch), pa.string())
         mask = pc.and_(
             pc.greater_equal(tokens(text), self.min_tokens), pc.greater_equal(pc.utf8_length(text), self.min_characters)
         )

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from winnow.curation.columns.table import View, finite_matrix
+from winnow.curation.columns.table import View, embeddings
 from winnow.curation.filters.base import Filter, Names, Positive, Search, State, each
 from winnow.curation.search.centroids import NearestCentroid, fitted_state, hit_report, nearest_centroid_of
 from winnow.curation.search.kmeans import check_clusters, enough, sample_vectors, train_centroids
@@ -73,15 +73,17 @@ class ImageCluster(Filter):
         hits = np.zeros(self.clusters, np.int64)
         for name in self.targets():
             for batch in view.target(name).batches((self.column,)):
-                vectors, usable = finite_matrix(batch[self.column])
+                vectors, usable = embeddings(batch, self.column)
                 hits += np.bincount(nearest_centroid(vectors[usable]), minlength=self.clusters)
         if not hits.any():
             raise WinnowError("the target set has no usable image", where=", ".join(self.targets()))
         return fitted_state(nearest_centroid, hits)
 
     def mask(self, batch: pa.Table, state: State) -> np.ndarray:
-        vectors, usable = finite_matrix(batch[self.column])
-        return (state["hit"] >= self.min_hits)[nearest_centroid_of(state)(vectors)] & usable
+        vectors, mask = embeddings(batch, self.column)
+        if mask.any():
+            mask[mask] = (state["hit"] >= self.min_hits)[nearest_centroid_of(state)(vectors[mask])]
+        return mask
 
     def report(self, state: State) -> dict[str, Any]:
         return hit_report(state, self.min_hits)

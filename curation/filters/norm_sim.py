@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from winnow.curation.columns.pool_columns import dimensions, passing, split_targets, target_vectors
-from winnow.curation.columns.table import State, View, finite_matrix, measure_of
+from winnow.curation.columns.table import State, View, embeddings, measure_of
 from winnow.curation.filters.base import Fraction, Names, Positive, Scope, SelectionFilter, ThresholdFilter, as_state
 from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrays import matrix_shape
@@ -70,9 +70,12 @@ class NormSim(ThresholdFilter, SelectionFilter):
         target = target_vectors(view, self.target, self.target_columns()[0])
         scores, uids = [np.empty(0)], [np.empty(0, UID_DTYPE)]
         for batch in view.batches(self.columns()):
-            vectors, usable = finite_matrix(batch[self.column])
-            self._compare(vectors.shape[1], target.shape[1])
-            scores.append(np.where(usable, norm_sim(vectors, target, self.p), np.nan))
+            vectors, usable = embeddings(batch, self.column)
+            score = np.full(len(usable), np.nan)
+            if usable.any():
+                self._compare(vectors.shape[1], target.shape[1])
+                score[usable] = norm_sim(vectors[usable], target, self.p)
+            scores.append(score)
             uids.append(decode_uids(batch["uid"]))
         values = np.concatenate(scores)
         found = np.concatenate(uids)

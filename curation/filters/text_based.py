@@ -31,11 +31,10 @@ class TextBased(Filter):
     def columns(self) -> tuple[str, ...]:
         return ("entity.in21k", *(("language.code",) if self.language is not None else ()))
 
-    def numeric(self) -> tuple[str, ...]:
-        return ("entity.in21k",)
+    numeric = columns
 
     def mask(self, batch: pa.Table, state: State) -> np.ndarray:
-        mask = pc.fill_null(batch["entity.in21k"], False)
+        mask = pc.fill_null(pc.equal(batch["entity.in21k"], True), False)
         if self.language is not None:
             mask = pc.and_(mask, pc.fill_null(pc.equal(batch["language.code"], self.language), False))
         return mask.to_numpy()

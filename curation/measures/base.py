@@ -16,6 +16,7 @@ from pydantic import Field
 
 from winnow.curation.located import load_class, located
 from winnow.curation.measures import MEASURES
+from winnow.infra.errors import UsageError
 from winnow.infra.io.storage import digest_json
 from winnow.infra.params import ParameterError, build, names_of
 from winnow.infra.registry import unknown
@@ -125,6 +126,10 @@ class Measure(abc.ABC):
     def schema(self) -> pa.Schema:
         """Names (without the instance's) and types of its columns."""
 
+    def fields(self) -> tuple[str, ...]:
+        """The names of `schema`, before `setup`; empty where they are not known, as of a measure with an encoder."""
+        return () if self.needs_encoder else tuple(self.schema().names)
+
     @abc.abstractmethod
     def compute(self, samples: Samples) -> pa.Table:
         """The columns of a batch, in its order, shape [n]. A sample that cannot be measured gets nulls."""
@@ -217,6 +222,16 @@ def with_upstream(names: Iterable[str], specs: Mapping[str, MeasureSpec] | None 
         if encoders and "encoder" in spec.kind.filled:
             found[name] = replace(spec, params={**spec.params, "encoder": encoders[0]})
     return dict(sorted(found.items()))
+
+
+def check_fields(columns: Iterable[str], specs: Mapping[str, MeasureSpec]) -> None:
+    """Raises UsageError where a column (`clip.score`) is not one of its measure's. `specs`: see `with_upstream`."""
+    for column in columns:
+        name, dot, field = column.partition(".")
+        known = specs[name].draft.fields() if dot and name in specs else ()
+        if known and field not in known:
+            do = f"It has: {', '.join(f'{name}.{each}' for each in known)}."
+            raise UsageError(f'the measure "{name}" has no column "{field}"', do=do)
 
 
 def make(spec: MeasureSpec, scorer: Callable[[], tuple[str, str]]) -> Measure:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from winnow.curation.measures.base import Device, Measure, Samples
+from winnow.infra.errors import WinnowError
 from winnow.infra.params import params
 from winnow.infra.stages.resources import Resources
 
@@ -58,8 +59,13 @@ class Clip(Measure):
         vector = pa.list_(pa.float16(), self._encoder().dim)
         return pa.schema([("image", vector), ("text", vector), ("score", pa.float32())])
 
+    def fields(self) -> tuple[str, ...]:
+        return ("image", "text", "score")
+
     def compute(self, samples: Samples) -> pa.Table:
         import torch
+
+        from winnow.pretrain.encoder import not_finite
 
         encoder = self._encoder()
         n, dim = len(samples), encoder.dim
@@ -74,6 +80,8 @@ class Clip(Measure):
             text[read] = encoder.encode_texts([caption for caption in captions if caption is not None])
         else:
             read[:] = False
+        if fault := not_finite(images=image, captions=text):
+            raise WinnowError(fault, where=self.encoder)
         score = pa.array(np.einsum("nd,nd->n", image, text, dtype=np.float32), pa.float32(), mask=~(seen & read))
         columns = [_vectors(image, seen, dim), _vectors(text, read, dim), score]
         return pa.Table.from_arrays(columns, schema=self.schema())

@@ -63,6 +63,8 @@ def _check(layers: Sequence[Layer], path: str) -> None:
             raise WinnowError("its layers do not fit together", where=path)
     if len(layers[-1][0]) != 1:
         raise WinnowError(f"has {len(layers[-1][0])} outputs, a head has one", where=path)
+    if not all(np.isfinite(array).all() for layer in layers for array in layer):
+        raise WinnowError("has weights that are not finite", where=path)
 
 
 def apply_head(path: str, vectors: np.ndarray, relu: bool = False, sigmoid: bool = False) -> np.ndarray:

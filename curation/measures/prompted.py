@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from winnow.curation.measures.base import Device, Instance, Measure, Samples
 from winnow.curation.measures.heads import apply_head, prompt_probability
+from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrow import as_matrix
 from winnow.infra.io.storage import digest_file
 from winnow.infra.params import ParameterError, params
@@ -72,6 +73,9 @@ class Prompted(Measure):
     def schema(self) -> pa.Schema:
         return pa.schema([("score", pa.float32())])
 
+    def fields(self) -> tuple[str, ...]:
+        return ("score",)
+
     def compute(self, samples: Samples) -> pa.Table:
         vectors, present = as_matrix(samples.table[self.derived()[0]])
         if self.head is not None:
@@ -83,8 +87,11 @@ class Prompted(Measure):
 
 @functools.lru_cache(maxsize=4)
 def _embedded(encoder: str, device: str, pairs: tuple[tuple[str, str], ...]) -> tuple[np.ndarray, np.ndarray, float]:
-    from winnow.pretrain.encoder import load_encoder
+    from winnow.pretrain.encoder import load_encoder, not_finite
 
     model = load_encoder(encoder, device=device, precision="auto")
     yes, no = zip(*pairs, strict=True)
-    return model.encode_texts(yes), model.encode_texts(no), model.logit_scale
+    ayes, noes = model.encode_texts(yes), model.encode_texts(no)
+    if fault := not_finite(prompts=np.concatenate([ayes, noes])):
+        raise WinnowError(fault, where=encoder)
+    return ayes, noes, model.logit_scale

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from winnow.curation.columns.table import View, finite_matrix
+from winnow.curation.columns.table import View, embeddings
 from winnow.curation.search.centroids import has_gpu, is_exact
 from winnow.infra.errors import WinnowError
 from winnow.infra.params import ParameterError
@@ -46,15 +46,16 @@ def sample_vectors(view: View, column: str, clusters: int, sample: int | None, s
     rows: np.ndarray | None = None
     found, start = [], 0
     for batch in view.batches((column,)):
-        dim = batch[column].type.list_size
-        if rows is None and (size := sample_size(clusters, dim, sample)) < n:
+        taken = batch
+        dim = embeddings(batch.slice(0, 1), column)[0].shape[1]
+        if rows is None and dim and (size := sample_size(clusters, dim, sample)) < n:
             rows = np.sort(np.random.default_rng(seed).choice(n, size, replace=False, shuffle=False))
-        values = batch[column]
         if rows is not None:
             low, high = np.searchsorted(rows, (start, start + batch.num_rows))
-            values = values.take(pa.array(rows[low:high] - start))
-        matrix, usable = finite_matrix(values)
-        found.append(matrix[usable])
+            taken = batch.take(pa.array(rows[low:high] - start))
+        matrix, usable = embeddings(taken, column)
+        if usable.any():
+            found.append(matrix[usable])
         start += batch.num_rows
     return np.concatenate(found) if found else np.empty((0, 0), np.float16)
 

@@ -35,6 +35,7 @@ from winnow.infra.stages.progress import write_note
 from winnow.infra.stages.resources import Resources
 from winnow.infra.stages.runner import note_url
 from winnow.infra.stages.stage import Output, Record, Stage, Unit
+from winnow.pretrain.encoder import not_finite
 
 if TYPE_CHECKING:
     from winnow.pretrain.encoder import Encoder
@@ -50,14 +51,6 @@ TARGETS = pa.schema(
         "skipped": pa.string(),
     }
 )
-
-
-def _not_finite(**features: np.ndarray) -> str | None:
-    """Why the scores of such an encoder would be meaningless; None where its features are finite."""
-    for of, array in features.items():
-        if wrong := int((~np.isfinite(array).all(axis=1)).sum()):
-            return f"the encoder's features are not finite, for {wrong:,} of {len(array):,} {of}"
-    return None
 
 
 @dataclass
@@ -269,7 +262,7 @@ class EmbedStage(SetsStage):
         if not encoder.has_text:
             return Output(values={"text": False})
         weights = prompt_weights(encoder.encode_texts, unit.runtime["prompts"])
-        if fault := _not_finite(prompts=weights):
+        if fault := not_finite(prompts=weights):
             return Output(values={"error": fault})
         return Output([self._save(unit, weights)], values={"text": True})
 
@@ -301,7 +294,7 @@ class EmbedStage(SetsStage):
             texts = np.empty((0, encoder.dim), np.float32)
             if with_texts := unit.params["captions"] and encoder.has_text:
                 texts = encoder.encode_texts([text for captions in targets.captions for text in captions])
-            if fault := _not_finite(images=images, captions=texts):
+            if fault := not_finite(images=images, captions=texts):
                 yield unit, Output(values={"error": fault})
                 continue
             files = [self._save(unit, images)]

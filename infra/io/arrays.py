@@ -1,4 +1,4 @@
-"""Matrices of embeddings that a user gives as .npy files: centroids, target sets."""
+"""Matrices of embeddings that a user gives: centroids and target sets in .npy files, features in columns."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import numpy as np
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
+
+_TOLERANCE = 0.01  # of a norm; rounding to float16 changes it by less than 0.001
+_ROWS = 256  # converted at a time, so that they stay in the cache
 
 
 def read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -53,3 +56,36 @@ def load_matrix(url: str) -> np.ndarray:
         return np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise WinnowError(f"cannot be read as an array ({error})", where=url) from None
+
+
+def usable_rows(matrix: np.ndarray) -> np.ndarray:
+    """Which embeddings have a direction: finite in every element, and not all 0. bool [n]; `matrix` [n, d], floats."""
+    if matrix.dtype == np.float16:  # as integers, whose order is that of the magnitudes
+        bits = (matrix.view(np.uint16) & 0x7FFF).max(axis=1, initial=0)
+        return (bits > 0) & (bits < 0x7C00)
+    largest = np.abs(matrix).max(axis=1, initial=0)
+    return (largest > 0) & (largest < np.inf)
+
+
+def check_unit(matrix: np.ndarray, usable: np.ndarray, what: str, where: str | None = None) -> None:
+    """Refuse embeddings that are not L2-normalised, because inner products are taken for cosines.
+
+    Args:
+        matrix: floats, shape [n, d].
+        usable: the rows that are looked at, bool [n].
+        what, where: the name of the embeddings, and the file that holds them.
+
+    Raises:
+        WinnowError: a norm differs from 1 by more than 0.01.
+    """
+    squared = np.ones(len(matrix), np.float32)
+    for start in range(0, len(matrix), _ROWS):
+        rows = slice(start, start + _ROWS)
+        block = matrix[rows].astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.einsum("nd,nd->n", block, block, out=squared[rows])
+    norm = np.sqrt(squared[usable])
+    if wrong := int(np.count_nonzero(np.abs(norm - 1) > _TOLERANCE)):
+        norms = f"norms {norm.min():.3g} to {norm.max():.3g}"
+        found = f"{what}: {wrong:,} of {len(norm):,} embeddings are not L2-normalised ({norms})"
+        raise WinnowError(found, where=where, do="Divide each embedding by its L2 norm.")

@@ -1,16 +1,14 @@
-"""Arrow columns: one type for each kind of value; to NumPy and back without pandas, which `pyarrow.array` and `to_numpy`
-import where it is installed."""
+"""Arrow columns: one type for each kind of value; to NumPy and back without pandas, which `pyarrow.array` and
+`to_numpy` import where it is installed."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-
-from winnow.infra.errors import WinnowError
 
 Column: TypeAlias = pa.ChunkedArray | pa.Array
 
@@ -56,12 +54,14 @@ def _values(array: pa.Array) -> np.ndarray:
 
 
 def float_values(column: Column) -> np.ndarray:
-    """A column of floats, integers, decimals or booleans, null as NaN, shape [n].
+    """A column of floats, integers, decimals or booleans, or of text that has numbers, null as NaN, shape [n].
 
     Floats keep their precision, and a column without nulls is a read-only view of Arrow's memory. Others become
     float64.
     """
-    if pa.types.is_decimal(column.type) or pa.types.is_boolean(column.type) or pa.types.is_null(column.type):
+    if pa.types.is_decimal(column.type):
+        column = column.cast(pa.string())
+    if pa.types.is_string(column.type) or pa.types.is_boolean(column.type) or pa.types.is_null(column.type):
         column = column.cast(pa.float64())
     if len(column) == 0:
         return np.empty(0, column.type.to_pandas_dtype() if pa.types.is_floating(column.type) else np.float64)
@@ -120,6 +120,11 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a plain type is that of strings or bytes."""
+    return pa.types.is_string(kind) or pa.types.is_binary(kind)
+
+
 def plain(table: pa.Table, leave: Collection[str] = ()) -> pa.Table:
     """The table with every column but those in `leave` in its `plain_type`. Values change only where decimals are
     rounded to float64."""
@@ -129,52 +134,11 @@ def plain(table: pa.Table, leave: Collection[str] = ()) -> pa.Table:
     return table
 
 
-def concat(tables: Sequence[pa.Table]) -> pa.Table:
-    """Tables one below the other; a column that one of them lacks is null there.
-
-    A column with different types gets one type for all: the wider number, float64 for integers with floats, text where
-    one of them is text.
-
-    Raises:
-        WinnowError: there is no such type, or a number is not exact in it.
-    """
-    kinds: dict[str, pa.DataType] = {}
-    for item in (item for table in tables for item in table.schema):
-        kinds[item.name] = _common_type(item.name, kinds.get(item.name, item.type), item.type)
-    return pa.concat_tables([_cast(table, kinds) for table in tables], promote_options="default")
-
-
-def _common_type(name: str, first: pa.DataType, second: pa.DataType) -> pa.DataType:
-    if first == second:
-        return first
-    both = [plain_type(first), plain_type(second)]
-    if pa.string() in both and not any(pa.types.is_nested(kind) or pa.types.is_binary(kind) for kind in both):
-        return pa.string()
-    try:
-        fields = (pa.schema([(name, kind)]) for kind in both)
-        return pa.unify_schemas(list(fields), promote_options="permissive").field(0).type
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        raise _differs(name, f"{first} in one shard and {second} in another") from None
-
-
-def _cast(table: pa.Table, kinds: dict[str, pa.DataType]) -> pa.Table:
-    for i, item in enumerate(table.schema):
-        if item.type != kinds[item.name]:
-            try:
-                table = table.set_column(i, item.name, _plain_column(table[i]).cast(kinds[item.name]))
-            except pa.ArrowException as error:
-                what = f"{item.type} in one shard, which does not fit into the {kinds[item.name]} of others ({error})"
-                raise _differs(item.name, what) from None
-    return table
-
-
-def _differs(name: str, what: str) -> WinnowError:
-    return WinnowError(f'column "{name}" has the type {what}', do="Give it the same type everywhere.")
-
-
 def _is_list(kind: pa.DataType) -> bool:
     types = pa.types
-    return any(check(kind) for check in (types.is_list, types.is_large_list, types.is_list_view, types.is_large_list_view))
+    return any(
+        check(kind) for check in (types.is_list, types.is_large_list, types.is_list_view, types.is_large_list_view)
+    )
 
 
 def _plain_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -212,6 +176,6 @@ def _plain_array(array: pa.Array) -> pa.Array:
         return pa.ListArray.from_arrays(
             number_array(ends), _plain_array(array.flatten()), type=target, mask=mask_array(null_mask(array))
         )
-    if pa.types.is_decimal(kind) and kind.bit_width < 128:  # Arrow rejects casts of decimal32 to int64
-        array = array.cast(pa.decimal128(max(kind.precision, 18), kind.scale))
+    if pa.types.is_decimal(kind):  # Arrow's own cast is one bit off for half of the values, and fails for decimal32
+        array = array.cast(pa.decimal128(38, 0) if kind.scale < 0 else kind).cast(pa.string())
     return array.cast(target)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from winnow.infra.errors import WinnowError
-from winnow.infra.io.arrow import float_values, mask_array, null_mask, number_array, plain
+from winnow.infra.io.arrow import float_values, is_text, mask_array, null_mask, number_array, plain
 from winnow.infra.io.parquet import read_parquet
 from winnow.infra.pool.matching import ONLY_PARQUET as ONLY_PARQUET
 from winnow.infra.pool.matching import Facts, best_matching, caption_of
@@ -51,10 +51,10 @@ def join(
 ) -> pa.Table:
     """A view: the tar's rows, with the columns of the parquet.
 
-    Rows are matched by what identifies the most of them: uid, key (as written, else without folder, extension or leading
-    zeros), url, sha256, or, where none of these identifies any, a caption that is unique. Then uid, url, sha256, caption
-    and label must agree as far as both have them. `skipped` gets the samples that are in one of the two alone, differ
-    between them, or occur twice.
+    Rows are matched by what identifies the most of them: uid, key (as written, else without folder, extension or
+    leading zeros), url, sha256, or, where none of these identifies any, a caption that is unique. Then uid, url,
+    sha256, caption and label must agree as far as both have them. `skipped` gets the samples that are in one of the two
+    alone, differ between them, or occur twice.
 
     Args:
         unusable: key and identities of samples of the tar that have been skipped, whose rows are not reported again.
@@ -63,7 +63,7 @@ def join(
         WinnowError: no column identifies the rows, or a column has the name of one of the pool's.
     """
     rest = _Parquet(parquet)
-    matching = best_matching(rows, rest.words)
+    matching = best_matching(rows, rest.words, rest.numbers)
     if matching is None:
         what = f"the parquet ({parquet.num_rows} rows) and the tar ({len(rows)} samples) have no column to join them by"
         raise WinnowError(what, where=shard, do="Add a column key, uid, url or sha256 to the parquet.")
@@ -75,7 +75,7 @@ def join(
             continue
         row["uid"] = row["uid"] or rest.value("uid", at)
         if row["text"] is None:
-            row["text"] = rest.value("text", at) or rest.value("caption", at)
+            row["text"] = rest.value("caption" if "caption" in rest.words else "text", at)
         kept.append(row)
         take.append(at)
     skipped += matching.left_over(shard, unusable)
@@ -87,6 +87,7 @@ class _Parquet:
 
     Attributes:
         words: what identifies them, as strings by column.
+        numbers: whether the keys are numbers.
         faults: why a row cannot be used, by row.
     """
 
@@ -103,6 +104,7 @@ class _Parquet:
         self._label = _whole(table["label"]) if "label" in names else None
         asked = ("key", *_IDS, "text", *(() if "text" in names else ("caption",)))
         self.words = {name: _words(name, self._table[name]) for name in asked if name in names}
+        self.numbers = "key" in names and not is_text(self._table["key"].type)
         self._ids = [(name, self.words[name]) for name in _IDS if name in names]
         self._text = self.words.get("text")
 
@@ -112,14 +114,16 @@ class _Parquet:
 
     def _readable(self, table: pa.Table) -> pa.Table:
         """The table with null for strings that are not UTF-8, which Arrow does not check."""
-        for i, item in enumerate(table.schema):
+        for i, (name, kind) in enumerate(zip(table.schema.names, table.schema.types, strict=True)):
             try:
-                table[i].validate(full=pa.types.is_string(item.type))
-            except pa.ArrowInvalid:
+                table[i].validate(full=True)
+            except pa.ArrowInvalid as error:
+                if not pa.types.is_string(kind):
+                    raise WinnowError(f'the column "{name}" cannot be read ({error})') from None
                 values = [None if one is None else _decoded(one) for one in table[i].cast(pa.binary()).to_pylist()]
                 bad = [at for at, one in enumerate(values) if one is None and table[i][at].is_valid]
                 self.faults.update(dict.fromkeys(bad, "a name or text is not UTF-8"))
-                table = table.set_column(i, item.name, pa.chunked_array([pa.array(values, pa.string())]))
+                table = table.set_column(i, name, pa.chunked_array([pa.array(values, pa.string())]))
         return table
 
     def _use_sizes(self, name: str) -> None:
@@ -143,9 +147,9 @@ class _Parquet:
             theirs, mine = values[at], row.get(name)
             if mine and theirs and mine != theirs and (name != "sha256" or mine.lower() != theirs):
                 return f"{name} differs between tar and parquet"
-        if self._text is not None and (mine := row["text"]) is not None and mine != (theirs := self._text[at]):
-            if theirs is not None and caption_of(mine) != caption_of(theirs):
-                return "caption differs between tar and parquet"
+        mine, theirs = row["text"], None if self._text is None else self._text[at]
+        if mine is not None and theirs is not None and mine != theirs and caption_of(mine) != caption_of(theirs):
+            return "caption differs between tar and parquet"
         label = self._label[at] if self._label is not None else None
         return None if label is None or row.get("label", label) == label else "label differs between tar and parquet"
 
@@ -182,7 +186,7 @@ def _words(name: str, column: pa.ChunkedArray) -> list[str | None]:
         values = [one if one is None else one.hex() if len(one) == size else _decoded(one) for one in values]
     elif pa.types.is_floating(column.type):
         values = [str(int(one)) if one is not None and one.is_integer() else None for one in values]
-    elif not pa.types.is_string(column.type):
+    elif not is_text(column.type):
         values = [None if one is None else str(one) for one in values]
     if name in ("uid", "sha256"):
         return [one.lower() if one else None for one in values]

@@ -12,6 +12,7 @@ from winnow.infra.stages.stage import Skipped
 ONLY_PARQUET = "in the parquet but not in the tar"
 Facts = Mapping[str, Any]  # of a sample in the tar: "key", and "uid", "url", "sha256" and "text" as far as it has them
 Words = Sequence[str | None]
+_Value = Callable[[Facts], str | None]
 
 
 class Matching:
@@ -22,8 +23,8 @@ class Matching:
         value: the value of a sample.
         values: those of the parquet's rows; None matches nothing.
         samples: of the tar.
-        exact: whether the first of several rows with one value counts, because the value is the sample's own name.
-            Otherwise such a value decides on nothing.
+        raw: what the values were made of. Of rows whose value and raw value are equal the first counts; a value of
+            other rows, or of several samples, decides on nothing. None: neither does the value of equal rows.
 
     Attributes:
         found: row of each sample; -1 for none, -2 where the value is not unique.
@@ -31,17 +32,23 @@ class Matching:
     """
 
     def __init__(
-        self, by: str, value: Callable[[Facts], str | None], values: Words, samples: Sequence[Facts], exact: bool
+        self,
+        by: str,
+        value: _Value,
+        values: Words,
+        samples: Sequence[Facts],
+        raw: Words | None = None,
     ) -> None:
         self.by, self._value, self._values = by, value, values
         index: dict[str, int] = {}
         self._again = [at for at, one in enumerate(values) if one is not None and index.setdefault(one, at) != at]
         wanted = [value(sample) for sample in samples]
-        self._several: Counter[str | None] = Counter()
-        if not exact:
-            twice, times = {values[at] for at in self._again}, Counter(wanted)
-            self._several.update({one: n for one, n in times.items() if one in index and (n > 1 or one in twice)})
-        several = self._several
+        twice = {one for at in self._again if (one := values[at]) and (raw is None or raw[at] != raw[index[one]])}
+        several: Counter[str | None] = Counter()
+        if twice or (by != "uid" and len(set(wanted)) < len(wanted)):  # a sample with the uid of another is a duplicate
+            times = Counter(wanted)
+            several.update({one: n for one, n in times.items() if one in index and (n > 1 or one in twice)})
+        self._several = several
         self.found = [-1 if one is None else -2 if one in several else index.get(one, -1) for one in wanted]
         self.count = sum(at >= 0 for at in self.found)
 
@@ -67,14 +74,18 @@ class Matching:
                 yield Skipped(where, f"{ONLY_PARQUET} (by {self.by})")
 
 
-def best_matching(samples: Sequence[Facts], columns: Mapping[str, Words]) -> Matching | None:
+def best_matching(samples: Sequence[Facts], columns: Mapping[str, Words], numbers: bool = False) -> Matching | None:
     """The matching with the most samples, of equal ones the first; None if there is nothing to match by.
 
     Args:
         columns: of the parquet, by name: any of "uid", "key", "url", "sha256" and "text".
+        numbers: whether the keys were whole numbers, so that leading zeros are not known.
     """
     best = None
-    for matching in _matchings(samples, columns):
+    for by, value, values, raw in _identities(samples, columns, numbers):
+        if by == "caption" and best is not None and best.count:  # a caption only identifies where nothing else does
+            break
+        matching = Matching(by, value, values, samples, raw)
         if best is None or matching.count > best.count:
             best = matching
         if best.count == len(samples):
@@ -82,24 +93,28 @@ def best_matching(samples: Sequence[Facts], columns: Mapping[str, Words]) -> Mat
     return best
 
 
-def _matchings(samples: Sequence[Facts], columns: Mapping[str, Words]) -> Iterator[Matching]:
-    count = 0
-    if "uid" in columns and any(sample["uid"] for sample in samples):
-        yield (matching := Matching("uid", lambda sample: sample["uid"], columns["uid"], samples, exact=True))
-        count = matching.count
-    for number, form in enumerate(_KEYS if "key" in columns else ()):
-        keys = [None if key is None else form(key) for key in columns["key"]]
-        matching = Matching("key", lambda sample, form=form: form(sample["key"]), keys, samples, exact=number == 0)  # type: ignore[misc]
-        yield matching
-        count = max(count, matching.count)
+def _identities(
+    samples: Sequence[Facts], columns: Mapping[str, Words], numbers: bool
+) -> Iterator[tuple[str, _Value, Words, Words | None]]:
+    """What `Matching` takes, for each identity that both sides may have."""
+    if "uid" in columns and (not samples or any(sample["uid"] for sample in samples)):
+        yield "uid", _fact("uid"), columns["uid"], columns["uid"]
+    for form in (_NUMBERS if numbers else _KEYS) if "key" in columns else ():
+        yield "key", _key(form), [None if key is None else form(key) for key in columns["key"]], columns["key"]
     for name in ("url", "sha256"):
-        if name in columns and any(name in sample for sample in samples):
-            yield (matching := Matching(name, lambda sample, name=name: sample.get(name), columns[name], samples, False))  # type: ignore[misc]
-            count = max(count, matching.count)
-    # Captions identify only where nothing else does.
-    if not count and "text" in columns and any(sample["text"] is not None for sample in samples):
+        if name in columns and (not samples or any(name in sample for sample in samples)):
+            yield name, _fact(name), columns[name], None
+    if "text" in columns and any(sample["text"] is not None for sample in samples):
         captions = [caption_of(text) for text in columns["text"]]
-        yield Matching("caption", lambda sample: caption_of(sample.get("text")), captions, samples, False)
+        yield "caption", lambda sample: caption_of(sample.get("text")), captions, None
+
+
+def _fact(name: str) -> _Value:
+    return lambda sample: sample.get(name)
+
+
+def _key(form: Callable[[str], str]) -> _Value:
+    return lambda sample: form(sample["key"])
 
 
 def caption_of(text: str | None) -> str | None:
@@ -121,10 +136,5 @@ def _unpadded(key: str) -> str:
 
 
 # How keys are compared, in order: as written; without "./" and extension; without leading zeros; without folders.
-_KEYS: tuple[Callable[[str], str], ...] = (
-    str,
-    _path,
-    lambda key: _unpadded(_path(key)),
-    _name,
-    lambda key: _unpadded(_name(key)),
-)
+_NUMBERS: tuple[Callable[[str], str], ...] = (lambda key: _unpadded(_path(key)), lambda key: _unpadded(_name(key)))
+_KEYS: tuple[Callable[[str], str], ...] = (str, _path, _NUMBERS[0], _name, _NUMBERS[1])

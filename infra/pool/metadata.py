@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
-from winnow.infra.io.arrays import read_header
+from winnow.infra.io.arrays import check_unit, read_header, usable_rows
 from winnow.infra.pool.layouts import is_ours
 from winnow.infra.stages.stage import LOCATIONS, MANIFEST, RECORDS
 
@@ -58,7 +58,7 @@ def read_feature(url: str, name: str, rows: int) -> pa.FixedSizeListArray:
     """One array of an .npz, one of FEATURES, as float16 lists of fixed size, shape [rows]; the others are not read.
 
     Raises:
-        WinnowError: no such file or member, not a matrix of floats, or another number of rows.
+        WinnowError: no such file or member, not a matrix of floats, another number of rows, or not L2-normalised.
     """
     with _archive(url) as archive:
         file, (shape, fortran, dtype) = _header(archive, name, url)
@@ -72,9 +72,10 @@ def read_feature(url: str, name: str, rows: int) -> pa.FixedSizeListArray:
         data = file.read(count * dtype.itemsize)
     if len(data) != count * dtype.itemsize:
         raise WinnowError(f"{name} is truncated", where=url)
-    matrix = np.frombuffer(data, dtype)
-    matrix = matrix.reshape(shape[::-1]).T.ravel() if fortran else matrix
-    return pa.FixedSizeListArray.from_arrays(pa.array(matrix.astype(np.float16, copy=False)), shape[1])
+    matrix = np.frombuffer(data, dtype).astype(dtype.newbyteorder("="), copy=False)
+    matrix = np.ascontiguousarray(matrix.reshape(shape[::-1]).T) if fortran else matrix.reshape(shape)
+    check_unit(matrix, usable_rows(matrix), name, url)
+    return pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel().astype(np.float16, copy=False)), shape[1])
 
 
 @contextlib.contextmanager

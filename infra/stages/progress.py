@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
@@ -58,7 +57,7 @@ class RunLog:
 
     def event(self, **facts: Any) -> None:
         if self.file is not None:
-            self.file.write(json.dumps({"time": round(time.time(), 3), **facts}, ensure_ascii=False) + "\n")
+            self.file.write(storage.json_line({"time": round(time.time(), 3), **facts}))
             self.file.flush()
 
 

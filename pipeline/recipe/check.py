@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from winnow.curation.columns.table import measure_of
 from winnow.curation.located import located
-from winnow.curation.measures.base import MeasureSpec, with_upstream
+from winnow.curation.measures.base import MeasureSpec, check_fields, with_upstream
 from winnow.evaluate.sets.layout import is_data
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
@@ -42,7 +42,7 @@ def check_models(recipe: Recipe) -> None:
 
 
 def check_measures(recipe: Recipe, pool: bool = True) -> None:
-    """Raises ParameterError where a measure is not known, lacks a parameter, or has no encoder.
+    """Raises ParameterError where a measure is not known, lacks a parameter or a column, or has no encoder.
 
     Args:
         recipe: its measures and the trees of its subsets are checked.
@@ -54,6 +54,7 @@ def check_measures(recipe: Recipe, pool: bool = True) -> None:
             read = [measure for column in columns if (measure := measure_of(column))]
             with located("subsets", name):
                 _check_specs(recipe, read)
+                check_fields(columns, with_upstream(read, recipe.measures))
     if pool:
         with located("measures"):
             _check_specs(recipe, list(recipe.measures))

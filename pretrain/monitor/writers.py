@@ -36,12 +36,12 @@ class StepLog:
     def write(self, **facts: Any) -> None:
         if not self.active:
             return
-        line = json.dumps({"time": round(time.time(), 3), **facts}, ensure_ascii=False)
+        line = storage.json_line({"time": round(time.time(), 3), **facts})
         if storage.is_local(self.url):
             with open(storage.local_path(self.url), "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+                file.write(line)
         else:
-            self.lines.append(line)
+            self.lines.append(line.rstrip("\n"))
             self.flush()
 
     def flush(self) -> None:

@@ -229,7 +229,7 @@ def test_a_target_folder_without_images_or_of_another_model_is_refused(pool):
     table = table.rename_columns(["text", "language.code", "score", "clip.image"])
     for target, words in [
         (pa.table({"clip.image": embeddings(np.empty((0, 8)))}), "target set is empty"),
-        (pa.table({"clip.image": embeddings(np.ones((2, 5)))}), "clip.image has 8, the target t has 5"),
+        (pa.table({"clip.image": embeddings(np.eye(2, 5))}), "clip.image has 8, the target t has 5"),
     ]:
         view = Columns(table, targets={"t": Columns(target)})
         with pytest.raises(WinnowError, match=words):

@@ -12,24 +12,27 @@ import pytest
 from PIL import Image
 
 import winnow.curation.measures.stage
+from tests.curation.tables import embeddings
 from tests.drawing import sample, write_tar
-from tests.evaluate.sets import write_config
+from tests.evaluate.sets import CONFIG, write_config
 from tests.examples.brightness import Brightness
 from winnow.curation.columns.table import View
 from winnow.curation.measures import MEASURES
-from winnow.curation.measures.base import Measure, MeasureSpec, Samples, make
+from winnow.curation.measures.base import Measure, MeasureSpec, Samples, check_fields, make, with_upstream
 from winnow.curation.measures.caption import Caption
 from winnow.curation.measures.clip import Clip
 from winnow.curation.measures.language import Language
+from winnow.curation.measures.nsfw import Nsfw
 from winnow.curation.measures.stage import MeasureStage
 from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrow import as_matrix
-from winnow.infra.params import params
+from winnow.infra.params import build, params
 from winnow.infra.pool.index import IndexStage
 from winnow.infra.pool.pool import Pool
 from winnow.infra.stages.executors import SerialExecutor
 from winnow.infra.stages.runner import Budget, execute
 from winnow.pretrain.encoder import encoder_digest, load_encoder
+from winnow.pretrain.models.open_clip import build_model
 
 
 def measure(pool, measures, out, **options):
@@ -40,6 +43,40 @@ def measure(pool, measures, out, **options):
 def clip(tmp_path_factory):
     spec = write_config(tmp_path_factory.mktemp("encoder"))
     return Clip(spec, encoder_digest(spec), device="cpu")
+
+
+@pytest.mark.parametrize("tower", ["visual.proj", "text_projection"])
+def test_an_encoder_with_weights_that_are_not_finite_is_refused(small_pool, tmp_path, tower):
+    import torch
+
+    spec = write_config(tmp_path)
+    state = build_model(CONFIG).state_dict()
+    torch.save(state | {tower: torch.full_like(state[tower], float("nan"))}, tmp_path / "nan.pt")
+    spec = f"{spec.rpartition(':')[0]}:{tmp_path}/nan.pt"
+    samples = Samples(pa.table({"text": ["a"], "clip.image": embeddings(np.eye(1, 8))}), [Image.new("RGB", (9, 9))])
+    with pytest.raises(WinnowError, match="features are not finite"):
+        Clip(spec, encoder_digest(spec), device="cpu").compute(samples)
+    if tower == "text_projection":
+        with pytest.raises(WinnowError, match="features are not finite, for 6 of 6 prompts"):
+            Nsfw(encoder=spec, digest=encoder_digest(spec)).compute(samples)
+
+
+def test_the_fields_of_measures_are_those_of_their_schemas(clip):
+    for name in MEASURES.names():
+        kind = MEASURES.load(name)
+        made = clip if name == "clip" else build(kind, dict(kind.example), name)
+        assert set(made.fields()) == set(made.schema().names), name
+
+
+def test_a_column_that_its_measure_has_not_is_refused(small_pool, clip, tmp_path):
+    specs = with_upstream(["clip", "caption"], {"clip": MeasureSpec("clip", Clip, {"encoder": "x"})})
+    check_fields(["clip.score", "caption.words", "text", "other.score"], specs)
+    for column, words in (("clip.img", "clip.image"), ("caption.score", "caption.words, caption.characters")):
+        with pytest.raises(WinnowError, match=f"has no column .*It has: .*{words}"):
+            check_fields([column], specs)
+    measure(small_pool, (Caption(),), tmp_path)
+    with pytest.raises(WinnowError, match=r'no column "caption.score".*caption.words, caption.characters'):
+        View(Pool.open(small_pool), str(tmp_path)).check(["caption.score"])
 
 
 def test_clip_columns_are_the_embeddings_of_the_encoder(small_pool, clip, tmp_path):

@@ -216,7 +216,7 @@ def test_norm_sim_refuses_what_does_not_fit():
     empty = Columns(pa.table({"clip.image": embeddings(vectors)}).slice(0, 0))
     with pytest.raises(WinnowError, match="no usable image"):
         kept(NormSim(target="t", fraction=0.5), pool(vectors), targets={"t": empty})
-    other = Columns(pa.table({"clip.image": embeddings(vectors[:, :5])}))
+    other = Columns(pa.table({"clip.image": embeddings(sphere(np.random.default_rng(11), 9, 5))}))
     with pytest.raises(WinnowError, match="6 dimensions, the targets 5"):
         kept(NormSim(target="t", fraction=0.5), pool(vectors), targets={"t": other})
 

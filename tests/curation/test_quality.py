@@ -127,6 +127,7 @@ def test_heads_linear_and_deep(tmp_path):
     ("name", "arrays", "says"),
     [
         ("two.npz", {"weight": np.ones((2, 4))}, "2 outputs"),
+        ("broken.npz", {"weight": np.full((1, 4), np.nan)}, "not finite"),
         ("none.npz", {"kernel": np.ones((1, 4))}, "no array `weight`"),
         ("broken.npz", {"0.weight": np.ones((3, 4)), "1.weight": np.ones((1, 2))}, "do not fit"),
         ("biased.npz", {"weight": np.ones((1, 4)), "bias": np.ones(3)}, "do not fit"),

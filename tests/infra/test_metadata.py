@@ -21,9 +21,9 @@ def folder(tmp_path):
     for stem, rows in (("b", range(5)), ("a", range(5, 8))):
         table = pa.table({"uid": [derived_uid(str(i)) for i in rows], "text": [f"caption {i}" for i in rows]})
         pq.write_table(table, folder / f"{stem}.parquet")
-    np.savez(
-        folder / "b.npz", b32_img=rng.normal(size=(5, 4)).astype(np.float16), l14_img=np.asfortranarray(np.eye(5, 3))
-    )
+    b32 = rng.normal(size=(5, 4))
+    b32 = (b32 / np.linalg.norm(b32, axis=1, keepdims=True)).astype(np.float16)
+    np.savez(folder / "b.npz", b32_img=b32, l14_img=np.asfortranarray(np.eye(5, 3)))
     return folder
 
 
@@ -73,6 +73,7 @@ def lying(path, shape):
         (lambda f: (f / "b.npz").unlink(), "b.npz is missing.*Download"),
         (lambda f: np.savez(f / "b.npz", l14_img=np.ones((4, 3), np.float16)), "4 rows, the parquet next to it 5"),
         (lambda f: np.savez(f / "b.npz", l14_img=np.ones(5, np.float16)), "not a matrix"),
+        (lambda f: np.savez(f / "b.npz", l14_img=1.02 * np.eye(5)), "b.npz: l14_img: 5 of 5 .* not L2-normalised"),
         (lambda f: np.savez(f / "b.npz", l14_img=np.array([[{}]], object)), "not a matrix"),
         (lambda f: np.savez(f / "b.npz", other=np.ones((5, 2))), 'holds no array "l14_img".*It holds: other'),
         (lambda f: lying(f / "b.npz", (5, 1 << 40)), r"said to be float16 of shape \(5, 1099511627776\), and 30 bytes"),

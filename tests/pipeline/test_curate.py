@@ -22,7 +22,8 @@ def folder(tmp_path_factory):
     folder = write_metadata(tmp_path_factory.mktemp("datacomp") / "metadata", 600, per_file=250)
     rng = np.random.default_rng(0)
     for shard in Pool.open(str(folder)).shards:
-        vectors = rng.normal(size=(shard.rows, 8)).astype(np.float16)
+        vectors = rng.normal(size=(shard.rows, 8))
+        vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
         np.savez(folder / f"{shard.name}.npz", l14_img=vectors, l14_txt=vectors)
     np.save(folder.parent / "centroids.npy", rng.normal(size=(20, 8)).astype(np.float32))
     np.save(folder.parent / "target.npy", rng.normal(size=(5, 8)).astype(np.float32))
@@ -134,6 +135,8 @@ def test_why_says_which_node_and_with_what_values(curate, folder):
         ({"norm_sim": {"target": "{}/wide.npy", "threshold": 0.7, "column": "l14_img"}}, "8 dimensions.* 9"),
         ({"neg_clip_loss": {"model": "b32", "fraction": 0.3}}, 'no.* "?b32_img'),
         ({"aesthetics": {}}, "unknown filter"),
+        ({"score": {"caption": 1, "keep": 2}}, 'measure "caption" has no column "score".*caption.words, caption.char'),
+        ({"exact_duplicates": {"by": ["text", "caption.char"]}}, 'measure "caption" has no column "char"'),
     ],
 )
 def test_refused_before_work_with_what_to_do(curate, folder, tree, words):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections import Counter
@@ -17,7 +18,7 @@ from winnow.evaluate.features.reading import FeatureFiles, LoadedSplit, NotEmbed
 from winnow.evaluate.features.stage import EmbedStage, SetsStage
 from winnow.evaluate.protocols.base import SEED, EvalSet, Features, Protocol, Split, load_protocol
 from winnow.evaluate.scores import DATACOMP_RESULTS, RESULTS, result_line, write_results, write_scores
-from winnow.evaluate.sets.files import data_digest, open_set
+from winnow.evaluate.sets.files import data_digest, ignored_tars, open_set
 from winnow.evaluate.sets.layout import FoundTask
 from winnow.evaluate.sets.shards import has_split
 from winnow.evaluate.tasks.task import NotApplicable, Task, TaskError
@@ -51,7 +52,7 @@ class EvaluateStage(SetsStage):
     max_skipped: float = 0.05  # of a split's images that may be undecodable: a fraction when below 1, else a number
 
     name = "evaluate"
-    version = 3
+    version = 4
 
     def embedding(self) -> EmbedStage:
         """The stage that must have run before this one."""
@@ -205,6 +206,8 @@ class EvaluateStage(SetsStage):
             "not_applicable": results.unfit,
             "left_out": results.left_out,
         }
+        if ignored := {found.task.key: names for found in found_tasks if (names := _ignored(found))}:
+            values["ignored"] = ignored
         if metrics := {protocol.name: protocol.metric for protocol in protocols if protocol.metric is not None}:
             values["protocol_metrics"] = metrics
         official = {found.task.key for found in found_tasks if found.task.group != "extra"}
@@ -267,6 +270,13 @@ def _unfit(found: FoundTask, protocol: Protocol) -> str | None:
     if "train" in protocol.needs and not has_split(found.url, "train"):
         return "the set has no train split"
     return None
+
+
+def _ignored(found: FoundTask) -> list[str]:
+    """The test shards that are not read; none where the set is broken, which is reported as such."""
+    with contextlib.suppress(TaskError, OSError):
+        return ignored_tars(found.url)
+    return []
 
 
 def _left_out(splits: Mapping[str, LoadedSplit]) -> dict[str, dict[str, int]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import tokenize
 from typing import Any
 
 import numpy as np
@@ -10,12 +12,31 @@ import numpy as np
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 
+# What NumPy raises for broken headers besides ValueError.
+_BROKEN = (EOFError, OSError, OverflowError, RecursionError, MemoryError, TypeError, SyntaxError, tokenize.TokenError)
+
 
 def read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     """(shape, Fortran order, dtype) of a .npy file that is open at its start. Raises ValueError."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(file)
+
+
+def load_array(data: bytes) -> np.ndarray:
+    """The array in the content of a .npy file. Raises ValueError; a header that claims more than there is, before
+    memory is taken for it."""
+    file = io.BytesIO(data)
+    try:
+        shape, _, kind = read_header(file)
+        size = math.prod(shape) * (0 if kind.hasobject else max(1, kind.itemsize))
+        if min(shape, default=0) < 0 or size > len(data) - file.tell():
+            raise ValueError(
+                f"the header says {kind} of shape {list(shape)}, and {len(data) - file.tell()} bytes follow"
+            )
+        return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
+    except _BROKEN as error:
+        raise ValueError(str(error) or type(error).__name__) from None
 
 
 def is_array(url: str) -> bool:
@@ -33,7 +54,7 @@ def matrix_shape(url: str) -> tuple[int, int]:
     try:
         with storage.open_read(url) as file:
             shape, _, kind = read_header(file)
-    except (ValueError, EOFError) as error:
+    except (ValueError, *_BROKEN) as error:
         raise WinnowError(f"is not a .npy file ({error})", where=url, do=do) from None
     if len(shape) != 2 or kind.kind != "f":
         raise WinnowError(f"holds {kind} of shape {list(shape)}, not a matrix of embeddings", where=url, do=do)
@@ -50,6 +71,6 @@ def load_matrix(url: str) -> np.ndarray:
     try:
         if storage.is_local(url):
             return np.load(storage.local_path(url), mmap_mode="r", allow_pickle=False)
-        return np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        return load_array(storage.read_bytes(url))
+    except (ValueError, *_BROKEN) as error:
         raise WinnowError(f"cannot be read as an array ({error})", where=url) from None

@@ -29,11 +29,9 @@ def load_array(data: bytes) -> np.ndarray:
     file = io.BytesIO(data)
     try:
         shape, _, kind = read_header(file)
-        size = math.prod(shape) * (0 if kind.hasobject else max(1, kind.itemsize))
-        if min(shape, default=0) < 0 or size > len(data) - file.tell():
-            raise ValueError(
-                f"the header says {kind} of shape {list(shape)}, and {len(data) - file.tell()} bytes follow"
-            )
+        size, rest = math.prod(shape) * (0 if kind.hasobject else max(1, kind.itemsize)), len(data) - file.tell()
+        if min(shape, default=0) < 0 or size > rest:
+            raise ValueError(f"the header says {kind} of shape {list(shape)}, and {rest} bytes follow")
         return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
     except _BROKEN as error:
         raise ValueError(str(error) or type(error).__name__) from None

@@ -166,7 +166,7 @@ def test_a_task_file_is_found_next_to_the_recipe_or_in_the_data_folder(text, tmp
 
 
 def test_no_such_recipe():
-    with pytest.raises(UsageError, match=r"nothing\.yaml: cannot be read"):
+    with pytest.raises(UsageError, match=r"nothing\.yaml: no such file"):
         load_recipe("nothing.yaml")
 
 

@@ -23,6 +23,7 @@ from winnow.infra.io.text import read_text
 from winnow.infra.io.yaml_lines import Lines, read_value, read_yaml
 from winnow.infra.params import ParameterError, build, names_of
 from winnow.infra.registry import unknown
+from winnow.infra.stages.names import check_name
 from winnow.pipeline.recipe.check import check_models, check_recipe
 from winnow.pipeline.recipe.schema import Recipe, is_task_file, several
 from winnow.pretrain.config import PretrainConfig
@@ -146,8 +147,7 @@ def _parse_subsets(subsets: Any) -> dict[str, Node]:
     nodes = {}
     for name, tree in _mapping(subsets, "subsets", "filters").items():
         with located("subsets", name):
-            if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name) or not name.strip("."):
-                raise ParameterError(f'subset "{name}": a name has letters, digits and . _ + - only')
+            check_name("subset", name)
             nodes[name] = parse(tree)
     return nodes
 

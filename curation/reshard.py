@@ -43,6 +43,7 @@ class ReshardStage(Stage):
 
     name = "reshard"
     version = 2
+    alone = (".tar", ".parquet")
 
     def params(self) -> dict[str, Any]:
         return {"samples_per_shard": self.samples_per_shard}

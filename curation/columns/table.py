@@ -10,7 +10,6 @@ import pyarrow as pa
 
 from winnow.curation.measures import MEASURES
 from winnow.infra.errors import UsageError, WinnowError
-from winnow.infra.io import storage
 from winnow.infra.io.arrow import as_matrix, float_values, null_mask
 from winnow.infra.io.parquet import open_parquet, unreadable
 from winnow.infra.io.prefetch import prefetch
@@ -18,6 +17,7 @@ from winnow.infra.io.storage import digest_json
 from winnow.infra.pool.metadata import FEATURES
 from winnow.infra.pool.pool import Pool, Shard
 from winnow.infra.registry import unknown
+from winnow.infra.stages.kept import check_unit
 from winnow.infra.stages.stage import need_manifest
 
 # What a filter's `fit` learns about a pool: arrays by name, so that they can be kept in a file.
@@ -140,7 +140,8 @@ class View:
         arrays = dict(zip(local, shard.table(local).columns, strict=True)) if local else {}
         for measure, fields in by_measure.items():
             assert self.columns_url is not None
-            url = storage.join(self.columns_url, ids[measure], f"{shard.name}.parquet")
+            unit = f"{ids[measure]}/{shard.name}"
+            url = check_unit(self.columns_url, unit, f"{unit}.parquet")
             with open_parquet(url) as parquet:
                 try:
                     table = parquet.read(columns=fields, use_threads=False)

@@ -12,6 +12,7 @@ from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrays import load_array
 from winnow.infra.io.arrow import Column, one_chunk
 from winnow.infra.io.storage import read_bytes, writing
+from winnow.infra.stages.kept import check_kept
 
 UID_DTYPE = np.dtype("u8,u8")
 
@@ -142,9 +143,9 @@ def save_subset(url: str, uids: np.ndarray) -> None:
 
 
 def load_subset(url: str) -> np.ndarray:
-    """Read a subset file. Raises WinnowError when it is not one."""
+    """Read a subset file. Raises WinnowError when it is not one, or is damaged."""
     try:
-        uids = load_array(read_bytes(url))
+        uids = load_array(read_bytes(check_kept(url)))
     except ValueError as error:
         raise WinnowError(f"is not a NumPy file ({error})", where=url) from error
     if uids.dtype != UID_DTYPE or uids.ndim != 1:

@@ -16,6 +16,7 @@ import numpy as np
 
 from winnow.evaluate.features.reading import FeatureFiles, LoadedSplit, NotEmbedded
 from winnow.evaluate.features.stage import EmbedStage, SetsStage
+from winnow.evaluate.history import drop_repeated, keep_scores
 from winnow.evaluate.protocols.base import SEED, EvalSet, Features, Protocol, Split, load_protocol
 from winnow.evaluate.scores import DATACOMP_RESULTS, RESULTS, result_line, write_results, write_scores
 from winnow.evaluate.sets.files import data_digest, ignored_tars, open_set
@@ -26,7 +27,7 @@ from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
 from winnow.infra.params import build
 from winnow.infra.stages.runner import Budget
-from winnow.infra.stages.stage import Output, Record, Skipped, Unit
+from winnow.infra.stages.stage import Manifest, Output, Record, Skipped, Unit
 
 if TYPE_CHECKING:
     from winnow.pretrain.encoder import Encoder
@@ -185,6 +186,9 @@ class EvaluateStage(SetsStage):
             metadata=np.array(test.targets.metadata, np.float64),
         )
 
+    def keep_earlier(self, previous: Manifest) -> None:
+        keep_scores(self.out, previous.values)
+
     def finish(self, records: list[Record]) -> Output:
         by_unit: ByUnit = {}
         for record in records:
@@ -197,9 +201,11 @@ class EvaluateStage(SetsStage):
         if not results.rows:
             first = (results.missing or results.unfit)[0]
             raise WinnowError(f"no task could be evaluated; the first, {first['task']}: {first['reason']}")
+        checkpoints = {name: digest for name, _, digest in self.checkpoints}
+        drop_repeated(self.out, results.rows, checkpoints)
         keys = [found.task.key for found in found_tasks if found.task.key in results.tasks]
         values = {
-            "checkpoints": {name: digest for name, _, digest in self.checkpoints},
+            "checkpoints": checkpoints,
             "protocols": [protocol.name for protocol in protocols],
             "tasks": {key: results.tasks[key] for key in keys},
             "missing": results.missing,

@@ -64,15 +64,8 @@ def _earlier(result: Mapping[str, Any]) -> list[str]:
     """The scores of earlier states of the run, which those above have replaced."""
     header = ["state", "subset", "changed", "score", "before", "now", "difference"]
     lines = [
-        [
-            entry["state"],
-            entry["subset"],
-            entry["changed"],
-            row["of"],
-            with_error(row["before"]),
-            with_error(row["now"]),
-        ]
-        + [with_error(row["difference"], sign=True)]
+        [entry["state"], entry["subset"], entry["changed"], row["of"]]
+        + [with_error(row[name], sign=name == "difference") for name in ("before", "now", "difference")]
         for entry in result.get("earlier", [])
         for row in entry["rows"]
     ]

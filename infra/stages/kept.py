@@ -17,8 +17,7 @@ from winnow.infra.io.content import content_digest
 
 MANIFEST, RECORDS = "manifest.json", "units"
 _LEVELS = 4  # folders between a file and the manifest that lists it, at most
-_REMOTE = 60.0  # seconds for which a remote file that was found whole is not asked about again
-_asked: dict[str, float] = {}
+_REMOTE = 60.0  # seconds after which a remote file that was found whole is asked about again
 
 
 class KeptFile(str):
@@ -35,6 +34,7 @@ class KeptFile(str):
     since: str
     size: int
     token: str
+    _whole_until = 0.0
 
     @classmethod
     def written(cls, url: str, facts: Mapping[str, Any], since: str) -> KeptFile:
@@ -57,22 +57,25 @@ class KeptFile(str):
 
     def is_whole(self) -> bool:
         """Whether the file exists and has the recorded content."""
-        url, known = str(self), _asked.get(self)
-        if known is not None and time.monotonic() - known < _REMOTE:
+        if time.monotonic() < self._whole_until:
             return True
+        url = str(self)
         try:
             whole = self.is_untouched() or (self._has_size() and content_digest(url) == self.sha256)
         except FileNotFoundError:
             return False
         if whole and not storage.is_local(url):
-            _asked[url] = time.monotonic()
+            self._whole_until = time.monotonic() + _REMOTE
         return whole
 
     def is_untouched(self) -> bool:
-        """Whether size and times say that nobody wrote to it. Raises FileNotFoundError."""
+        """Whether size and times say that nobody wrote to it. Raises FileNotFoundError where it was read in place."""
         if not self.since:
             return storage.version_token(str(self), fresh=True) == self.token
-        return self._has_size() and _no_newer(storage.times(str(self)), storage.times(self.since))
+        found, record = storage.times(str(self)), storage.times(self.since)
+        if found is None or record is None or found[0] != self.size or not found[1] or not record[1]:
+            return False
+        return all(mine <= other for mine, other in zip(found[1], record[1], strict=True))
 
     def _has_size(self) -> bool:
         found = storage.times(str(self)) if self.since else None
@@ -86,15 +89,8 @@ class KeptFile(str):
             raise WinnowError("no such file", where=str(self))
         if not self.since:
             raise WinnowError("has changed since it was indexed", where=str(self), do="Index the pool again.")
-        do = "Run the command that wrote it again: it is made anew. `winnow verify` names every such file."
+        do = "Run the command that wrote it again: it is recomputed. `winnow verify` names every such file."
         raise WinnowError("is damaged: it does not have the content that was written", where=str(self), do=do)
-
-
-def _no_newer(file: Any, record: Any) -> bool:
-    """Whether a file has not changed after its record, by `storage.times` of both."""
-    if file is None or record is None or not file[1] or not record[1]:
-        return False
-    return all(mine <= other for mine, other in zip(file[1], record[1], strict=True))
 
 
 def check(url: str) -> None:

@@ -84,7 +84,7 @@ def _of_stage(folder: str, names: set[str]) -> Iterator[Expected]:
     for path, facts in listed.items():
         yield Expected(storage.join(folder, path), facts["sha256"])
     for url, record in records_in(folder):
-        yield Expected(url, fault="" if record is not None else "is damaged; run again, and the unit is made anew")
+        yield Expected(url, fault="" if record is not None else "is damaged; run again, and the unit is recomputed")
         for path, facts in record.files.items() if record is not None else ():
             yield Expected(storage.join(folder, path), facts["sha256"])
     try:

@@ -326,7 +326,7 @@ def writing(url: str) -> Iterator[Path]:
     if is_local(url):
         target = local_path(url)
         make_dir(str(target.parent))
-        if not os.access(target.parent, os.W_OK):
+        if not os.access(target.parent, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
             do = "Give a directory that you may write to."
             raise UsageError("the directory cannot be written to", where=str(target.parent), do=do)
         # Two containers on one folder may have the same process ids, and clones of a machine the same name too.

@@ -82,8 +82,8 @@ def main_scores(url: str, values: Mapping[str, Any]) -> tuple[str, ByCheckpoint]
 
 
 def before_and_now(url: str, checkpoints: Checkpoints, values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What has changed since each earlier state of a run: for each subset with other scores the average over the tasks
-    that both states have, and up to MAX_TASKS tasks, before and now with the difference.
+    """What has changed since each earlier state of a run: for each subset with other models or scores the average over
+    the tasks that both states have, and up to MAX_TASKS tasks, before and now with the difference.
 
     Args:
         url: directory of the scores.
@@ -104,9 +104,11 @@ def before_and_now(url: str, checkpoints: Checkpoints, values: Mapping[str, Any]
             )
             same = [key for key in values["tasks"] if key in old.tasks() and key in new.tasks()]
             shared = [key for key in same if _alike(earlier["tasks"][key], values["tasks"][key])]
-            if rows := _rows(old, new, shared, values["tasks"]):
-                trained = any(earlier["checkpoints"][one] != values["checkpoints"][one] for one in names)
+            trained = any(earlier["checkpoints"].get(one) != values["checkpoints"][one] for one in names)
+            changed = shared if trained else [key for key in shared if old.over_seeds([key]) != new.over_seeds([key])]
+            if changed:
                 why = "another model" if trained else "another test set"
+                rows = _rows(old, new, shared, changed, values["tasks"])
                 found.append({"state": name, "subset": subset, "changed": why, "rows": rows})
     return found
 
@@ -116,9 +118,8 @@ def _alike(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 
 def _rows(
-    old: SubsetScores, new: SubsetScores, shared: Sequence[str], tasks: Mapping[str, Any]
+    old: SubsetScores, new: SubsetScores, shared: Sequence[str], changed: Sequence[str], tasks: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    changed = [key for key in shared if old.over_seeds([key]) != new.over_seeds([key])]
     averaged = averaged_tasks(tasks, shared)
     of = {average_name(tasks, averaged): averaged} if len(averaged) > 1 else {}
     of |= {tasks[key]["name"]: [key] for key in changed[:MAX_TASKS]}
@@ -130,5 +131,4 @@ def _rows(
             "difference": asdict(difference(new, old, keys)),
         }
         for name, keys in of.items()
-        if changed
     ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from winnow.evaluate.protocols.base import EvalSet
 from winnow.evaluate.report.tables import text_table
 from winnow.evaluate.sets import hub, packed
-from winnow.evaluate.sets.files import open_set, split_tars
+from winnow.evaluate.sets.files import CLASSNAMES, ignored_tars, open_set, split_tars
 from winnow.evaluate.sets.layout import TYPE, FoundTask, find_tasks
 from winnow.evaluate.sets.shards import has_split, shard_index
 from winnow.evaluate.tasks.read import datacomp_tasks, find_task
@@ -77,7 +77,8 @@ def _check(found: FoundTask) -> TaskCheck:
     if not count:
         return TaskCheck(task, INCOMPLETE, 0, "the shards hold no sample")
     partial = task.size is not None and count < task.size
-    notes = [f"unpacked from {storage.name_of(url)}" if test_set.url != url else "", _train_fault(found, test_set)]
+    notes = [f"unpacked from {storage.name_of(url)}" if test_set.url != url else "", *_oddities(test_set)]
+    notes.append(_train_fault(found, test_set))
     return TaskCheck(task, PARTIAL if partial else COMPLETE, count, "; ".join(filter(None, notes)))
 
 
@@ -86,11 +87,22 @@ def _lost_shards(url: str) -> list[str]:
     path = storage.join(url, "test", "nshards.txt")
     if not storage.exists(path):
         return []
-    count = storage.read_bytes(path)[:32].strip()
+    with storage.open_read(path) as file:
+        count = file.read(32).strip()
     if not count.isdigit() or int(count) > 100_000:
         return []
     present = set(storage.list_names(storage.join(url, "test")))
     return [f"test/{number}.tar" for number in range(int(count)) if f"{number}.tar" not in present]
+
+
+def _oddities(test_set: EvalSet) -> list[str]:
+    """What is read as the peers read it and may still be a mistake: empty class names, shards that are not counted."""
+    empty = [str(label) for label, name in enumerate(test_set.classnames) if not name]
+    more = ignored_tars(test_set.url)
+    return [
+        f"{CLASSNAMES}: no name for class {', '.join(empty[:5])}" if empty else "",
+        f"not read, as nshards.txt counts {len(test_set.tars)}: {', '.join(more[:5])}" if more else "",
+    ]
 
 
 def _count(tars: Sequence[str]) -> int:

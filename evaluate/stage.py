@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections import Counter
@@ -15,9 +16,10 @@ import numpy as np
 
 from winnow.evaluate.features.reading import FeatureFiles, LoadedSplit, NotEmbedded
 from winnow.evaluate.features.stage import EmbedStage, SetsStage
+from winnow.evaluate.history import drop_repeated, keep_scores
 from winnow.evaluate.protocols.base import SEED, EvalSet, Features, Protocol, Split, load_protocol
 from winnow.evaluate.scores import DATACOMP_RESULTS, RESULTS, result_line, write_results, write_scores
-from winnow.evaluate.sets.files import data_digest, open_set
+from winnow.evaluate.sets.files import data_digest, ignored_tars, open_set
 from winnow.evaluate.sets.layout import FoundTask
 from winnow.evaluate.sets.shards import has_split
 from winnow.evaluate.tasks.task import NotApplicable, Task, TaskError
@@ -25,7 +27,7 @@ from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
 from winnow.infra.params import build
 from winnow.infra.stages.runner import Budget
-from winnow.infra.stages.stage import Output, Record, Skipped, Unit
+from winnow.infra.stages.stage import Manifest, Output, Record, Skipped, Unit
 
 if TYPE_CHECKING:
     from winnow.pretrain.encoder import Encoder
@@ -51,7 +53,7 @@ class EvaluateStage(SetsStage):
     max_skipped: float = 0.05  # of a split's images that may be undecodable: a fraction when below 1, else a number
 
     name = "evaluate"
-    version = 3
+    version = 4
 
     def embedding(self) -> EmbedStage:
         """The stage that must have run before this one."""
@@ -184,6 +186,9 @@ class EvaluateStage(SetsStage):
             metadata=np.array(test.targets.metadata, np.float64),
         )
 
+    def keep_earlier(self, previous: Manifest) -> None:
+        keep_scores(self.out, previous.values)
+
     def finish(self, records: list[Record]) -> Output:
         by_unit: ByUnit = {}
         for record in records:
@@ -196,15 +201,19 @@ class EvaluateStage(SetsStage):
         if not results.rows:
             first = (results.missing or results.unfit)[0]
             raise WinnowError(f"no task could be evaluated; the first, {first['task']}: {first['reason']}")
+        checkpoints = {name: digest for name, _, digest in self.checkpoints}
+        drop_repeated(self.out, results.rows, checkpoints)
         keys = [found.task.key for found in found_tasks if found.task.key in results.tasks]
         values = {
-            "checkpoints": {name: digest for name, _, digest in self.checkpoints},
+            "checkpoints": checkpoints,
             "protocols": [protocol.name for protocol in protocols],
             "tasks": {key: results.tasks[key] for key in keys},
             "missing": results.missing,
             "not_applicable": results.unfit,
             "left_out": results.left_out,
         }
+        if ignored := {found.task.key: names for found in found_tasks if (names := _ignored(found))}:
+            values["ignored"] = ignored
         if metrics := {protocol.name: protocol.metric for protocol in protocols if protocol.metric is not None}:
             values["protocol_metrics"] = metrics
         official = {found.task.key for found in found_tasks if found.task.group != "extra"}
@@ -267,6 +276,13 @@ def _unfit(found: FoundTask, protocol: Protocol) -> str | None:
     if "train" in protocol.needs and not has_split(found.url, "train"):
         return "the set has no train split"
     return None
+
+
+def _ignored(found: FoundTask) -> list[str]:
+    """The test shards that are not read; none where the set is broken, which is reported as such."""
+    with contextlib.suppress(TaskError, OSError):
+        return ignored_tars(found.url)
+    return []
 
 
 def _left_out(splits: Mapping[str, LoadedSplit]) -> dict[str, dict[str, int]]:

@@ -423,6 +423,11 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.strerror:
+            where = None if error.filename is None else str(error.filename)
+            error = WinnowError(f"reading or writing failed ({error.strerror})", where=where)
+            print(f"winnow: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
         print(f"winnow: {type(error).__name__}: {error} (--debug shows where).", file=sys.stderr)
         raise SystemExit(1) from error
 

@@ -28,7 +28,15 @@ from winnow.infra.stages.executors import Executor
 from winnow.infra.stages.kept import RECORDS, check_kept
 from winnow.infra.stages.progress import RunLog
 from winnow.infra.stages.runner import Budget
-from winnow.infra.stages.stage import LOCATIONS, Manifest, Stage, need_manifest, pending_units, read_manifest
+from winnow.infra.stages.stage import (
+    LOCATIONS,
+    Manifest,
+    Stage,
+    need_manifest,
+    pending_units,
+    read_manifest,
+    replaced_units,
+)
 from winnow.pipeline.demo.stage import DemoStage
 from winnow.pipeline.recipe.check import check_images
 from winnow.pipeline.recipe.schema import DEMO, Recipe
@@ -206,7 +214,8 @@ class Graph:
                 units, done = pending_units(stage)
             except WinnowError:
                 break
-            plans.append(StepPlan(step.name, len(done), len(units)))
+            replaced = replaced_units(stage, (unit for unit in units if unit.name not in done))
+            plans.append(StepPlan(step.name, len(done), len(units), tuple(replaced)))
             manifest = read_manifest(stage.out)
             if manifest is None or manifest.key != stage.manifest_key(units):
                 break

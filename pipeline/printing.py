@@ -93,10 +93,13 @@ def _value(value: Any) -> str:
 
 def scores(out: str) -> str:
     """The main metrics of a finished evaluation."""
+    from winnow.evaluate.history import HISTORY, earlier_states
     from winnow.evaluate.report.score_table import scores_text
 
     rows = read_parquet(join(out, "scores.parquet")).to_pylist()
-    return scores_text(rows, need_manifest(out, "scores").values)
+    text = scores_text(rows, need_manifest(out, "scores").values)
+    kept = [join(out, HISTORY, name) for name in earlier_states(out)]
+    return "\n\n".join([text, *([f"Earlier scores of this directory are kept in {', '.join(kept)}."] if kept else [])])
 
 
 def without_scores(out: str) -> list[str]:

@@ -35,17 +35,23 @@ class Step:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """How far a step is: units finished and in all; None while it waits for an earlier step."""
+    """How far a step is: units finished and in all; None while it waits for an earlier step. `replaced` units have a
+    result of other inputs or parameters, which will be lost."""
 
     name: str
     done: int | None = None
     units: int | None = None
+    replaced: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
         if self.units is None or self.done is None:
             return "waits for the steps before"
-        return "finished" if self.done == self.units else f"{self.units - self.done} of {self.units} units to do"
+        if self.done == self.units:
+            return "finished"
+        more = f" and {len(self.replaced) - 1} more" if self.replaced[1:] else ""
+        replaced = f", replacing the earlier {self.replaced[0]}{more}" if self.replaced else ""
+        return f"{self.units - self.done} of {self.units} units to do{replaced}"
 
 
 @dataclass(frozen=True)

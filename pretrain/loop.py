@@ -94,6 +94,7 @@ def _train(job: Job, config: PretrainConfig, device: torch.device, via: str) -> 
         saved = start.step if start is not None else None
         first = saved or 0
         samples = Samples(job.pool, job.subset, config.sources, objective.columns, job.measured)
+        samples.check(config.reads_text, config.batch_size if objective.couples_batch else 0)
         log = StepLog(storage.join(job.out, LOG), first, rank() == 0)
         log.write(event="start", step=first, samples=len(samples), workers=world_size(), via=via, device=device.type)
         for what in passed_over:

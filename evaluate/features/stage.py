@@ -200,6 +200,8 @@ class EmbedStage(SetsStage):
         params: dict[str, Any] = {"captions": kind.embeds_captions}
         suffix = "-captions" if kind.embeds_captions else ""
         # Only what differs from the default is part of the key.
+        if kind.embeds_captions and kind.version > 1:
+            params["version"], suffix = kind.version, f"-captions{kind.version}"
         if kind.flatten:
             params["flatten"], suffix = True, f"{suffix}-flat"
         if kind.images != Kind.images:

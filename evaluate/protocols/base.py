@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import functools
-import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +18,15 @@ import numpy as np
 from winnow.evaluate.protocols import KINDS, PROTOCOLS
 from winnow.evaluate.tasks.task import Task, TaskError
 from winnow.infra.errors import UsageError
+from winnow.infra.io.arrays import load_array
 from winnow.infra.io.images import EXTENSIONS
+from winnow.infra.io.text import text_lines
 from winnow.infra.pool.sample import Sample
 
 if TYPE_CHECKING:
     from winnow.pretrain.encoder import Encoder
 
+MAX_CAPTION_BYTES, MAX_METADATA = 1 << 20, 65_536  # of a sample; numbers in its `.npy`
 SEED = 0  # of every bootstrap, and of protocols that draw nothing
 # Of several images in a sample, the one that DataComp's evaluation takes.
 IMAGES = ("webp", "png", "jpg", "jpeg", *(ext for ext in EXTENSIONS if ext not in ("webp", "png", "jpg", "jpeg")))
@@ -257,8 +259,10 @@ def read_captions(sample: Sample) -> tuple[str, ...]:
     """The captions in a sample's `.txt`, one a line. Raises TaskError where there is none."""
     if "txt" not in sample.members:
         raise TaskError("no captions (.txt)")
+    if len(data := sample.member("txt")) > MAX_CAPTION_BYTES:
+        raise TaskError(f"the captions (.txt) have more than {MAX_CAPTION_BYTES >> 20} MiB")
     try:
-        lines = [line for line in sample.member("txt").decode("utf-8").splitlines() if line.strip()]
+        lines = [line for line in text_lines(data.decode("utf-8-sig")) if line.strip()]
     except UnicodeDecodeError:
         raise TaskError("captions are not UTF-8") from None
     if not lines:
@@ -271,9 +275,11 @@ def read_metadata(sample: Sample) -> tuple[float, ...]:
     if "npy" not in sample.members:
         return ()
     try:
-        array = np.load(io.BytesIO(sample.member("npy")), allow_pickle=False).ravel()
-    except (ValueError, EOFError, OSError) as error:
+        array = load_array(sample.member("npy")).ravel()
+    except ValueError as error:
         raise TaskError(f"the metadata (.npy) cannot be read ({error})") from None
     if array.dtype.kind not in "biuf":
         raise TaskError(f"the metadata (.npy) holds {len(array)} values of type {array.dtype}, not numbers")
+    if len(array) > MAX_METADATA:
+        raise TaskError(f"the metadata (.npy) holds {len(array):,} values")
     return tuple(float(value) for value in array)

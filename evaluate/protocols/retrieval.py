@@ -22,6 +22,7 @@ class Retrieval(Kind):
 
     embeds_captions = True
     metric = "mean_recall@1"
+    version = 2
 
     def members(self, task: Task) -> tuple[str, ...]:
         return ("txt",)

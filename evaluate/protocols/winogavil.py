@@ -8,7 +8,6 @@ candidate wins.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +18,7 @@ from winnow.evaluate.sets.files import read_lines
 from winnow.evaluate.sets.packed import ASSOCIATIONS
 from winnow.evaluate.tasks.task import Task, TaskError
 from winnow.infra.io import storage
+from winnow.infra.io.text import read_json_text
 from winnow.infra.pool.sample import Sample
 
 # Names as DataComp writes them: number of candidates from, to.
@@ -66,8 +66,10 @@ def read_associations(url: str) -> list[Association]:
     path = storage.join(url, ASSOCIATIONS)
     found = []
     for number, line in enumerate(read_lines(path), start=1):
+        if not line:
+            continue
         try:
-            entry = json.loads(line)
+            entry = read_json_text(line)
             candidates = tuple(entry["candidates"])
             # Those that were not shown do not count, as in DataComp's evaluation.
             one = Association(entry["cue"], candidates, frozenset(entry["associations"]) & set(candidates))

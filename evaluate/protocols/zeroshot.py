@@ -25,6 +25,7 @@ from winnow.evaluate.protocols.base import (
 from winnow.evaluate.sets.files import CLASSNAMES, read_classes
 from winnow.evaluate.tasks.task import Task, TaskError
 from winnow.infra.io import storage
+from winnow.infra.io.text import TextError, read_json_text, read_text
 from winnow.infra.pool.sample import Sample
 
 TEXTS_AT_ONCE = 4096
@@ -37,7 +38,7 @@ class Prompted(Kind):
     def open(self, task: Task, url: str) -> SetTexts:
         """The classes and prompts; `extra` is the new label of each kept class by its label, where the set has more
         classes than its task, else None."""
-        classnames, templates = read_classes(url)
+        classnames, templates = read_classes(url, task.classes)
         kept = None
         mapping = storage.join(url, task.mapping) if task.mapping else ""
         if mapping and task.classes is not None and len(classnames) > task.classes and storage.exists(mapping):
@@ -112,7 +113,10 @@ def metadata_of(targets: Targets, size: int, required: bool, task: Task, tar: st
 def _mapped(classnames: Sequence[str], mapping: str) -> tuple[tuple[str, ...], Mapping[int, int]]:
     """The class names that are keys of a JSON object (ignoring case), in their order, and the new labels by the old
     ones; every other class has -1."""
-    names = storage.read_json(mapping)
+    try:
+        names = read_json_text(read_text(mapping))
+    except (ValueError, TextError) as error:
+        raise TaskError(f"is not valid JSON ({error})", where=mapping) from None
     if not isinstance(names, dict):
         raise TaskError("should be an object with class names for keys", where=mapping)
     wanted = {str(name).lower() for name in names}

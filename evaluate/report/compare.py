@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import mean
 from typing import Any
 
+from winnow.evaluate.history import before_and_now, history_digests, main_scores
 from winnow.evaluate.report.html import render
 from winnow.evaluate.report.pool_view import FUNNEL, REASONS, SUBSET, SubsetView, look, read_funnel
 from winnow.evaluate.report.tables import comparison_csv, comparison_text
-from winnow.evaluate.scores import read_scores
-from winnow.evaluate.statistics.aggregate import Estimate, SubsetScores, compare, headline
+from winnow.evaluate.statistics.aggregate import SubsetScores, compare, headline
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.content import content_digest
@@ -64,7 +61,7 @@ class CompareStage(Stage):
 
     def plan(self) -> list[Unit]:
         self._baseline()
-        inputs = {"scores": need_manifest(self.scores, "scores").digest}
+        inputs = {"scores": need_manifest(self.scores, "scores").digest} | history_digests(self.scores)
         pools = {entry.pool: Pool.open(entry.pool).digest for entry in self.subsets if entry.pool}
         args: dict[str, Any] = {"scores": storage.absolute(self.scores), "subsets": {}}
         for entry in self.subsets:
@@ -87,7 +84,7 @@ class CompareStage(Stage):
     def run(self, unit: Unit) -> Output:
         scores_url, entries = unit.runtime["scores"], unit.runtime["subsets"]
         manifest = need_manifest(scores_url, "scores")
-        protocol, by_checkpoint = _main_scores(scores_url, manifest.values)
+        protocol, by_checkpoint = main_scores(scores_url, manifest.values)
         scored = {key for scores in by_checkpoint.values() for key in scores}
         tasks = {key: facts for key, facts in manifest.values["tasks"].items() if key in scored}
         funnels = {name: read_funnel(entry["url"]) for name, entry in entries.items()}
@@ -104,6 +101,8 @@ class CompareStage(Stage):
         result["protocol"] = protocol
         used = {checkpoint for _, pairs in unit.params["checkpoints"] for _, checkpoint in pairs}
         result["missing"] = [entry for entry in manifest.values["missing"] if entry["checkpoint"] in used]
+        if earlier := before_and_now(scores_url, unit.params["checkpoints"], manifest.values):
+            result["earlier"] = earlier
         views: dict[str, SubsetView] = {}
         for pool in sorted({entry["pool"] for entry in entries.values()} - {""}):
             inside = {name: (uids[name], entry["url"]) for name, entry in entries.items() if entry["pool"] == pool}
@@ -121,23 +120,6 @@ class CompareStage(Stage):
 
     def finish(self, records: list[Record]) -> Output:
         return Output(values=dict(records[0].values))
-
-
-def _main_scores(url: str, values: Mapping[str, Any]) -> tuple[str, dict[str, dict[str, Estimate]]]:
-    """The protocol that is compared: the run's first with scores that has the task's main metric. And by it the main
-    metric of each checkpoint on each task, the mean over the protocol's seeds."""
-    tasks, rows = values["tasks"], read_scores(url).to_pylist()
-    given = {row["protocol"] for row in rows} - set(values.get("protocol_metrics", {}))
-    protocol = next((name for name in values["protocols"] if name in given), values["protocols"][0])
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["protocol"] == protocol and row["metric"] == tasks[row["task"]]["metric"]:
-            found.setdefault((row["checkpoint"], row["task"]), []).append(row)
-    scores: dict[str, dict[str, Estimate]] = {}
-    for (checkpoint, task), batch in found.items():
-        stderr = math.sqrt(mean(row["stderr"] ** 2 for row in batch))
-        scores.setdefault(checkpoint, {})[task] = Estimate(mean(row["value"] for row in batch), stderr)
-    return protocol, scores
 
 
 def _provenance(unit: Unit, scores: Any, entries: dict[str, Any]) -> list[tuple[str, str]]:

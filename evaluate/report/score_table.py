@@ -52,6 +52,9 @@ def scores_text(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) ->
         of = f" of {', '.join(group)}" if len(over) > 1 else ""
         parts.append(f"The average{of} is over {', '.join(tasks[key]['name'] for key in several)}.")
     parts += partial_note(tasks)
+    ignored = {tasks[key]["name"]: names for key, names in values.get("ignored", {}).items() if key in tasks}
+    if listed := "; ".join(f"{name}, {', '.join(names[:5])}" for name, names in ignored.items()):
+        parts.append(f"Shards beyond the number in nshards.txt, which are not read: {listed}.")
     parts += _left_out(values["left_out"], tasks)
     parts += _reasons(values["not_applicable"], names, "Not applicable (n/a)")
     parts += _reasons(values["missing"], names, "Missing")

@@ -57,7 +57,20 @@ def comparison_text(result: Mapping[str, Any]) -> str:
     tables = [_summary(result, list(result["tasks"]))]
     if len(tables[0].partition("\n")[0]) > WIDTH:
         tables = [_summary(result, []), _by_task(result)]
-    return "\n\n".join([headline(result), *tables, *notes(result)]) + "\n"
+    return "\n\n".join([headline(result), *tables, *notes(result), *_earlier(result)]) + "\n"
+
+
+def _earlier(result: Mapping[str, Any]) -> list[str]:
+    """The scores of earlier states of the run, which those above have replaced."""
+    header = ["state", "subset", "changed", "score", "before", "now", "difference"]
+    lines = [
+        [entry["state"], entry["subset"], entry["changed"], row["of"]]
+        + [with_error(row[name], sign=name == "difference") for name in ("before", "now", "difference")]
+        for entry in result.get("earlier", [])
+        for row in entry["rows"]
+    ]
+    title = "Earlier states of this run, whose scores are in scores/history:"
+    return [title, text_table(header, lines, left=(0, 1, 2, 3))] if lines else []
 
 
 def _summary(result: Mapping[str, Any], tasks: Sequence[str]) -> str:

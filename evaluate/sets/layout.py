@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from winnow.evaluate.protocols import KINDS
 from winnow.evaluate.protocols.base import Kind, kind_of, load_kind
 from winnow.evaluate.sets import hub, packed
-from winnow.evaluate.sets.files import CLASSNAMES, read_lines
+from winnow.evaluate.sets.files import class_names
 from winnow.evaluate.tasks.read import datacomp_tasks, find_task, read_task, read_tasks
 from winnow.evaluate.tasks.task import Task
 from winnow.infra.errors import UsageError, WinnowError
@@ -137,14 +137,14 @@ def _kind(url: str) -> str:
     path = storage.join(url, TYPE)
     if not storage.exists(path):
         return CLASSIFICATION
-    word = storage.read_bytes(path)[:100].decode("utf-8-sig", "replace").strip().lower()
+    with storage.open_read(path) as file:
+        word = file.read(100).decode("utf-8-sig", "replace").strip().lower()
     # Only a task file can say what the groups are.
     return CLASSIFICATION if word in ("", "classification", "grouped_classification") else word.replace(":", " ")
 
 
 def _count_classes(url: str) -> int | None:
     try:
-        count = len(read_lines(storage.join(url, CLASSNAMES)))
+        return len(class_names(url, None))
     except WinnowError:
         return None
-    return count if count > 1 else None

@@ -37,10 +37,13 @@ from winnow.evaluate.tasks.task import TaskError
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.images import EXTENSIONS
+from winnow.infra.io.text import TextError, read_json_text, read_text
 
 ASSOCIATIONS = "associations.jsonl"
 DATASETS_CACHE = "hf_cache"
 MAX_IMAGE_BYTES = 256 << 20
+MAX_TABLE_BYTES = 256 << 20
+MAX_ROWS = 1_000_000  # of a batch in an Arrow file
 _DEPTH = 4  # folders below `nlphuji___NAME` that the datasets library makes
 
 
@@ -163,16 +166,11 @@ def _zip_rows(url: str, packed: Sequence[str]) -> Rows:
     """(where, row, images) of each row of the table."""
     table = storage.join(url, next(name for name in packed if name.endswith(".csv")))
     archive = storage.join(url, next(name for name in packed if name.endswith(".zip")))
-    try:
-        text = storage.read_bytes(table).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise TaskError(f"is not UTF-8 (byte {error.start})", where=table) from None
-    csv.field_size_limit(1 << 24)
-    reader = csv.DictReader(io.StringIO(text))
-    wino = "cue" in (reader.fieldnames or [])
+    fields, rows = _table(table)
+    wino = "cue" in fields
     columns = ("cue", "candidates", "associations") if wino else ("filename", "raw")
     for name in columns:
-        if name not in (reader.fieldnames or []):
+        if name not in fields:
             raise TaskError(f'has no column "{name}"', where=table)
     with storage.open_read(archive) as file:
         try:
@@ -181,8 +179,7 @@ def _zip_rows(url: str, packed: Sequence[str]) -> Rows:
             raise TaskError(f"cannot be read ({error})", where=archive) from None
         shown = [info for info in images.infolist() if "__MACOSX" not in info.filename]
         members = {key_of(one.filename): one for one in shown if one.filename.rpartition(".")[2].lower() in EXTENSIONS}
-        for row in (row for row in reader if row.get("split") in (None, "", "test")):
-            where = f"{table}:{reader.line_num}"
+        for where, row in rows:
             names = _list(row["candidates"], where) if wino else [row["filename"]]
             found = [_member(images, members, name, archive) for name in names]
             if wino:
@@ -190,6 +187,26 @@ def _zip_rows(url: str, packed: Sequence[str]) -> Rows:
                 yield where, {"cue": row["cue"], "candidates": names, "associations": selected}, found
             else:
                 yield where, {"filename": row["filename"], "captions": _list(row["raw"], where)}, found
+
+
+def _table(url: str) -> tuple[Sequence[str], Iterator[tuple[str, dict[str, Any]]]]:
+    """The columns of a CSV file, and its rows for the test split, each with the file and line."""
+    csv.field_size_limit(1 << 24)
+    try:
+        reader = csv.DictReader(io.StringIO(read_text(url, MAX_TABLE_BYTES)))
+        fields = list(reader.fieldnames or [])
+    except (csv.Error, TextError) as error:
+        raise TaskError(getattr(error, "what", f"is not a table ({error})"), where=url) from None
+
+    def rows() -> Iterator[tuple[str, dict[str, Any]]]:
+        try:
+            for row in reader:
+                if row.get("split") in (None, "", "test"):
+                    yield f"{url}:{reader.line_num}", row
+        except csv.Error as error:
+            raise TaskError(f"is not a table ({error})", where=f"{url}:{reader.line_num}") from None
+
+    return fields, rows()
 
 
 def _member(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], name: str, where: str) -> bytes:
@@ -207,7 +224,7 @@ def _member(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], na
 def _list(text: str | None, where: str) -> list[str]:
     """A list of strings in JSON or as Python writes one."""
     try:
-        value = json.loads(text or "")
+        value = read_json_text(text or "")
     except ValueError:
         try:
             value = ast.literal_eval((text or "").strip())
@@ -225,10 +242,13 @@ def _arrow_rows(url: str, packed: Sequence[str]) -> Rows:
         with storage.open_read(where) as file:
             try:
                 for batch in pa.ipc.open_stream(file):
+                    batch.validate(full=True)  # offsets, which the reader itself trusts
+                    if batch.num_rows > MAX_ROWS:
+                        raise TaskError(f"has a batch of {batch.num_rows:,} rows", where=where)
                     for row in batch.to_pylist():
                         yield _arrow_row(row, where, number)
                         number += 1
-            except pa.ArrowException as error:
+            except (pa.ArrowException, ValueError, OSError) as error:
                 raise TaskError(f"is not an Arrow stream ({error})", where=where) from None
 
 

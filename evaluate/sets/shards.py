@@ -7,12 +7,13 @@ import functools
 import io
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from winnow.evaluate.protocols.base import EvalSet, Kind, Target, Targets
 from winnow.evaluate.sets.files import file_digest, split_tars
+from winnow.evaluate.sets.packed import MAX_IMAGE_BYTES
 from winnow.evaluate.tasks.task import Task, TaskError
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
@@ -21,6 +22,7 @@ from winnow.infra.io.tar import Member, tar_samples
 from winnow.infra.pool.sample import Sample
 
 PART_SAMPLES = 2048
+MEMBERS = "members"  # column of a sample: the extensions of all that its tar has
 MAX_MEMBER_BYTES = 64 << 20  # of a member other than an image; a larger one counts as missing
 _HEAD = 1 << 20
 _AT_ONCE = 64  # samples read with one request
@@ -58,7 +60,9 @@ class Wanted:
         by_ext = {member.ext: member for member in members}
         image = next((ext for ext in self.images if ext in by_ext), None)
         wanted = dict.fromkeys(ext for ext in (image, *self.members) if ext in by_ext)
-        return [by_ext[ext] for ext in wanted if ext in EXTENSIONS or by_ext[ext].size <= MAX_MEMBER_BYTES]
+        found = [by_ext[ext] for ext in wanted if ext in EXTENSIONS or by_ext[ext].size <= MAX_MEMBER_BYTES]
+        # A larger image is cut, which makes it undecodable.
+        return [replace(one, size=MAX_IMAGE_BYTES) if one.size > MAX_IMAGE_BYTES else one for one in found]
 
 
 def has_split(url: str, split: str) -> bool:
@@ -133,17 +137,19 @@ def shard_index(tar: str, token: str) -> Index:
 
 def _read(tar: str, samples: Index, wanted: Wanted) -> Iterator[Sample]:
     selected = [wanted.of(members) for _, members in samples]
+    names = [[member.ext for member in members] for _, members in samples]
     members = [member for batch in selected for member in batch]
     data = iter(storage.read_ranges(tar, [m.offset for m in members], [m.size for m in members]))
-    for (key, _), batch in zip(samples, selected, strict=True):
-        yield Sample(key=key, members={member.ext: next(data) for member in batch})
+    for (key, _), batch, found in zip(samples, selected, names, strict=True):
+        yield Sample(key=key, members={member.ext: next(data) for member in batch}, columns={MEMBERS: found})
 
 
 def _streamed(tar: str, wanted: Wanted) -> Iterator[Sample]:
     with storage.open_read(tar) as file:
         try:
             for key, members in tar_samples(file, (*wanted.images, *wanted.members)):
-                yield Sample(key=key, members={member.ext: member.data for member in wanted.of([*members.values()])})
+                read = {member.ext: member.data for member in wanted.of([*members.values()])}
+                yield Sample(key=key, members=read, columns={MEMBERS: [*members]})
         except WinnowError as error:
             raise TaskError(error.what, where=tar, do=error.do) from error
 
@@ -164,7 +170,9 @@ def read_samples(tars: Sequence[str], indices: Sequence[int], wanted: Wanted) ->
 def read_target(kind: Kind, sample: Sample) -> tuple[str, Target, str | None]:
     """The key of a sample, what its kind reads of it, and what is wrong with it, or None."""
     if kind.encoded_image(sample) is None:
-        return sample.key, Target(), "no image"
+        # webdataset's extension begins at the first dot, so that `0001.input.jpg` is no `jpg` for DataComp either.
+        found = ", ".join(f".{ext}" for ext in sample.columns.get(MEMBERS, ())[:5])
+        return sample.key, Target(), f"no image{f' (it has {found})' if found else ''}"
     try:
         return sample.key, kind.read(sample), None
     except TaskError as error:

@@ -9,6 +9,7 @@ from winnow.evaluate.protocols.base import load_kind
 from winnow.evaluate.tasks.task import Task
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
+from winnow.infra.io.text import read_text
 from winnow.infra.io.yaml_lines import read_yaml
 from winnow.infra.params import ParameterError, build
 from winnow.infra.registry import unknown
@@ -19,9 +20,7 @@ FOLDER = Path(__file__).parent
 def read_task(url: str) -> Task:
     """One task file. Raises UsageError naming the file and line of the first fault."""
     try:
-        text = storage.read_bytes(url).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"is not UTF-8 (byte {error.start})", where=url) from None
+        text = read_text(url)
     except WinnowError as error:
         raise UsageError(error.what, where=url, do=error.do) from None
     values, lines = read_yaml(text, url)

@@ -45,7 +45,7 @@ class Task(Section):
     """
 
     name: str = Field(min_length=1)
-    key: str = Field(pattern=r"^[^/,.\x00-\x1f][^/,\x00-\x1f]*(/[^/,.\x00-\x1f][^/,\x00-\x1f]*)*$")
+    key: str = Field(max_length=200, pattern=r"^[^/,.\x00-\x1f][^/,\x00-\x1f]*(/[^/,.\x00-\x1f][^/,\x00-\x1f]*)*$")
     kind: str = Field(min_length=1)
     metric: str | None
     size: int | None = Field(default=None, ge=1)
@@ -53,7 +53,7 @@ class Task(Section):
     chance: float | None = Field(default=None, ge=0, le=1)
     group: Group
     scored: bool = True
-    folder: str = Field(default="", pattern=r"^(wds_.+_test)?$")
+    folder: str = Field(default="", pattern=r"^(wds_[^/\x00-\x1f]+_test)?$", max_length=200)
     metadata: tuple[str, ...] = ()
     group_by: tuple[str, ...] = ()
     top: int = Field(default=1, ge=1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import tokenize
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ from winnow.infra.io import storage
 
 _TOLERANCE = 0.01  # of a norm; rounding to float16 changes it by less than 0.001
 _ROWS = 256  # converted at a time, so that they stay in the cache
+# What NumPy raises for broken headers besides ValueError.
+_BROKEN = (EOFError, OSError, OverflowError, RecursionError, MemoryError, TypeError, SyntaxError, tokenize.TokenError)
 
 
 def read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -19,6 +23,20 @@ def read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(file)
+
+
+def load_array(data: bytes) -> np.ndarray:
+    """The array in the content of a .npy file. Raises ValueError; a header that claims more than there is, before
+    memory is taken for it."""
+    file = io.BytesIO(data)
+    try:
+        shape, _, kind = read_header(file)
+        size, rest = math.prod(shape) * (0 if kind.hasobject else max(1, kind.itemsize)), len(data) - file.tell()
+        if min(shape, default=0) < 0 or size > rest:
+            raise ValueError(f"the header says {kind} of shape {list(shape)}, and {rest} bytes follow")
+        return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
+    except _BROKEN as error:
+        raise ValueError(str(error) or type(error).__name__) from None
 
 
 def is_array(url: str) -> bool:
@@ -36,7 +54,7 @@ def matrix_shape(url: str) -> tuple[int, int]:
     try:
         with storage.open_read(url) as file:
             shape, _, kind = read_header(file)
-    except (ValueError, EOFError) as error:
+    except (ValueError, *_BROKEN) as error:
         raise WinnowError(f"is not a .npy file ({error})", where=url, do=do) from None
     if len(shape) != 2 or kind.kind != "f":
         raise WinnowError(f"holds {kind} of shape {list(shape)}, not a matrix of embeddings", where=url, do=do)
@@ -53,8 +71,8 @@ def load_matrix(url: str) -> np.ndarray:
     try:
         if storage.is_local(url):
             return np.load(storage.local_path(url), mmap_mode="r", allow_pickle=False)
-        return np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        return load_array(storage.read_bytes(url))
+    except (ValueError, *_BROKEN) as error:
         raise WinnowError(f"cannot be read as an array ({error})", where=url) from None
 
 

@@ -23,7 +23,7 @@ def patiently(url: str, request: Callable[[], T]) -> T:
     503, a time-out, a closed connection.
 
     Raises:
-        StorageError: every attempt failed so.
+        StorageError: every attempt failed so, or access is refused, which is no property of the data either.
         Exception: another error of the storage, such as FileNotFoundError, at once.
     """
     start = time.monotonic()
@@ -31,6 +31,9 @@ def patiently(url: str, request: Callable[[], T]) -> T:
         try:
             return request()
         except Exception as error:
+            if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
+                what = f"{url}: the storage refuses access ({error})."
+                raise StorageError(f"{what} Check credentials and permissions, and run again.") from error
             if not _may_pass(error):
                 raise
             if attempt == ATTEMPTS or time.monotonic() - start > LIMIT:

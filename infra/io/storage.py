@@ -58,7 +58,12 @@ def local_path(url: str) -> Path:
 
 
 def _fs(url: str) -> tuple[Any, str]:
-    return fsspec.core.url_to_fs(url)
+    """fsspec's file system and path of a URL. Raises UsageError where it knows none, or lacks a package for it."""
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        do = "Give a path, or a URL that fsspec knows (s3://, gs://, https://) and has the package for."
+        raise UsageError(f"cannot be opened ({error})", where=url, do=do) from None
 
 
 def _info(url: str, fresh: bool = False) -> dict[str, Any] | None:
@@ -254,7 +259,7 @@ def make_dir(url: str) -> None:
     if is_local(url):
         try:
             local_path(url).mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        except OSError as error:
             raise UsageError(f"cannot be created as a directory ({error.strerror})", where=url) from error
     else:
         fs, path = _fs(url)
@@ -321,7 +326,10 @@ def writing(url: str) -> Iterator[Path]:
     """
     if is_local(url):
         target = local_path(url)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_dir(str(target.parent))
+        if not os.access(target.parent, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+            do = "Give a directory that you may write to."
+            raise UsageError("the directory cannot be written to", where=str(target.parent), do=do)
         # Two containers on one folder may have the same process ids, and clones of a machine the same name too.
         name = target.name.encode()[:120].decode(errors="ignore")
         owner = f"{socket.gethostname()[:40]}.{os.getpid()}.{secrets.token_hex(8)}"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import binascii
 import hashlib
-import io
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from winnow.infra.errors import WinnowError
+from winnow.infra.io.arrays import load_array
 from winnow.infra.io.arrow import Column, one_chunk
 from winnow.infra.io.storage import read_bytes, writing
 from winnow.infra.stages.kept import check_kept
@@ -184,11 +184,9 @@ def save_subset(url: str, uids: np.ndarray) -> None:
 def load_subset(url: str) -> np.ndarray:
     """Read a subset file. Raises WinnowError when it is not one, or is damaged."""
     try:
-        uids = np.load(io.BytesIO(read_bytes(check_kept(url))), allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        uids = load_array(read_bytes(check_kept(url)))
+    except ValueError as error:
         raise WinnowError(f"is not a NumPy file ({error})", where=url) from error
-    if not isinstance(uids, np.ndarray):
-        raise WinnowError("is not a NumPy array", where=url)
     if uids.dtype != UID_DTYPE or uids.ndim != 1:
         raise WinnowError(f"holds {uids.dtype} of shape {uids.shape}, a subset is a one-dimensional u8,u8", where=url)
     return sort_uids(uids)

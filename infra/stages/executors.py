@@ -123,8 +123,9 @@ class RayExecutor:
                 options |= {"include_dashboard": False, "num_cpus": self.num_cpus}
             try:
                 found = getattr(ray.init(**options), "address_info", {}).get("session_dir")
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                do = "If the cluster wants a token, set RAY_AUTH_MODE=token." if address else None
+            except Exception as error:  # Ray raises plain ones, too
+                local = "RAY_TMPDIR names the folder that it writes to. Without Ray: --executor serial."
+                do = "If the cluster wants a token, set RAY_AUTH_MODE=token." if address else local
                 where = address or "local Ray"
                 raise WinnowError(f"Ray did not start or answer ({error})", where=where, do=do) from error
             self._owns, self._session = True, Path(found) if found and not address else None

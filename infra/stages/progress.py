@@ -7,6 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, TextIO
 
+from winnow.infra.errors import UsageError
 from winnow.infra.io import storage
 
 if TYPE_CHECKING:
@@ -47,7 +48,11 @@ class RunLog:
         self.file: TextIO | None = None
         if url is not None and storage.is_local(url):
             storage.make_dir(url)
-            self.file = (storage.local_path(url) / "log.jsonl").open("a", encoding="utf-8")
+            try:
+                self.file = (storage.local_path(url) / "log.jsonl").open("a", encoding="utf-8")
+            except OSError as error:
+                do = "Give a directory that you may write to."
+                raise UsageError(f"cannot be written to ({error.strerror})", where=url, do=do) from None
 
     def say(self, text: str) -> None:
         if self.console is not None:

@@ -31,6 +31,7 @@ from winnow.infra.stages.stage import (
     read_locations,
     read_manifest,
     remove_stale,
+    replaced_units,
 )
 
 NOTES = "notes"
@@ -114,6 +115,11 @@ def execute(
         log.event(event="start", stage=label, units=len(units), todo=len(todo))
         progress = StageProgress(log, label, len(todo), sum(unit.items for unit in todo))
         failures: dict[str, Exception] = {}
+        if replaced := replaced_units(stage, todo):
+            more = f" and {len(replaced) - 1} more" if replaced[1:] else ""
+            log.say(f"{label:<24} replaces an earlier result of other inputs or parameters: {replaced[0]}{more}")
+        if previous is not None:
+            stage.keep_earlier(previous)
         if todo:
             storage.remove(stage.url(MANIFEST))  # it describes files that are about to be replaced
             with progress:

@@ -199,6 +199,10 @@ class Stage(abc.ABC):
         for unit in units:
             yield unit, self.run(unit)
 
+    def keep_earlier(self, previous: Manifest) -> None:
+        """Called before the output of an earlier run is replaced, to keep of it what should not be lost."""
+        return
+
     def finish(self, records: list[Record]) -> Output:
         """Combine the records. The files and values that it returns go into the manifest."""
         return Output()
@@ -356,6 +360,19 @@ def pending_units(stage: Stage) -> tuple[list[Unit], dict[str, Record]]:
     if duplicates := [name for name, count in names.items() if count > 1]:
         raise WinnowError(f'{stage.name}: unit "{duplicates[0]}" is planned {names[duplicates[0]]} times')
     return units, {unit.name: record for unit in units if (record := read_record(stage, unit)) is not None}
+
+
+def replaced_units(stage: Stage, todo: Iterable[Unit]) -> list[str]:
+    """Names of the units that have a result of other inputs or parameters, which running them replaces."""
+    if not storage.is_dir(stage.url(RECORDS)):
+        return []
+    found = []
+    for unit in todo:
+        url = record_url(stage, unit.name)
+        with contextlib.suppress(WinnowError, AttributeError):
+            if storage.exists(url) and storage.read_json(url).get("key") not in (INCOMPLETE, stage.key(unit)):
+                found.append(unit.name)
+    return found
 
 
 def remove_stale(stage: Stage, units: list[Unit], files: Iterable[str]) -> None:

@@ -18,11 +18,12 @@ from winnow.curation.algebra.nodes import Node
 from winnow.curation.algebra.parse import parse
 from winnow.curation.located import located
 from winnow.curation.measures.base import MeasureSpec, parse_measures
-from winnow.infra.errors import UsageError
-from winnow.infra.io import storage
+from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.io.text import read_text
 from winnow.infra.io.yaml_lines import Lines, read_value, read_yaml
 from winnow.infra.params import ParameterError, build, names_of
 from winnow.infra.registry import unknown
+from winnow.infra.stages.names import check_name
 from winnow.pipeline.recipe.check import check_models, check_recipe
 from winnow.pipeline.recipe.schema import Recipe, is_task_file, several
 from winnow.pretrain.config import PretrainConfig
@@ -43,11 +44,7 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
     file = Path(path)
     if not file.exists() and (packaged := RECIPES / f"{path}.yaml").exists():
         file = packaged
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot be read ({error})", where=path) from None
-    return parse_recipe(text, path, overrides or [], file.absolute().parent)
+    return parse_recipe(_text(str(file)), path, overrides or [], file.absolute().parent)
 
 
 def parse_recipe(text: str, name: str, overrides: list[str], folder: Path = Path()) -> Recipe:
@@ -72,7 +69,7 @@ def parse_recipe(text: str, name: str, overrides: list[str], folder: Path = Path
 
 def load_training(path: str | None, overrides: list[str]) -> PretrainConfig:
     """The `pretrain:` section of a recipe from a file, or from overrides alone. Raises UsageError."""
-    text = "{}" if path is None else storage.read_bytes(path).decode(errors="replace")
+    text = "{}" if path is None else _text(path)
     raw, lines = read_values(text, path or "--set", overrides)
     with _at_lines(lines):
         config = build(PretrainConfig, raw, "")
@@ -82,9 +79,7 @@ def load_training(path: str | None, overrides: list[str]) -> PretrainConfig:
 
 def load_tree(path: str) -> Node:
     """The tree of filters in a YAML file. Raises UsageError."""
-    if not storage.exists(path):
-        raise UsageError("no such file", where=path)
-    text = storage.read_bytes(path).decode(errors="replace")
+    text = _text(path)
     tree, lines = read_yaml(text, path) if text.strip() else ({}, Lines(path))
     with _at_lines(lines):
         return parse(tree)
@@ -105,7 +100,7 @@ def load_measures(given: str, overrides: list[str]) -> dict[str, MeasureSpec]:
     if given.startswith("{"):
         text = given
     elif given.endswith((".yaml", ".yml", ".json")):
-        name, text = given, storage.read_bytes(given).decode(errors="replace")
+        name, text = given, _text(given)
     else:
         names = [part.strip() for part in given.split(",") if part.strip()]
         text = yaml.safe_dump({part: {} for part in names})
@@ -121,6 +116,14 @@ def load_measures(given: str, overrides: list[str]) -> dict[str, MeasureSpec]:
     except ParameterError as error:
         where = lines.where(error.path) if name == given else "--measures"
         raise UsageError(error.what, where=where, do=error.do) from None
+
+
+def _text(path: str) -> str:
+    """The text of a file that the command line names. Raises UsageError."""
+    try:
+        return read_text(path)
+    except WinnowError as error:
+        raise UsageError(error.what, where=path) from None
 
 
 def read_values(text: str, name: str, overrides: list[str]) -> tuple[dict[str, Any], Lines]:
@@ -144,8 +147,7 @@ def _parse_subsets(subsets: Any) -> dict[str, Node]:
     nodes = {}
     for name, tree in _mapping(subsets, "subsets", "filters").items():
         with located("subsets", name):
-            if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name) or not name.strip("."):
-                raise ParameterError(f'subset "{name}": a name has letters, digits and . _ + - only')
+            check_name("subset", name)
             nodes[name] = parse(tree)
     return nodes
 

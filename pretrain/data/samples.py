@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io.arrow import int_values, mask_array, number_array
@@ -97,6 +98,18 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self._row)
+
+    def check(self, reads_text: bool, compared: int) -> None:
+        """Raises UsageError where captions are read and all are empty, or where the `compared` samples of a batch are
+        compared with each other (0: they are not) and there are not so many distinct ones, so that a sample would be
+        its own negative."""
+        if reads_text and not pc.any(pc.not_equal(pc.utf8_trim_whitespace(self._values["text"]), "")).as_py():
+            do = "Take an objective that reads images only, or shards with captions."
+            raise UsageError("every caption is empty, and the objective learns from captions", where=self.where, do=do)
+        if compared > (distinct := len(self._uids)):
+            what = f"holds {distinct:,} distinct samples, and each batch of {compared:,} would hold copies, which the "
+            do = f"Take a batch_size of at most {distinct}, or more samples."
+            raise UsageError(f"{what}objective takes for different samples", where=self.where, do=do)
 
     def order(self, seed: int) -> Order:
         return Order(self.sizes, seed, self.weights)

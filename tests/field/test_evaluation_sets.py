@@ -13,9 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.drawing import write_tar
+from tests.drawing import COLORS, write_tar
 from tests.evaluate.sets import CONFIG, classification_samples, write_classification, write_retrieval
 from tests.field.helpers import jpeg, winnow
+from winnow.evaluate.sets.files import open_set
+from winnow.evaluate.sets.layout import find_tasks
 
 CLASSNAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 
@@ -206,3 +208,80 @@ def test_an_image_of_a_retrieval_set_without_captions_is_refused(evaluate, tmp_p
     write_tar(root / "test" / "0.tar", [{"key": "s0", "members": {"jpg": jpeg(0), "txt": b"\n"}}])
     status, printed, _ = evaluate()
     assert status == 1 and "captions" in printed
+
+
+CLEVR = ["very nearby", "nearby", "near", "", "distant", "very distant"]
+
+
+def accuracy(spec, samples, names, templates):
+    """Top-1 accuracy over the samples of a set with these classes and prompts, computed with open_clip alone."""
+    model, transform, tokenizer = load(spec)
+    images = [next(data for ext, data in item["members"].items() if ext != "cls") for item in samples]
+    labels = np.array([int(item["members"]["cls"]) for item in samples])
+    with torch.no_grad():
+        shown = torch.stack([transform(Image.open(io.BytesIO(image)).convert("RGB")) for image in images])
+        a = model.encode_image(shown, normalize=True)
+        prompts = [tokenizer([template.format(c=name) for template in templates]) for name in names]
+        b = torch.stack([model.encode_text(texts, normalize=True).mean(0) for texts in prompts])
+    return float(((a @ torch.nn.functional.normalize(b, dim=-1).T).argmax(1).numpy() == labels).mean())
+
+
+def test_a_class_without_a_name_keeps_its_label(evaluate, tmp_path, spec):
+    """CLEVR's distances as published: the fourth of six names is empty, and no later name moves up."""
+    root = write_classification(tmp_path / "data", "wds_vtab-clevr_closest_object_distance_test", names=CLEVR)
+    status, printed, scores = evaluate()
+    assert status == 0, printed
+    expected = accuracy(spec, classification_samples(30), CLEVR, (root / TEMPLATES).read_text().splitlines())
+    assert scores["acc1"]["value"] == pytest.approx(expected) and scores["acc1"]["n"] == 30
+    assert "no name for class 3" in winnow("evaluate", "--check", "--data", tmp_path / "data")[1]
+
+
+@pytest.mark.parametrize("last", ["", "mountain"])
+def test_empty_lines_at_the_end_are_classes_only_where_the_task_has_room_for_them(tmp_path, last):
+    """CLEVR has six: with an empty sixth name five line ends follow five names; without a task they are no classes."""
+    names = [*CLEVR[:5], last]
+    for folder in ("wds_vtab-clevr_closest_object_distance_test", "wds_mine_test"):
+        root = write_classification(tmp_path, folder, names=CLEVR)
+        (root / CLASSNAMES).write_text("".join(f"{name}\n" for name in names) + "\n\n")
+    found = {entry.task.key: open_set(entry.task, entry.url) for entry in find_tasks(str(tmp_path))}
+    assert found["vtab/clevr_closest_object_distance"].classnames == tuple(names)
+    assert found["mine"].classnames == tuple(names if last else names[:5])
+
+
+def test_blank_lines_between_templates_make_no_difference(evaluate, colors, plain):
+    (colors / TEMPLATES).write_text("\n" + (colors / TEMPLATES).read_text().replace("\n", "\n \n") + "\n")
+    status, printed, scores = evaluate()
+    assert status == 0, printed
+    assert {name: row["value"] for name, row in scores.items()} == {name: row["value"] for name, row in plain.items()}
+
+
+def test_lines_end_at_line_ends_alone(evaluate, tmp_path, spec):
+    """Not at the characters where `str.splitlines` splits as well."""
+    odd = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
+    root = write_retrieval(tmp_path / "data", n=len(odd))
+    texts = [f"caption {i}{mark}still the same" for i, mark in enumerate(odd)]
+    members = [{"jpg": jpeg(i), "txt": text.encode()} for i, text in enumerate(texts)]
+    write_tar(root / "test" / "0.tar", [{"key": f"s{i}", "members": item} for i, item in enumerate(members)])
+    names = [f"{name}{mark}ish" for name, mark in zip(COLORS, odd, strict=False)]
+    colors = write_classification(tmp_path / "data")
+    (colors / CLASSNAMES).write_text("\r\n".join(names), encoding="utf-8", newline="")
+    status, printed, scores = evaluate()
+    assert status == 0, printed
+    assert scores["image_retrieval_recall@1"]["n"] == len(odd)
+    expected = accuracy(spec, classification_samples(30), names, (colors / TEMPLATES).read_text().splitlines())
+    assert scores["acc1"]["value"] == pytest.approx(expected)
+
+
+def test_shards_beyond_the_count_are_named(evaluate, colors, tmp_path):
+    spare_shard(colors)
+    status, printed, scores = evaluate()
+    assert status == 0 and scores["acc1"]["n"] == 30
+    assert "not read: colors, 7.tar" in printed
+    assert "not read, as nshards.txt counts 2: 7.tar" in winnow("evaluate", "--check", "--data", tmp_path / "data")[1]
+
+
+def test_an_extension_begins_at_the_first_dot(evaluate, colors):
+    """As for webdataset, whose `to_tuple` finds no `jpg` in a sample with `input.jpg`."""
+    write_tar(colors / "test" / "0.tar", [{"key": "s0", "members": {"input.jpg": jpeg(0), "cls": b"0"}}])
+    status, printed, _ = evaluate()
+    assert status == 1 and "sample s0: no image (it has .input.jpg, .cls)" in printed

@@ -166,7 +166,7 @@ def test_a_task_file_is_found_next_to_the_recipe_or_in_the_data_folder(text, tmp
 
 
 def test_no_such_recipe():
-    with pytest.raises(UsageError, match=r"nothing\.yaml: cannot be read"):
+    with pytest.raises(UsageError, match=r"nothing\.yaml: no such file"):
         load_recipe("nothing.yaml")
 
 
@@ -197,3 +197,46 @@ def test_a_training_may_be_given_on_the_command_line_alone():
     assert load_training(None, settings).steps == 10
     with pytest.raises(UsageError, match=r"--set warmup_steps: warmup_steps must be a whole number, not 'x'"):
         load_training(None, [*settings, "warmup_steps=x"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "notes",
+        "units",
+        "Units",
+        "manifest.json",
+        "locations.json",
+        "sources.json",
+        "fits",
+        ".lock",
+        ".x",
+        "..",
+        "a/b",
+        "x" * 130,
+    ],
+)
+def test_names_that_a_stage_could_not_finish_under_are_refused_at_once(text, name):
+    with pytest.raises(UsageError, match=r"my\.yaml, line 4: subset "):
+        read(text.replace("  none:", f'  "{name}":'))
+
+
+def test_names_next_to_them_are_taken(text):
+    for name in ("notes-2", "unit", "manifest", "clip.json", "-", "été", "0"):
+        assert name in read(text.replace("  none:", f'  "{name}":')).subsets
+
+
+@pytest.mark.parametrize("word", ["no", "on", "1", "null"])
+def test_names_that_yaml_does_not_read_as_text(text, word):
+    with pytest.raises(UsageError, match=rf'line 4: YAML reads the key `{word}` as .*Write "{word}", with quotes'):
+        read(text.replace("  none:", f"  {word}:"))
+    assert word in read(text.replace("  none:", f'  "{word}":')).subsets
+
+
+def test_a_recipe_that_is_no_text(tmp_path):
+    (tmp_path / "a.yaml").write_bytes(b"pool: \xff")
+    with pytest.raises(UsageError, match=r"a\.yaml: is not UTF-8 \(byte 6\)"):
+        load_recipe(str(tmp_path / "a.yaml"))
+    (tmp_path / "a.yaml").write_bytes(b"#" * (17 << 20))
+    with pytest.raises(UsageError, match=r"a\.yaml: is larger than 16 MiB"):
+        load_recipe(str(tmp_path / "a.yaml"))

@@ -51,7 +51,7 @@ class EvaluateStage(SetsStage):
     max_skipped: float = 0.05  # of a split's images that may be undecodable: a fraction when below 1, else a number
 
     name = "evaluate"
-    version = 3
+    version = 4
 
     def embedding(self) -> EmbedStage:
         """The stage that must have run before this one."""

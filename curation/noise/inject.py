@@ -79,7 +79,7 @@ class InjectStage(Stage):
     out: str
 
     name = "inject"
-    version = 2
+    version = 3
 
     def params(self) -> dict[str, Any]:
         return self.config.model_dump()

@@ -56,7 +56,7 @@ class IndexStage(Stage):
     require: frozenset[str] = frozenset({"image", "text"})
 
     name = "index"
-    version = 4
+    version = 5
     allow_failures = True
     _shards: list[tuple[str, int, ShardFiles]] = field(default_factory=list, repr=False)
 

@@ -6,6 +6,7 @@ returned, and an interpreter that ends before then is aborted.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
+from winnow.infra.io.content import LFS_POINTER, is_lfs_pointer
 
 
 def open_parquet(url: str) -> pq.ParquetFile:
@@ -38,4 +40,7 @@ def read_parquet(url: str, columns: Sequence[str] | None = None) -> pa.Table:
 
 def unreadable(url: str, error: Exception) -> WinnowError:
     """The error for a truncated or damaged parquet file."""
+    with contextlib.suppress(WinnowError, OSError), storage.open_read(url) as file:
+        if is_lfs_pointer(file.read(60)):
+            return WinnowError(f"is {LFS_POINTER}", where=url)
     return WinnowError(f"is not a readable parquet file ({error})", where=url, do="Download or create it again.")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from winnow.infra.errors import WinnowError
+from winnow.infra.io.content import LFS_POINTER, is_lfs_pointer
 
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
 
@@ -55,6 +56,8 @@ class _Counting:
             return "empty file"
         if self.head.startswith(_COMPRESSED):
             return "compressed; shards are plain tars"
+        if is_lfs_pointer(self.head):
+            return LFS_POINTER
         try:
             tarfile.TarInfo.frombuf(self.head, "utf-8", "surrogateescape")
         except tarfile.HeaderError:

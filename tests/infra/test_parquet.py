@@ -28,6 +28,12 @@ def test_files_that_are_not_parquet(tmp_path, cut):
         read_parquet(str(tmp_path / "none.parquet"))
 
 
+def test_a_git_lfs_pointer_is_named(tmp_path):
+    (tmp_path / "t.parquet").write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d' * 32}\nsize 9\n")
+    with pytest.raises(WinnowError, match=r"t\.parquet: is a Git LFS pointer.*git lfs pull"):
+        read_parquet(str(tmp_path / "t.parquet"))
+
+
 def test_no_room_uses_pyarrows_scanner():
     """Its threads outlive the call and abort an interpreter that ends before them."""
     rooms = ("infra", "pretrain", "curation", "evaluate", "pipeline")

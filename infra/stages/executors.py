@@ -112,8 +112,8 @@ class RayExecutor:
         if not ray.is_initialized():
             address = self.address or os.environ.get("RAY_ADDRESS")
             options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-            if folders := os.environ.get(importing.VARIABLE):
-                options["runtime_env"] = {"env_vars": {importing.VARIABLE: folders}}
+            if variables := importing.environment():
+                options["runtime_env"] = {"env_vars": variables}
             if address:
                 options["address"] = address
             else:

@@ -26,6 +26,11 @@ def search_also(*folders: str | Path) -> None:
     _folders.extend(path for path in map(str, folders) if path not in _folders)
 
 
+def custom_allowed() -> bool:
+    """Whether a recipe may name custom modules and shell commands (`pipe:`)."""
+    return _allowed
+
+
 def trusted() -> frozenset[str]:
     """The `module:Object` names that the user gave: in a recipe, with --trust, or in the environment variable."""
     return frozenset(filter(None, os.environ.get(TRUSTED, "").split(","))) if _allowed else frozenset()

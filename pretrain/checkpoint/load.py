@@ -30,7 +30,7 @@ from winnow.pretrain.models.towers import Pixels
 from winnow.pretrain.objectives import OBJECTIVES
 
 # Of the network that a config in a file describes.
-_MOST_LAYERS, _MOST_WEIGHTS, _LARGEST_IMAGE = 10_000, 1 << 34, 4096
+_MOST_LAYERS, _LARGEST_IMAGE, _MOST_WEIGHTS, _FEW_WEIGHTS = 10_000, 4096, 1 << 34, 1 << 26
 Loaded = tuple[Any, Any]  # the network, and its tokenizer (None when it reads no text)
 
 
@@ -173,7 +173,7 @@ def _bounded(build: Callable[[], Any], config: Any, weights: Path | None, where:
     count = 0
     with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]), torch.device("meta"):
         count = sum(weight.numel() for weight in build().parameters())
-    if count > (_MOST_WEIGHTS if weights is None else weights.stat().st_size):
+    if count > (_MOST_WEIGHTS if weights is None else max(weights.stat().st_size, _FEW_WEIGHTS)):
         raise WinnowError(f"its config describes {count:,} weights, more than its file can hold", where=where)
     model = build()
     if (size := image_size(model)) > _LARGEST_IMAGE:

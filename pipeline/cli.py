@@ -63,7 +63,7 @@ NoCode = Annotated[
 ]
 Trust = Annotated[
     list[str] | None,
-    Option("--trust", metavar="MODULE:CLASS", help="Custom code that a checkpoint or a task file in the data may name."),
+    Option("--trust", metavar="MODULE:CLASS", help="Custom code that checkpoints and task files in the data may name."),
 ]
 
 

@@ -42,17 +42,18 @@ def load_weights(model: Any, state: State | Path, where: str) -> None:
         with torch.no_grad():
             load_big_vision_weights(model, str(state))
         return
-    state, own = convert_state_dict(model, state), model.state_dict()
-    if "positional_embedding" in state and "positional_embedding" not in own:
-        state = convert_to_custom_text_state_dict(state)
+    own: State = model.state_dict()
+    found: State = convert_state_dict(model, state)
+    if "positional_embedding" in found and "positional_embedding" not in own:
+        found = convert_to_custom_text_state_dict(found)
     for name in _IGNORED - own.keys():
-        state.pop(name, None)
-    if "logit_bias" in own and "logit_bias" not in state:  # for SigLIP that starts from CLIP, as open_clip loads it
-        state["logit_bias"] = torch.zeros_like(own["logit_bias"])
-    for name in {"logit_scale", "logit_bias"} & state.keys() & own.keys():
-        state[name] = state[name].reshape(own[name].shape)
-    _check_fit(state, own, where)
-    model.load_state_dict(state)
+        found.pop(name, None)
+    if "logit_bias" in own and "logit_bias" not in found:  # for SigLIP that starts from CLIP, as open_clip loads it
+        found["logit_bias"] = torch.zeros_like(own["logit_bias"])
+    for name in {"logit_scale", "logit_bias"} & found.keys() & own.keys():
+        found[name] = found[name].reshape(own[name].shape)
+    _check_fit(found, own, where)
+    model.load_state_dict(found)
 
 
 def read_weights(path: Path, where: str) -> State | Path:
@@ -116,7 +117,7 @@ def _unwrapped(loaded: Any, where: str) -> State:
             break
         loaded = loaded[found]
     if not isinstance(loaded, Mapping) or not any(torch.is_tensor(value) for value in loaded.values()):
-        what = _listed(list(map(str, loaded))) or "nothing" if isinstance(loaded, Mapping) else f"a {type(loaded).__name__}"
+        what = _listed(list(loaded)) or "nothing" if isinstance(loaded, Mapping) else f"a {type(loaded).__name__}"
         raise _refused(f"is no state dict (tensors by name), it holds {what}", where)
     state = {_WRAPPERS.sub("", str(name)): value for name, value in loaded.items()}
     while prefix := next((one for one in _PREFIXES if all(name.startswith(one) for name in state)), None):
@@ -136,7 +137,8 @@ def _check_fit(state: State, own: State, where: str) -> None:
     if len(missing) == len(own):
         raise _refused(f"has none of the model's names; it has {_listed(more)}", where)
     if missing or more:
-        parts = [f"lacks {_listed(missing)}"] * bool(missing) + [f"has {_listed(more)} that the model has not"] * bool(more)
+        parts = [f"lacks {_listed(missing)}"] if missing else []
+        parts += [f"has {_listed(more)} that the model has not"] if more else []
         raise _refused(" and ".join(parts), where)
     wrong = [name for name in own if state[name].shape != own[name].shape]
     if not wrong:
@@ -149,9 +151,9 @@ def _check_fit(state: State, own: State, where: str) -> None:
     raise _refused(f"was trained at another {what}: {shapes}", where, do)
 
 
-def _listed(names: list[str]) -> str:
+def _listed(names: list[Any]) -> str:
     more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(str(name) for name in names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _refused(what: str, where: str, do: str | None = None) -> WinnowError:

@@ -58,7 +58,7 @@ def _check_names(config: dict[str, Any], where: str | None) -> None:
     for key in ("hf_model_name", "hf_tokenizer_name"):
         if text.get(key) and text[key] not in _hub_names(key):
             what = f"names {key} {text[key]!r}, which is none of those that open_clip's own models have"
-            raise UsageError(what, where=where, do="Names in a config reach no network: give an open_clip model's name.")
+            raise UsageError(what, where=where, do="Names in a config reach no network: give a model of open_clip's.")
     for key in text.get("tokenizer_kwargs") or {}:
         if key not in TOKENIZER_KWARGS:
             raise unknown("key of tokenizer_kwargs", str(key), TOKENIZER_KWARGS, where)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
@@ -158,7 +158,7 @@ def encoder_digest(spec: str) -> str:
         check_preprocess(model.get("preprocess_cfg"), parsed.model)
     if not parsed.is_file:
         return digest_json([model, parsed.weights])
-    weights = {"sha256": _file_digest(parsed.weights)}
+    weights: dict[str, Any] = {"sha256": _file_digest(parsed.weights)}
     if parsed.kind == "name":
         from winnow.pretrain.models.open_clip import agreed_preprocess
 

@@ -19,7 +19,10 @@ COMMANDS = {
     "run": "recipe --out --set --executor --address --until --trust --no-custom-code --debug",
     "plan": "recipe --out --set --trust --no-custom-code --debug",
     "index": "pool --out --captions --executor --address --max-skipped --debug",
-    "measure": "pool --out --measures --set --scorer --captions --executor --address --max-skipped --trust --no-custom-code --debug",
+    "measure": (
+        "pool --out --measures --set --scorer --captions --executor --address --max-skipped --trust --no-custom-code "
+        "--debug"
+    ),
     "curate": (
         "pool --out --filters --measures --set --scorer --columns --explain --why --reasons --executor --address "
         "--max-skipped --trust --no-custom-code --debug"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from safetensors.torch import save_file
 
@@ -16,7 +17,10 @@ from tests.field.helpers import winnow
 from tests.pretrain.tiny import CASES, config
 from winnow.infra import importing
 from winnow.infra.errors import UsageError
+from winnow.infra.io.images import FORMATS, MAX_ASPECT, MAX_PIXELS
+from winnow.pipeline.cli import app
 from winnow.pretrain.encoder import load_encoder
+from winnow.pretrain.models.open_clip import TOKENIZER_KWARGS
 from winnow.pretrain.models.towers import build_image_tower
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,3 +162,18 @@ def test_ray_listens_on_the_loopback_address_and_its_workers_trust_what_the_user
     monkeypatch.setenv(importing.TRUSTED, "")
     done = subprocess.run([sys.executable, "-c", REMOTE], capture_output=True, text=True, timeout=300)
     assert done.stdout.split("\n")[-2] == "127.0.0.1 ['mine:Objective']", done.stderr[-2000:]
+
+
+def test_the_page_names_the_formats_limits_and_commands():
+    text = " ".join((ROOT / "docs" / "trust.md").read_text().split())
+    shown = re.search(r"only as (.*?), whatever", text)[1].replace(" or ", ", ").replace("JPEG 2000", "JPEG2000")
+    assert {name.upper() for name in shown.split(", ")} | {"DIB"} == set(FORMATS)
+    assert f"{MAX_PIXELS // 10**6} million pixels" in text and f"at most {MAX_ASPECT} times" in text
+    assert all(f"`{key}`" in text for key in TOKENIZER_KWARGS)
+    with_option = [
+        name
+        for name, command in typer.main.get_command(app).commands.items()
+        if any("--no-custom-code" in parameter.opts for parameter in command.params)
+    ]
+    listed = re.search(r"(`run`.*?) have it", text)[1]
+    assert re.findall(r"`(\w+)`", listed) == with_option

@@ -1,4 +1,4 @@
-"""A registry is a visible table of `name: "module:Object"`; other objects are named `module:Object` directly."""
+"""A registry is a visible table of `name: "module:Object"`; a user names other objects `module:Object` directly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from winnow.infra.errors import UsageError
-from winnow.infra.importing import import_custom
+from winnow.infra.importing import import_custom, trust, trusted
 
 SHOWN = 20  # words of a table in a message
 
@@ -44,8 +44,20 @@ class Registry:
             return name
         raise unknown(self.kind, name, self.table)
 
+    def check_data(self, name: Any, where: str) -> None:
+        """For a name in a data file: raises UsageError unless it is registered, or the user named it as well."""
+        if isinstance(name, str) and (name in self.table or name in trusted()):
+            return
+        if isinstance(name, str) and ":" in name:
+            what = f'names custom code, the {self.kind} "{name}", and a data file may name registered ones only'
+            raise UsageError(what, where=where, do=f"If you trust that code, give --trust {name}.")
+        raise unknown(self.kind, str(name), self.table, where)
+
     def load(self, name: str) -> Any:
-        """Import and return the object. Raises UsageError when it is not there."""
+        """Import and return the object of a name that a user gives, in a recipe or on the command line. Raises
+        UsageError when it is not there. Of a name in a data file call `check_data` first."""
+        if name not in self.table and ":" in name:
+            trust(name)
         module_name, _, attribute = self.path(name).partition(":")
         try:
             return getattr(import_custom(module_name), attribute)

@@ -12,7 +12,7 @@ import typer
 from typer import Argument, Option
 
 from winnow.infra.errors import StorageError, UsageError, WinnowError
-from winnow.infra.importing import search_also
+from winnow.infra.importing import allow_custom, search_also
 from winnow.infra.io import storage
 from winnow.infra.registry import unknown
 from winnow.infra.stages.executors import make_executor
@@ -58,8 +58,18 @@ Debug = Annotated[bool, Option("--debug", help="Show tracebacks.")]
 Overrides = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a key, value in YAML.")]
 
 
-def _search_custom(*files: str | None) -> None:
+NoCode = Annotated[
+    bool, Option("--no-custom-code", help="Refuse every module:Class, so that no code but Winnow's is imported.")
+]
+Trust = Annotated[
+    list[str] | None,
+    Option("--trust", metavar="MODULE:CLASS", help="Custom code that checkpoints and task files in the data may name."),
+]
+
+
+def _custom_code(forbidden: bool, trusted: list[str] | None, *files: str | None) -> None:
     """Let `module:Class` names be found next to a recipe and in the working directory, after all else."""
+    allow_custom(not forbidden, trusted or ())
     search_also(*(Path(file).absolute().parent for file in files if file is not None), Path.cwd())
 
 
@@ -71,11 +81,13 @@ def _run(graph: Graph, executor: str, address: str | None, until: str | None = N
         runner.close()
 
 
-def _graph(recipe: str, out: str | None, overrides: list[str] | None) -> Graph:
+def _graph(
+    recipe: str, out: str | None, overrides: list[str] | None, no_code: bool, trusted: list[str] | None
+) -> Graph:
     """The graph of a recipe, which is checked before anything heavy is imported."""
     from winnow.pipeline.recipe.load import load_recipe
 
-    _search_custom(recipe)
+    _custom_code(no_code, trusted, recipe)
     read = load_recipe(recipe, overrides)
     from winnow.pipeline.graph import Graph
 
@@ -97,10 +109,12 @@ def run(
     until: Annotated[
         str | None, Option("--until", help="Stop after this stage (curate, say).", callback=_known_step)
     ] = None,
+    trust: Trust = None,
+    no_custom_code: NoCode = False,
     debug: Debug = False,
 ) -> None:
     """Run a recipe from the pool to the report. What is finished is not done again."""
-    graph = _graph(recipe, out, overrides)
+    graph = _graph(recipe, out, overrides, no_custom_code, trust)
     manifests = _run(graph, executor, address, until)
     if "compare" in manifests:
         typer.echo(storage.read_bytes(graph.url("report", "comparison.txt")).decode())
@@ -112,10 +126,12 @@ def plan(
     recipe: Annotated[str, Argument(help="Recipe file, or the name of a packaged one.")],
     out: Annotated[str | None, Option("--out", help="Directory of the run; runs/NAME if not given.")] = None,
     overrides: Overrides = None,
+    trust: Trust = None,
+    no_custom_code: NoCode = False,
     debug: Debug = False,
 ) -> None:
     """Check a recipe and say what running it would do, without doing it."""
-    for step in _graph(recipe, out, overrides).plan():
+    for step in _graph(recipe, out, overrides, no_custom_code, trust).plan():
         typer.echo(f"{step.name:<24} {step.text}")
 
 
@@ -149,13 +165,15 @@ def measure(
     executor: ExecutorName = "ray",
     address: Address = None,
     max_skipped: MaxSkipped = 0.05,
+    trust: Trust = None,
+    no_custom_code: NoCode = False,
     debug: Debug = False,
 ) -> None:
     """Compute columns: embeddings and scores, language, caption statistics."""
     from winnow.pipeline.commands import measure_graph
     from winnow.pipeline.recipe.load import load_measures
 
-    _search_custom()
+    _custom_code(no_custom_code, trust)
     wanted = load_measures(measures, overrides or [])
     graph = measure_graph(pool, out, wanted, scorer, captions, max_skipped)
     manifest = _run(graph, executor, address)["measure"]
@@ -186,6 +204,8 @@ def curate(
     executor: ExecutorName = "ray",
     address: Address = None,
     max_skipped: MaxSkipped = 0.05,
+    trust: Trust = None,
+    no_custom_code: NoCode = False,
     debug: Debug = False,
 ) -> None:
     """Apply a tree of filters; write subset.npy, funnel.json and the manifest."""
@@ -194,7 +214,7 @@ def curate(
     from winnow.pipeline.commands import curate_graph
     from winnow.pipeline.recipe.load import load_measures, load_tree
 
-    _search_custom(filters)
+    _custom_code(no_custom_code, trust, filters)
     tree = load_tree(filters)
     if why is not None:
         check_uid(why)
@@ -238,12 +258,14 @@ def pretrain(
     seed: Annotated[int, Option(min=0, help="Of the weights and the order.")] = 0,
     executor: ExecutorName = "ray",
     address: Address = None,
+    trust: Trust = None,
+    no_custom_code: NoCode = False,
     debug: Debug = False,
 ) -> None:
     """Train a model; stopped and started again it goes on where it was."""
     from winnow.pipeline.recipe.load import load_training
 
-    _search_custom(config)
+    _custom_code(no_custom_code, trust, config)
     read = load_training(config, [*(overrides or []), f"seeds=[{seed}]"])
     from winnow.pipeline.commands import pretrain_graph
 
@@ -267,9 +289,12 @@ def sample(
         str | None, Option("--against", help="Indexed pool to say the samples' Fréchet distance from.")
     ] = None,
     features: Annotated[str | None, Option("--features", help="Encoder over whose features that distance is.")] = None,
+    trust: Trust = None,
+    no_custom_code: NoCode = False,
     debug: Debug = False,
 ) -> None:
     """Draw images from a diffusion checkpoint."""
+    _custom_code(no_custom_code, trust)
     from winnow.pipeline.commands import draw_samples
 
     selected = list(_names(classes)) if classes else None
@@ -311,6 +336,8 @@ def evaluate(
             help="Share (or number, from 1 up) of a set's images that may be undecodable; with more it is left out.",
         ),
     ] = 0.05,
+    trust: Trust = None,
+    no_custom_code: NoCode = False,
     debug: Debug = False,
 ) -> None:
     """Score checkpoints on the evaluation sets; write scores.parquet and eval_results.jsonl."""
@@ -324,7 +351,7 @@ def evaluate(
     from winnow.pipeline import printing
     from winnow.pipeline.commands import evaluate_graph
 
-    _search_custom()
+    _custom_code(no_custom_code, trust)
     selected = tasks if tasks == "all" else _names(tasks)
     graph = evaluate_graph(specs or [], out, data, selected, _names(protocols), features, precision, max_skipped)
     _run(graph, executor, address)

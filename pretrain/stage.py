@@ -59,7 +59,7 @@ class PretrainStage(Stage):
     out: str
 
     name = "pretrain"
-    version = 1
+    version = 2
     keep_stale = True
     launches_workers = True
 

@@ -6,11 +6,13 @@ import functools
 import io
 import re
 from collections.abc import Sequence
+from zipfile import ZipFile
 
 import numpy as np
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
+from winnow.infra.io.content import LFS_POINTER, is_lfs_pointer
 
 # A head has a few hundred kilobytes. A larger file is something else.
 _LARGEST = 1 << 28
@@ -30,12 +32,16 @@ def read_head(path: str) -> tuple[Layer, ...]:
     if storage.exists(path) and storage.size_of(path) > _LARGEST:
         raise WinnowError("is too large for a head on an embedding", where=path)
     data = storage.read_bytes(path)
+    if is_lfs_pointer(data[:60]):
+        raise WinnowError(f"is {LFS_POINTER}", where=path)
     try:
         if path.endswith(".safetensors"):
             from safetensors.numpy import load
 
             arrays = load(data)
         elif path.endswith((".npz", ".npy")):
+            if path.endswith(".npz") and sum(m.file_size for m in ZipFile(io.BytesIO(data)).infolist()) > _LARGEST:
+                raise WinnowError("is too large for a head on an embedding", where=path)
             loaded = np.load(io.BytesIO(data), allow_pickle=False)
             arrays = {"weight": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
         else:

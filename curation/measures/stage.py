@@ -15,7 +15,7 @@ from winnow.curation.columns.table import View
 from winnow.curation.measures.base import Measure, Samples
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
-from winnow.infra.io.images import ImageError, decode_image
+from winnow.infra.io.images import DECODING, ImageError, decode_image
 from winnow.infra.io.prefetch import prefetch
 from winnow.infra.io.storage import digest_json
 from winnow.infra.pool.pool import LOCATION, Pool, Shard, read_members
@@ -122,7 +122,8 @@ class MeasureStage(Stage):
                 f"{ids[measure.name]}/{shard.name}",
                 {"shard": shard.digest},
                 {"measure": type(measure).name, "version": measure.version, "params": measure.params()}
-                | ({"reads": [ids[name] for name in measure.upstream()]} if measure.derived() else {}),
+                | ({"reads": [ids[name] for name in measure.upstream()]} if measure.derived() else {})
+                | ({"decoding": DECODING} if measure.pixels else {}),
                 {"shard": shard.name, "measure": measure.name},
                 group=shard.name,
                 items=_rows(shard),

@@ -81,7 +81,7 @@ class InjectStage(Stage):
     out: str
 
     name = "inject"
-    version = 2
+    version = 3
     alone = (".tar", ".parquet")
 
     def params(self) -> dict[str, Any]:

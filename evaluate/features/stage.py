@@ -140,7 +140,7 @@ class EmbedStage(SetsStage):
     """
 
     name = "embed"
-    version = 2
+    version = 3
 
     def parents(self) -> dict[str, str]:
         """Those of the checkpoints and of the sets, so that the listing follows both."""

@@ -59,7 +59,7 @@ def find_tasks(data_url: str, names: Sequence[str] | str = "all") -> list[FoundT
         UsageError: no such folder, no task in it, a faulty task file, or a named task that is unknown or not there.
     """
     words = [] if names == "all" else [names] if isinstance(names, str) else list(names)
-    files = {word: read_task(_task_file(word, data_url)) for word in words if word.endswith((".yaml", ".yml"))}
+    files = {word: _read_file(word, data_url) for word in words if word.endswith((".yaml", ".yml"))}
     words = [files[word].key if word in files else word for word in words]
     given = {task.key: task for task in files.values()}
     if data_url.startswith(hub.DATA):
@@ -83,10 +83,11 @@ def find_tasks(data_url: str, names: Sequence[str] | str = "all") -> list[FoundT
     return [entry for key, entry in found.items() if key in selected]
 
 
-def _task_file(path: str, data_url: str) -> str:
-    """The URL of a task file that is named relative to the working directory or to the data folder."""
+def _read_file(path: str, data_url: str) -> Task:
+    """A task file that is named relative to the working directory or to the data folder."""
     inside = storage.join(data_url, path)
-    return inside if not storage.exists(path) and not data_url.startswith(hub.DATA) and storage.exists(inside) else path
+    data = not storage.exists(path) and not data_url.startswith(hub.DATA) and storage.exists(inside)
+    return read_task(inside if data else path, data)
 
 
 def _present(data_url: str, by_folder: dict[str, Task]) -> dict[str, FoundTask]:

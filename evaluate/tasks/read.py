@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+from winnow.evaluate.protocols import KINDS
 from winnow.evaluate.protocols.base import load_kind
 from winnow.evaluate.tasks.task import Task
 from winnow.infra.errors import UsageError, WinnowError
@@ -17,8 +18,11 @@ from winnow.infra.registry import unknown
 FOLDER = Path(__file__).parent
 
 
-def read_task(url: str) -> Task:
-    """One task file. Raises UsageError naming the file and line of the first fault."""
+def read_task(url: str, data: bool = False) -> Task:
+    """One task file; in a folder of `data` its kind must be a registered one, or one that the user named as well.
+
+    Raises UsageError naming the file and line of the first fault.
+    """
     try:
         text = read_text(url)
     except WinnowError as error:
@@ -29,6 +33,8 @@ def read_task(url: str) -> Task:
     except ParameterError as error:
         raise UsageError(error.what, where=lines.where(error.path), do=error.do) from None
     try:
+        if data:
+            KINDS.check_data(task.kind, url)
         load_kind(task.kind).check_task(task)
     except UsageError as error:
         raise UsageError(error.what, where=lines.where(("kind",)), do=error.do) from None
@@ -38,10 +44,10 @@ def read_task(url: str) -> Task:
 
 
 def read_tasks(folder: str) -> dict[str, Task]:
-    """Every task file of a folder, by key. Raises UsageError also when two have the same key."""
+    """Every task file of a folder of data, by key. Raises UsageError also when two have the same key."""
     tasks: dict[str, Task] = {}
     for url in (storage.join(folder, name) for name in storage.list_names(folder) if name.endswith(".yaml")):
-        task = read_task(url)
+        task = read_task(url, data=True)
         if task.key in tasks:
             raise UsageError(f'another file has the key "{task.key}", too', where=url)
         tasks[task.key] = task

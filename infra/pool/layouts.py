@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from winnow.infra.errors import UsageError
+from winnow.infra.importing import custom_allowed
 from winnow.infra.io import storage
 from winnow.infra.io.storage import digest_bytes
 from winnow.infra.stages.stage import MANIFEST
@@ -45,6 +46,8 @@ def shard_files(source: str) -> list[ShardFiles]:
         UsageError: there are none.
     """
     if storage.is_pipe(source):
+        if not custom_allowed():
+            raise UsageError("is a shell command, and --no-custom-code forbids it", where=source)
         names = re.findall(r"([\w.-]+)\.tar\b", source)
         return [ShardFiles(names[-1] if names else f"pipe-{digest_bytes(source.encode())[:8]}", source, stream=True)]
     if _is_tar(source):

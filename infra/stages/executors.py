@@ -22,6 +22,7 @@ from winnow.infra.stages.progress import clock
 from winnow.infra.stages.resources import RESOURCE_LIMIT, Resources
 from winnow.infra.stages.stage import Record, Stage, Unit, attempt
 
+_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # on Windows and macOS Ray's default is already 0
 TICK = 2.0  # seconds after which a text is yielded, so that the driver can look at progress notes
 Group = tuple[int, list[Unit]]  # its index, and the units that run together
 _thread = threading.local()
@@ -107,7 +108,12 @@ class RayExecutor:
         return not (running or self.address or os.environ.get("RAY_ADDRESS"))
 
     def connect(self) -> Any:
-        """Start or join Ray; returns the ray module. Raises WinnowError when the address does not answer."""
+        """Start or join Ray; returns the ray module. Raises WinnowError when the address does not answer.
+
+        One that is started here listens on this machine's loopback address alone, since it runs what it is sent.
+        """
+        if not (self.address or os.environ.get("RAY_ADDRESS")):
+            os.environ.setdefault(_CLUSTER, "0")  # read at import; the only way to have Ray listen so
         import ray
 
         if self._started:
@@ -115,8 +121,8 @@ class RayExecutor:
         if not ray.is_initialized():
             address = self.address or os.environ.get("RAY_ADDRESS")
             options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-            if folders := os.environ.get(importing.VARIABLE):
-                options["runtime_env"] = {"env_vars": {importing.VARIABLE: folders}}
+            if variables := importing.environment():
+                options["runtime_env"] = {"env_vars": variables}
             if address:
                 options["address"] = address
             else:

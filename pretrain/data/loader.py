@@ -7,6 +7,7 @@ the order, and every random crop, are the same for any number of processes, and 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,9 @@ from winnow.infra.pool.sample import Sample
 from winnow.pretrain.data.samples import Samples
 
 _AHEAD = 2  # batches of each decoding process
+
+# The number of workers is the user's, and may be more than this node has cores.
+warnings.filterwarnings("ignore", message="This DataLoader will create")
 
 Views = Callable[[Sample, np.random.Generator], dict[str, np.ndarray]]
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from winnow.infra.errors import UsageError
+from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.content import content_digest
 from winnow.infra.io.storage import digest_json
 from winnow.infra.stages.kept import check_kept
 
 _CHECKPOINT = ("model.safetensors", "config.json", "open_clip_config.json")
+# As open_clip prefers them.
+_WEIGHTS = (
+    "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth", "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth",
+)  # fmt: skip
+_CONFIG_BYTES = 16 << 20
 RANDOM = "random"
 FORMS = "Give a folder, NAME:TAG, NAME:FILE or CONFIG.json:WEIGHTS."
 
@@ -140,17 +146,43 @@ def encoder_digest(spec: str) -> str:
         return digest_json([_file_digest(storage.join(parsed.model, "config.json")), RANDOM])
     if parsed.kind == "folder":
         names = [name for name in storage.list_names(parsed.model) if not name.endswith(".py")]
-        parts = [name for name in names if name in _CHECKPOINT or name.startswith("open_clip_")]
+        weights_file = None if is_winnow(parsed.model) else weights_of(parsed.model)
+        parts = [n for n in names if n in (*_CHECKPOINT, weights_file) or n.startswith("open_clip_")]
         return digest_json({name: _file_digest(storage.join(parsed.model, name)) for name in parts})
     model = parsed.model
     if parsed.kind == "config":
         from winnow.pretrain.models.open_clip import check_config
         from winnow.pretrain.models.preprocessing import check_preprocess
 
-        model = storage.read_json(parsed.model)
+        model = read_config(parsed.model)
         check_config(model, parsed.model)
         check_preprocess(model.get("preprocess_cfg"), parsed.model)
-    return digest_json([model, {"sha256": _file_digest(parsed.weights)} if parsed.is_file else parsed.weights])
+    if not parsed.is_file:
+        return digest_json([model, parsed.weights])
+    weights: dict[str, Any] = {"sha256": _file_digest(parsed.weights)}
+    if parsed.kind == "name":
+        from winnow.pretrain.models.open_clip import agreed_preprocess
+
+        weights |= {"preprocess": preprocess} if (preprocess := agreed_preprocess(parsed.model)) else {}
+    return digest_json([model, weights])
+
+
+def read_config(url: str) -> Any:
+    """The JSON value of a config. Raises WinnowError, also for one that is too large or too deep to be one."""
+    if storage.size_of(url) > _CONFIG_BYTES:
+        raise WinnowError(f"has more than {_CONFIG_BYTES >> 20} MB, which no config has", where=url)
+    try:
+        return storage.read_json(url)
+    except RecursionError:
+        raise WinnowError("is nested too deeply for a config", where=url) from None
+
+
+def weights_of(url: str) -> str | None:
+    """Name of the file of weights in a folder of open_clip's layout, the one that open_clip takes; None without any."""
+    names = storage.list_names(url)
+    files = [name for name in names if name.endswith((".safetensors", ".bin", ".pth"))]
+    others = sorted(files, key=lambda name: not name.endswith(".safetensors"))
+    return next((name for name in (*_WEIGHTS, *others) if name in files), None)
 
 
 def is_winnow(url: str) -> bool:

@@ -69,6 +69,7 @@ def build_trunk(config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         UsageError: timm refuses the config.
     """
     name, size, kwargs = config["timm"], config["size"], dict(config["kwargs"])
+    check_timm(name, size, config["stem"], kwargs)  # a checkpoint's config may hold anything
     if "img_size" in timm_arguments(timm_names()[name]):
         kwargs["img_size"] = size
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,25 @@ from winnow.infra.io.storage import digest_json
 _CAPTIONS = 1 << 17
 
 
-def build_tokenizer(config: dict[str, Any], name: str | None = None) -> Callable[[Sequence[str]], torch.Tensor]:
+def build_tokenizer(
+    config: dict[str, Any], name: str | None = None, folder: Path | None = None
+) -> Callable[[Sequence[str]], torch.Tensor]:
     """The tokenizer of a model: texts to int64 [n, context]; by open_clip's name where it has one.
 
     Equal ones are the same object: to build one takes as long as to load a small model.
+
+    Args:
+        config: open_clip's model config.
+        name: open_clip's name of the model.
+        folder: a checkpoint whose files transformers reads where the config names a tokenizer of it.
     """
+    text = config["text_cfg"]
+    if folder is not None and text.get("hf_tokenizer_name"):
+        given = {"context_length": 77, **(text.get("tokenizer_kwargs") or {})}
+        given |= {"context_length": text["context_length"]} if "context_length" in text else {}
+        # No network, and no code out of the folder.
+        offline = {"local_files_only": True, "trust_remote_code": False}
+        return HFTokenizer(str(folder), tokenizer_mode=text.get("tokenizer_mode"), **given, **offline)
     text = {"context_length": 77, "tokenizer_kwargs": {}} | config["text_cfg"]
     read = ("hf_tokenizer_name", "tokenizer_mode", "context_length", "tokenizer_kwargs")
     return _tokenizer(name, json.dumps([text.get(key) for key in read], sort_keys=True))

@@ -15,6 +15,7 @@ from winnow.evaluate.protocols import KINDS, PROTOCOLS
 from winnow.evaluate.protocols.base import Kind, Row, Target, load_kind, load_protocol, read_metadata
 from winnow.evaluate.sets.layout import find_tasks
 from winnow.evaluate.stage import EvaluateStage
+from winnow.infra import importing
 from winnow.infra.errors import UsageError
 from winnow.infra.pool.sample import Sample
 from winnow.infra.stages.executors import SerialExecutor
@@ -81,6 +82,8 @@ def test_a_task_and_a_kind(tmp_path: Path, spec: str, monkeypatch, location: str
     else:
         (data / "tasks").mkdir()
         (data / "tasks" / "pairs.yaml").write_text((EXAMPLES / "pairs.yaml").read_text())
+    if location in ("tasks", "data"):  # a file of the data names code only where the user does as well
+        monkeypatch.setenv(importing.TRUSTED, KIND)
     (row,) = scores_of(spec, data, tmp_path / "out", tasks=tasks)
     encoder = load_encoder(spec, device="cpu")
     right = 0
@@ -134,7 +137,7 @@ class Loudness(Kind):
         return [Row("acc1", float(features.labels.sum()) + total, len(features.labels), 0.0)]
 
 
-def test_a_kind_reads_any_member(tmp_path: Path, spec: str) -> None:
+def test_a_kind_reads_any_member(tmp_path: Path, spec: str, monkeypatch) -> None:
     """And the image is the one that it names, not the mask."""
     data = tmp_path / "data"
     samples = [
@@ -161,6 +164,7 @@ def test_a_kind_reads_any_member(tmp_path: Path, spec: str) -> None:
         group: extra
         version: 1
     """
+    monkeypatch.setenv(importing.TRUSTED, f"{__name__}:Loudness")
     (data / "tasks" / "sounds.yaml").write_text(textwrap.dedent(task))
     (row,) = scores_of(spec, data, tmp_path / "out")
     masks = [Sample(members={"png": one["members"]["mask.png"]}).image() for one in samples]

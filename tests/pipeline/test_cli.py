@@ -16,23 +16,26 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A change here is a change of what users type. Make it on purpose.
 COMMANDS = {
-    "run": "recipe --out --set --executor --address --until --debug",
-    "plan": "recipe --out --set --debug",
+    "run": "recipe --out --set --executor --address --until --trust --no-custom-code --debug",
+    "plan": "recipe --out --set --trust --no-custom-code --debug",
     "index": "pool --out --captions --executor --address --max-skipped --debug",
-    "measure": "pool --out --measures --set --scorer --captions --executor --address --max-skipped --debug",
+    "measure": (
+        "pool --out --measures --set --scorer --captions --executor --address --max-skipped --trust --no-custom-code "
+        "--debug"
+    ),
     "curate": (
         "pool --out --filters --measures --set --scorer --columns --explain --why --reasons --executor --address "
-        "--max-skipped --debug"
+        "--max-skipped --trust --no-custom-code --debug"
     ),
     "reshard": "pool --out --subset --samples-per-shard --executor --address --debug",
-    "pretrain": "pool --out --config --set --subset --seed --executor --address --debug",
+    "pretrain": "pool --out --config --set --subset --seed --executor --address --trust --no-custom-code --debug",
     "sample": (
         "checkpoint --out --n --steps --guidance --seed --sampler --eta --classes --caption --against --features "
-        "--debug"
+        "--trust --no-custom-code --debug"
     ),
     "evaluate": (
         "--data specs --out --tasks --protocols --features --precision --check --executor --address "
-        "--max-skipped --debug"
+        "--max-skipped --trust --no-custom-code --debug"
     ),
     "compare": "runs --out --baseline --debug",
     "verify": "run --debug",

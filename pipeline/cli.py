@@ -15,6 +15,7 @@ from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.importing import search_also
 from winnow.infra.io import storage
 from winnow.infra.registry import unknown
+from winnow.infra.stages import stopping
 from winnow.infra.stages.executors import make_executor
 from winnow.infra.stages.progress import RunLog
 from winnow.infra.stages.runner import Budget
@@ -372,7 +373,7 @@ def doctor(debug: Debug = False) -> None:
 
 
 STOPPED = "winnow: stopped; what is finished is kept."
-INTERRUPTED = 130  # exit status, as shells have it
+INTERRUPTED = 130  # typer's exit status for an interrupt
 
 
 # Options of earlier versions.
@@ -390,20 +391,19 @@ def main() -> None:
     debug = "--debug" in sys.argv or os.environ.get("WINNOW_DEBUG") == "1"
     try:
         _refuse_old_options(sys.argv)
-        app()
+        with stopping.interruptible():
+            app()
     except WinnowError as error:
         if debug:
             traceback.print_exc()
         else:
             print(f"winnow: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if isinstance(ended, SystemExit) and ended.code != INTERRUPTED:
+            raise
         print(STOPPED, file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
-    except SystemExit as ended:
-        if ended.code == INTERRUPTED:  # typer's answer to an interrupt
-            print(STOPPED, file=sys.stderr)
-        raise
+        stopping.leave()
     except Exception as error:
         if debug:
             raise

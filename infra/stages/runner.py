@@ -100,6 +100,7 @@ def execute(
         log.event(event="start", stage=label, units=len(units), todo=len(todo))
         progress = StageProgress(log, label, len(todo), sum(unit.items for unit in todo))
         failures: dict[str, Exception] = {}
+        storage.remove(stage.url(NOTES))  # those of a run that was killed
         if todo:
             storage.remove(stage.url(MANIFEST))  # it describes files that are about to be replaced
             with progress:
@@ -196,25 +197,27 @@ def _run_groups(
     waiting = list(range(len(groups)))
     while waiting:
         retry = []
-        for result in executor.results(stage, [(index, groups[index]) for index in waiting]):
-            if isinstance(result, str):
-                progress.tick("  ".join(filter(None, (result, _notes(stage)))))
-            elif result.error is None:
-                for record in result.records:
-                    done[record.unit] = record
-                    size = sum(facts["bytes"] for facts in record.files.values())
-                    progress.add(items=record.items, size=size, skipped=len(record.skipped))
-            elif isinstance(result.error, UsageError):
-                raise result.error
-            else:
-                attempts[result.index] += 1
-                names = [unit.name for unit in groups[result.index]]
-                facts = {"units": ", ".join(names), "error": str(result.error)}
-                progress.log.event(event="failure", stage=progress.label, **facts)
-                if attempts[result.index] <= retries and not isinstance(result.error, WinnowError):
-                    retry.append(result.index)
+        running = executor.results(stage, [(index, groups[index]) for index in waiting])
+        with contextlib.closing(running) as results:  # type: ignore[type-var]
+            for result in results:
+                if isinstance(result, str):
+                    progress.tick("  ".join(filter(None, (result, _notes(stage)))))
+                elif result.error is None:
+                    for record in result.records:
+                        done[record.unit] = record
+                        size = sum(facts["bytes"] for facts in record.files.values())
+                        progress.add(items=record.items, size=size, skipped=len(record.skipped))
+                elif isinstance(result.error, UsageError):
+                    raise result.error
                 else:
-                    failures.update(dict.fromkeys(names, result.error))
+                    attempts[result.index] += 1
+                    names = [unit.name for unit in groups[result.index]]
+                    facts = {"units": ", ".join(names), "error": str(result.error)}
+                    progress.log.event(event="failure", stage=progress.label, **facts)
+                    if attempts[result.index] <= retries and not isinstance(result.error, WinnowError):
+                        retry.append(result.index)
+                    else:
+                        failures.update(dict.fromkeys(names, result.error))
         waiting = retry
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
+import winnow
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.importing import search_also
 from winnow.infra.io import storage
@@ -32,6 +33,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"winnow {winnow.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+) -> None: ...
 
 
 def _known_executor(name: str) -> str:

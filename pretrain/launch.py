@@ -197,8 +197,28 @@ def _by_ray(jobs: list[Job], config: PretrainConfig) -> None:
             if isinstance(cause, WinnowError):
                 raise cause from None
         raise WinnowError(f"training failed: {str(error).strip().splitlines()[-1]}", where=jobs[0].out) from error
+    except ray.exceptions.RayActorError as error:
+        _release(ray, error.actor_id)
+        raise
     finally:
         storage.remove(scratch)
+
+
+def _release(ray: Any, controller: str) -> None:
+    """Give back the cores and GPUs of a controller that has died, or its replacement would wait for them.
+
+    Ray keeps an actor's placement groups to the end of the job. Ray Train's own cleaner does not know those that are not
+    ready yet, and without Ray's dashboard it does not learn that the controller is dead. Only Ray's private table says
+    which actor made a group.
+    """
+    from ray.core.generated import gcs_pb2
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    with contextlib.suppress(Exception):  # the wait for resources has a limit all the same
+        for content in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
+            group = gcs_pb2.PlacementGroupTableData.FromString(content)
+            if group.creator_actor_id.hex() == controller and group.state != gcs_pb2.PlacementGroupTableData.REMOVED:
+                remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
 
 def _ray_process(values: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,7 +57,7 @@ def shard_files(source: str) -> list[ShardFiles]:
         sets = [name for name in storage.list_names(source) if name.startswith("wds_")]
         found = [shard for name in sets for shard in _below(source, f"{name}/test/")]
     if not found:
-        raise UsageError("holds no .tar shard", where=source)
+        raise UsageError(f"holds no .tar shard; {_content(source)}", where=source, do="docs/data.md describes shards.")
     stream = not storage.has_ranges(found[0].tar)
     return [ShardFiles(shard.name, shard.tar, shard.parquet, stream) for shard in found]
 
@@ -74,6 +75,13 @@ def _below(source: str, folder: str = "") -> list[ShardFiles]:
         parquet = storage.join(url, f"{stem}.parquet") if f"{stem}.parquet" in known else None
         found.append(ShardFiles(folder + stem, storage.join(url, f"{stem}.tar"), parquet))
     return found
+
+
+def _content(source: str) -> str:
+    """What a directory holds, by ending, as a clause."""
+    counts = Counter(re.search(r"(\.\w+)?$", name)[0] for name in storage.list_names(source))  # type: ignore[index]
+    kinds = [f"{count} {kind or 'without an ending'}" for kind, count in counts.most_common(5)]
+    return f"there are {', '.join(kinds)}" if kinds else "it is empty"
 
 
 def base_url(source: str) -> str:

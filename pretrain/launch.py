@@ -207,9 +207,9 @@ def _by_ray(jobs: list[Job], config: PretrainConfig) -> None:
 def _release(ray: Any, controller: str) -> None:
     """Give back the cores and GPUs of a controller that has died, or its replacement would wait for them.
 
-    Ray keeps an actor's placement groups to the end of the job. Ray Train's own cleaner does not know those that are not
-    ready yet, and without Ray's dashboard it does not learn that the controller is dead. Only Ray's private table says
-    which actor made a group.
+    Ray keeps an actor's placement groups to the end of the job. Ray Train's own cleaner does not know those that are
+    not ready yet, and without Ray's dashboard it does not learn that the controller is dead. Only Ray's private table
+    says which actor made a group.
     """
     from ray.core.generated import gcs_pb2
     from ray.util.placement_group import PlacementGroup, remove_placement_group

@@ -61,6 +61,7 @@ class PretrainStage(Stage):
     version = 1
     keep_stale = True
     launches_workers = True
+    says_replaced = True
 
     @property
     def resources(self) -> Resources:

@@ -24,6 +24,7 @@ from winnow.infra.stages.stage import (
     pending_units,
     read_locations,
     read_manifest,
+    read_record,
     remove_stale,
 )
 
@@ -98,6 +99,7 @@ def execute(
 
         started = time.monotonic()
         log.event(event="start", stage=label, units=len(units), todo=len(todo))
+        _say_replaced(stage, todo, previous, log, label)
         progress = StageProgress(log, label, len(todo), sum(unit.items for unit in todo))
         failures: dict[str, Exception] = {}
         storage.remove(stage.url(NOTES))  # those of a run that was killed
@@ -112,6 +114,20 @@ def execute(
     seconds = round(time.monotonic() - started, 3)
     log.event(event="done", stage=label, state=manifest.state, **progress.facts() | {"seconds": seconds})
     return manifest
+
+
+def _say_replaced(stage: Stage, todo: list[Unit], previous: Manifest | None, log: RunLog, label: str) -> None:
+    """Say which finished results of the directory will be replaced, and in which parameters the new ones differ."""
+    units = [unit for unit in todo if stage.says_replaced and read_record(stage, unit, "")]
+    if not units:
+        return
+    old, new = previous.params if previous is not None else {}, stage.params()
+    names = [name for name in {**old, **new} if previous is not None and old.get(name) != new.get(name)]
+    changes = [f"{name} was {old.get(name)!s:.60} and is {new.get(name)!s:.60}" for name in names] or ["of other data"]
+    log.event(event="replaces", stage=label, units=[unit.name for unit in units], changes=changes)
+    first = f"{units[0].name}{f' and {len(units) - 1} more' if units[1:] else ''}"
+    keep = "It is kept until then; to keep it longer, stop now and give another directory."
+    log.say(f"{label}: the finished {first} in {stage.out} will be replaced ({', '.join(changes)}). {keep}")
 
 
 def _whole(stage: Stage, manifest: Manifest, done: dict[str, Record]) -> bool:

@@ -121,6 +121,7 @@ class Stage(abc.ABC):
         launches_workers: whether a unit itself starts processes on the cluster (a training). It then runs in a thread
             of the driver, and `resources`, which those processes use, bounds how many run at once.
         run_on_driver: whether a single group runs in the driver instead of starting a local Ray, which takes longer.
+        says_replaced: whether the user is told that a finished unit will be replaced (it took long to make).
         keep_workers: whether Ray runs the stage on long-lived processes also without a GPU.
     """
 
@@ -129,6 +130,7 @@ class Stage(abc.ABC):
     keep_stale: ClassVar[bool] = False
     allow_failures: ClassVar[bool] = False
     launches_workers: ClassVar[bool] = False
+    says_replaced: ClassVar[bool] = False
     run_on_driver: ClassVar[bool] = False
     keep_workers: ClassVar[bool] = False
     out: str
@@ -215,8 +217,11 @@ def write_record(stage: Stage, unit: Unit, output: Output) -> Record:
     return Record(**json.loads(storage.canonical_json(record)))
 
 
-def read_record(stage: Stage, unit: Unit) -> Record | None:
-    """The record of a finished unit; None if it or a file is missing, its key differs, or a file is truncated."""
+def read_record(stage: Stage, unit: Unit, key: str | None = None) -> Record | None:
+    """The record of a finished unit; None if it or a file is missing, its key differs, or a file is truncated.
+
+    `key` is the unit's own if not given; "" for any.
+    """
     url = record_url(stage, unit.name)
     if not storage.exists(url):
         return None
@@ -224,7 +229,8 @@ def read_record(stage: Stage, unit: Unit) -> Record | None:
         record = Record(**_renamed(storage.read_json(url)))
     except (WinnowError, TypeError):
         return None
-    return record if record.key == stage.key(unit) and are_whole(stage, record.files) else None
+    key = stage.key(unit) if key is None else key or record.key
+    return record if record.key == key and are_whole(stage, record.files) else None
 
 
 def are_whole(stage: Stage, files: Mapping[str, Mapping[str, Any]]) -> bool:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.pretrain.test_stopping import interrupt_soon
 from tests.pretrain.test_train import close, lines
 from tests.pretrain.tiny import config, make_pool
 from winnow.infra.pool.pool import Pool
@@ -96,13 +97,7 @@ def test_an_interrupt_saves_and_ends_a_training_on_ray(ray_executor, tmp_path: P
     run = TrainRun("all", 0, pool, None, Pool.open(pool).digest)
     c = config(num_processes=2, samples_seen=4_000_000, max_failures=1)
     out = tmp_path / "out" / "all" / "seed-0"
-
-    def interrupt() -> None:
-        while not (out / "log.jsonl").exists() or len(lines(out)) < 3:
-            time.sleep(0.1)
-        signal.raise_signal(signal.SIGINT)
-
-    threading.Thread(target=interrupt, daemon=True).start()
+    interrupt_soon(out)
     with pytest.raises(KeyboardInterrupt):
         execute(PretrainStage(c, (run,), str(tmp_path / "out")), ray_executor)
     stopped = lines(out)[-1]

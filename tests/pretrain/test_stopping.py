@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,21 @@ def checkpoints(out: Path) -> list[str]:
     return sorted(path.name for path in (out / "resume").iterdir())
 
 
+def interrupt_soon(out: Path, before: Callable[[], None] = lambda: None) -> None:
+    """Send SIGINT to this process when the training in `out` has logged some steps, or after two minutes."""
+
+    def interrupt() -> None:
+        log, deadline = out / "log.jsonl", time.monotonic() + 120
+        while time.monotonic() < deadline and (not log.exists() or log.read_bytes().count(b"\n") < 3):
+            time.sleep(0.05)
+        try:
+            before()
+        finally:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_the_step_and_the_same_bits_follow(
     number: int, pool: str, whole: Path, tmp_path: Path, signalled: Any
@@ -108,19 +124,16 @@ def test_the_command_says_so_and_goes_on(
 
 def test_two_processes_agree_and_outlive_the_terminals_signal(pool: str, tmp_path: Path) -> None:
     """Ctrl-C reaches every process of a terminal's group; the launcher alone acts on it."""
-    reached = []
+    reached: set[psutil.Process] = set()
 
-    def interrupt() -> None:
-        while not (tmp_path / "log.jsonl").exists() or len(lines(tmp_path)) < 3:
-            time.sleep(0.05)
+    def terminal() -> None:
         for process in psutil.Process().children(recursive=True):
-            if "forkserver" in " ".join(process.cmdline()) and process.children():
-                reached.extend(process.children(recursive=True))
+            if "forkserver" in " ".join(process.cmdline()):
+                reached.update(process.children(recursive=True))
         for process in reached:
             os.kill(process.pid, signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
 
-    threading.Thread(target=interrupt, daemon=True).start()
+    interrupt_soon(tmp_path, terminal)
     with pytest.raises(KeyboardInterrupt):
         launch([job(pool, tmp_path, num_processes=2, num_workers=1, samples_seen=4_000_000)], via="local")
     last = lines(tmp_path)[-1]

@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# of the tests
+PROCESSES ?= 2
 
 # Without bytecode on disk every process compiles all of torch again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -36,7 +38,7 @@ quickstart: install
 	$(BIN)/winnow run quickstart --out runs/quickstart
 
 test: dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder
 
 lint: dev
 	$(BIN)/ruff check .

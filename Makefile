@@ -7,25 +7,40 @@ PROCESSES ?= 2
 # Without bytecode on disk every process compiles all of torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install quickstart test lint clean
+# `make install CPU=1` takes the builds of PyTorch without CUDA, from its own index.
+UV_ARGS := $(if $(CPU),--torch-backend cpu)
+PIP_ARGS := $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
+
+.PHONY: install dev quickstart test lint clean
 
 install: $(VENV)/.installed
 
+# What the tests and linters need as well.
+dev: $(VENV)/.dev
+
 # uv installs the whole set in well under a minute; where it is not available, pip is used.
-$(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+define install_winnow
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv || true
-	UV_SYSTEM_CERTS=1 $(BIN)/uv pip install --python $(BIN)/python -e '.[dev]' || \
-	$(BIN)/python -m pip install -e '.[dev]'
+	UV_SYSTEM_CERTS=1 $(BIN)/uv pip install --python $(BIN)/python $(UV_ARGS) -e '$(1)' || \
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '$(1)'
+endef
+
+$(VENV)/.installed: pyproject.toml
+	$(call install_winnow,.)
 	touch $@
+
+$(VENV)/.dev: pyproject.toml
+	$(call install_winnow,.[dev])
+	touch $@ $(VENV)/.installed
 
 quickstart: install
 	$(BIN)/winnow run quickstart --out runs/quickstart
 
-test: install
+test: dev
 	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder
 
-lint: install
+lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

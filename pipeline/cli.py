@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
+import winnow
 from winnow.infra.errors import StorageError, UsageError, WinnowError
 from winnow.infra.importing import allow_custom, search_also
 from winnow.infra.io import storage
 from winnow.infra.registry import unknown
+from winnow.infra.stages import stopping
 from winnow.infra.stages.executors import make_executor
 from winnow.infra.stages.progress import RunLog
 from winnow.infra.stages.runner import Budget
@@ -31,6 +33,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"winnow {winnow.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+) -> None: ...
 
 
 def _known_executor(name: str) -> str:
@@ -415,7 +429,7 @@ def verify(
 
 
 STOPPED = "winnow: stopped; what is finished is kept."
-INTERRUPTED = 130  # exit status, as shells have it
+INTERRUPTED = 130  # typer's exit status for an interrupt
 
 
 # Options of earlier versions.
@@ -433,20 +447,19 @@ def main() -> None:
     debug = "--debug" in sys.argv or os.environ.get("WINNOW_DEBUG") == "1"
     try:
         _refuse_old_options(sys.argv)
-        app()
+        with stopping.interruptible():
+            app()
     except (StorageError, WinnowError) as error:
         if debug:
             traceback.print_exc()
         else:
             print(f"winnow: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if isinstance(ended, SystemExit) and ended.code != INTERRUPTED:
+            raise
         print(STOPPED, file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
-    except SystemExit as ended:
-        if ended.code == INTERRUPTED:  # typer's answer to an interrupt
-            print(STOPPED, file=sys.stderr)
-        raise
+        stopping.leave()
     except Exception as error:
         if debug:
             raise

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
+from winnow.infra.stages import stopping
 from winnow.infra.stages.executors import on_ray
 from winnow.infra.stages.resources import RESOURCE_LIMIT
 from winnow.pretrain.config import PretrainConfig
@@ -25,12 +28,17 @@ if TYPE_CHECKING:
     from winnow.pretrain.loop import Job
 
 
+STOP = ".stop"  # in the first training's directory: a request to stop
+_GRACE = 5.0  # seconds that the other processes have to end when one has failed
 # What every training process imports.
 PRELOADED = ("winnow.pretrain.loop", "deepspeed", "open_clip", "torch.utils.tensorboard")
 
 
 def launch(jobs: list[Job], via: Literal["auto", "local", "ray"] = "auto") -> None:
     """Run trainings of one config to their ends, one after the other in the same processes.
+
+    A KeyboardInterrupt, or a signal while one trains in this process, stops them: the one that is running saves a
+    checkpoint.
 
     Args:
         jobs: the trainings; their URLs must be absolute.
@@ -39,17 +47,22 @@ def launch(jobs: list[Job], via: Literal["auto", "local", "ray"] = "auto") -> No
 
     Raises:
         WinnowError: as a process raised it, or that processes died more often than allowed.
+        KeyboardInterrupt: they were stopped.
     """
     config = jobs[0].config
-    if via == "ray" or (via == "auto" and on_ray()):
-        _by_ray(jobs, config)
-    elif config.parallel.num_processes == 1:
-        _local_process(0, jobs, config, None, None)
-    else:
-        _by_spawn(jobs, config)
+    ray = via == "ray" or (via == "auto" and on_ray())
+    if config.parallel.num_processes == 1 and not ray:
+        if not _local_process(0, jobs, config, None, None):
+            raise KeyboardInterrupt
+        return
+    url = storage.join(jobs[0].out, STOP)
+    jobs = [replace(job, stop=url) for job in jobs]
+    with stopping.requestable(url):
+        (_by_ray if ray else _by_spawn)(jobs, config)
 
 
-def _local_process(rank: int, jobs: list[Job], config: PretrainConfig, rendezvous: str | None, errors: Any) -> None:
+def _local_process(rank: int, jobs: list[Job], config: PretrainConfig, rendezvous: str | None, errors: Any) -> bool:
+    """Returns whether the trainings are finished."""
     import torch.distributed as dist
 
     from winnow.pretrain.engine.zero import destroy_group, load_deepspeed
@@ -61,8 +74,7 @@ def _local_process(rank: int, jobs: list[Job], config: PretrainConfig, rendezvou
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=rank, world_size=world)
         try:
-            for job in jobs:
-                train(job, device, "local")
+            return all(train(job, device, "local") for job in jobs)
         except WinnowError as error:
             if errors is not None:
                 errors.put(error)
@@ -112,8 +124,17 @@ def _by_spawn(jobs: list[Job], config: PretrainConfig) -> None:
     with TemporaryDirectory() as folder:
         errors = context.SimpleQueue()
         args = (dict(os.environ), os.getpid(), jobs, config, str(Path(folder) / "rendezvous"), errors)
+        processes = mp.start_processes(
+            _spawned, args, nprocs=config.parallel.num_processes, start_method=method, join=False
+        )
         try:
-            mp.start_processes(_spawned, args, nprocs=config.parallel.num_processes, start_method=method)
+            while not processes.join(grace_period=_GRACE):
+                pass
+        except KeyboardInterrupt:
+            if not stopping.stop_running(lambda: not any(process.is_alive() for process in processes.processes)):
+                for process in processes.processes:
+                    process.kill()
+            raise
         except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
             if not errors.empty():
                 raise errors.get() from None
@@ -123,6 +144,8 @@ def _by_spawn(jobs: list[Job], config: PretrainConfig) -> None:
 def _spawned(rank: int, environment: dict[str, str], launcher: int, *args: Any) -> None:
     os.environ.clear()  # the server has that of the first training
     os.environ.update(environment)
+    for number in stopping.SIGNALS:  # a terminal or a batch system sends them to all processes
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(launcher,), daemon=True).start()
     _local_process(rank, *args)
 
@@ -174,8 +197,28 @@ def _by_ray(jobs: list[Job], config: PretrainConfig) -> None:
             if isinstance(cause, WinnowError):
                 raise cause from None
         raise WinnowError(f"training failed: {str(error).strip().splitlines()[-1]}", where=jobs[0].out) from error
+    except ray.exceptions.RayActorError as error:
+        _release(ray, error.actor_id)
+        raise
     finally:
         storage.remove(scratch)
+
+
+def _release(ray: Any, controller: str) -> None:
+    """Give back the cores and GPUs of a controller that has died, or its replacement would wait for them.
+
+    Ray keeps an actor's placement groups to the end of the job. Ray Train's own cleaner does not know those that are
+    not ready yet, and without Ray's dashboard it does not learn that the controller is dead. Only Ray's private table
+    says which actor made a group.
+    """
+    from ray.core.generated import gcs_pb2
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    with contextlib.suppress(Exception):  # the wait for resources has a limit all the same
+        for content in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
+            group = gcs_pb2.PlacementGroupTableData.FromString(content)
+            if group.creator_actor_id.hex() == controller and group.state != gcs_pb2.PlacementGroupTableData.REMOVED:
+                remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
 
 def _ray_process(values: dict[str, Any]) -> None:
@@ -183,5 +226,4 @@ def _ray_process(values: dict[str, Any]) -> None:
 
     from winnow.pretrain.loop import train
 
-    for job in values["jobs"]:
-        train(job, ray.train.torch.get_device(), "ray")
+    all(train(job, ray.train.torch.get_device(), "ray") for job in values["jobs"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
+from winnow.infra.stages import stopping
+from winnow.pretrain.checkpoint.due import Due
 from winnow.pretrain.checkpoint.export import export
 from winnow.pretrain.checkpoint.load import initial_weights
 from winnow.pretrain.checkpoint.resume import Resume, Saved, disk_is_full
@@ -38,6 +41,7 @@ class Job:
         key: of the training's content; it resumes only from checkpoints of the same.
         note: URL of a progress note, or "".
         measured: URL of the pool's measured columns, or None.
+        stop: URL at which a request to stop may appear; "" where this process gets the signals itself.
     """
 
     config: PretrainConfig
@@ -48,6 +52,7 @@ class Job:
     key: str = ""
     note: str = ""
     measured: str | None = None
+    stop: str = ""
 
 
 def make_objective(config: PretrainConfig, seed: int) -> Objective:
@@ -66,8 +71,10 @@ def make_objective(config: PretrainConfig, seed: int) -> Objective:
     return objective.train()
 
 
-def train(job: Job, device: torch.device, via: str) -> None:
-    """Train to the end and export. The process group must be up, and all its processes call this with the same job.
+def train(job: Job, device: torch.device, via: str) -> bool:
+    """Train to the end and export, or to a request to stop and a checkpoint. Returns whether it is finished.
+
+    The process group must be up, and all its processes call this with the same job.
 
     On the CPU in float32, with the same number of processes and threads, an interrupted and resumed training ends in
     the same bits as an uninterrupted one.
@@ -75,7 +82,7 @@ def train(job: Job, device: torch.device, via: str) -> None:
     """
     try:
         with _settings(job.config.parallel.threads, device):
-            _train(job, job.config, device, via)
+            return _train(job, job.config, device, via)
     except Exception as error:
         if not disk_is_full(error):
             raise
@@ -83,7 +90,7 @@ def train(job: Job, device: torch.device, via: str) -> None:
         raise WinnowError("no space left on the disk", where=job.out, do=do) from error
 
 
-def _train(job: Job, config: PretrainConfig, device: torch.device, via: str) -> None:
+def _train(job: Job, config: PretrainConfig, device: torch.device, via: str) -> bool:
     objective = make_objective(config, job.seed)
     with Resume(job.out, job.key, config.objective_name, config.checkpoint.keep) as resume:
         start, passed_over = resume.load(objective)
@@ -91,8 +98,7 @@ def _train(job: Job, config: PretrainConfig, device: torch.device, via: str) -> 
         if start is not None:
             engine.restore(start.tensors, start.scaler)
             start = Saved(start.step, {}, {}, start.state)  # frees the tensors
-        saved = start.step if start is not None else None
-        first = saved or 0
+        first = start.step if start is not None else 0
         samples = Samples(job.pool, job.subset, config.sources, objective.columns, job.measured)
         samples.check(config.reads_text, config.batch_size if objective.couples_batch else 0)
         log = StepLog(storage.join(job.out, LOG), first, rank() == 0)
@@ -104,10 +110,11 @@ def _train(job: Job, config: PretrainConfig, device: torch.device, via: str) -> 
             samples, objective.views, seed=job.seed, batch=config.batch_size, rank=rank(), world=world_size(),
             first=first, last=config.steps, num_workers=config.parallel.num_workers, pin=device.type == "cuda",
         )  # fmt: skip
-        with batches, contextlib.closing(boards):
+        with _stops(job) as stop, batches, contextlib.closing(boards):
             report = Report(config, log, boards, job.note if rank() == 0 else "", first, peak_flops(device))
             if start is not None:
                 report.take(start.state)
+            due = Due(config, first, stop)
             for step, arrays in enumerate(batches, start=first):
                 parts = _parts(arrays, config.parallel.parts, device)
                 if step == first and report.peak is not None:
@@ -120,11 +127,15 @@ def _train(job: Job, config: PretrainConfig, device: torch.device, via: str) -> 
                 if wanted:
                     report.step(step + 1, losses, facts, engine, batches)
                 resume.check()
-                if config.saves_after(step + 1):
-                    saved = step + 1
-                    resume.save(engine, saved, report.state(batches))
+                if what := due.after(step + 1):
+                    resume.save(engine, step + 1, report.state(batches))
+                if what == "stop":
+                    resume.wait()
+                    log.write(event="stopped", step=step + 1)
+                    report.close()
+                    return False
             total = report.state(batches)
-        if saved != config.steps:
+        if first != config.steps:
             resume.save(engine, config.steps, total)
         seen = config.steps * config.batch_size
         training = {"seed": job.seed, "steps": config.steps, "samples_seen": seen, "samples": len(samples), **total}
@@ -134,6 +145,14 @@ def _train(job: Job, config: PretrainConfig, device: torch.device, via: str) -> 
         log.write(event="end", **training)
         report.close()
         engine.close()
+    return True
+
+
+def _stops(job: Job) -> AbstractContextManager[Callable[[], bool]]:
+    """Whether this process has been asked to stop; the first process alone asks."""
+    if rank() != 0:
+        return contextlib.nullcontext(lambda: False)
+    return stopping.requested(job.stop) if job.stop else stopping.noticed()
 
 
 def _parts(arrays: dict[str, Any], parts: int, device: torch.device) -> list[dict[str, torch.Tensor]]:

@@ -171,14 +171,16 @@ class ParallelConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Checkpoints to resume from.
+    """Checkpoints to resume from. When they are written changes nothing in the result.
 
     Attributes:
-        save_every: steps between them; None for the last step only.
+        save_every: steps between them; None for none by the number of steps.
+        save_minutes: minutes of wall time after which one is written, if none has been; None for none by the clock.
         keep: how many are kept.
     """
 
     save_every: Positive | None = None
+    save_minutes: float | None = Field(default=5.0, gt=0)
     keep: Positive = 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -64,7 +65,7 @@ def shard_files(source: str) -> list[ShardFiles]:
         sets = [name for name in storage.list_names(source) if name.startswith("wds_")]
         found = [shard for name in sets for shard in _below(source, f"{name}/test/")]
     if not found:
-        raise UsageError("holds no .tar shard", where=source)
+        raise UsageError(f"holds no .tar shard; {_content(source)}", where=source, do="docs/data.md describes shards.")
     stream = not storage.has_ranges(found[0].tar)
     return [replace(shard, stream=stream) for shard in found]
 
@@ -112,6 +113,13 @@ def is_ours(name: str) -> bool:
     """Whether a file may be part of a pool: others hide files that begin with a dot (macOS's `._00000.tar`) or an
     underscore (`_SUCCESS`)."""
     return not name.startswith((".", "_"))
+
+
+def _content(source: str) -> str:
+    """What a directory holds, by ending, as a clause."""
+    counts = Counter(re.search(r"(\.\w+)?$", name)[0] for name in storage.list_names(source))  # type: ignore[index]
+    kinds = [f"{count} {kind or 'without an ending'}" for kind, count in counts.most_common(5)]
+    return f"there are {', '.join(kinds)}" if kinds else "it is empty"
 
 
 def base_url(source: str) -> str:

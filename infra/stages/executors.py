@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 from winnow.infra import importing
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io.storage import digest_json
+from winnow.infra.stages import stopping
 from winnow.infra.stages.progress import clock
 from winnow.infra.stages.resources import RESOURCE_LIMIT, Resources
 from winnow.infra.stages.stage import Record, Stage, Unit, attempt
@@ -127,6 +129,7 @@ class RayExecutor:
                 options["address"] = address
             else:
                 options |= {"include_dashboard": False, "num_cpus": self.num_cpus}
+            handler = signal.getsignal(signal.SIGTERM)
             try:
                 found = getattr(ray.init(**options), "address_info", {}).get("session_dir")
             except Exception as error:  # Ray raises plain ones, too
@@ -135,6 +138,8 @@ class RayExecutor:
                 where = address or "local Ray"
                 raise WinnowError(f"Ray did not start or answer ({error})", where=where, do=do) from error
             self._owns, self._session = True, Path(found) if found and not address else None
+            if handler is stopping.interrupt:  # Ray's own prints a C++ stack, and ends before a training has saved
+                signal.signal(signal.SIGTERM, handler)
         self._started = True
         return ray
 
@@ -284,31 +289,35 @@ def _in_threads(ray: Any, stage: Stage, groups: list[Group], at_once: int, wante
     """Groups in threads of the driver, for stages whose units ask the cluster for processes themselves."""
     token = setup_token(stage)
     notes: dict[int, str] = {}  # of the groups that wait for resources
+    stopped = threading.Event()
 
     def here(index: int, units: list[Unit]) -> list[Record]:
         _thread.on_ray = True
         room = _Room(stage.name, wanted)
         while wanted.lacking((free := ray.available_resources()).get("CPU", 0), free.get("GPU", 0)):
             notes[index] = room.note(False)
-            time.sleep(0.2)
+            if stopped.wait(0.2):
+                raise KeyboardInterrupt
         notes.pop(index, None)
         return run_here(stage, units, token)
 
-    with ThreadPoolExecutor(at_once) as threads:
-        flying = {threads.submit(here, index, units): index for index, units in groups}
-        try:
-            while flying:
-                ready, _ = wait(flying, timeout=TICK, return_when=FIRST_COMPLETED)
-                if not ready:
-                    yield next(iter(list(notes.values())), "")
-                for future in ready:
-                    index, error = flying.pop(future), future.exception()
-                    if error is not None and not isinstance(error, Exception):
-                        raise error
-                    yield Result(index, error=error) if error else Result(index, future.result())
-        finally:
-            for future in flying:
-                future.cancel()
+    threads = ThreadPoolExecutor(at_once)
+    flying = {threads.submit(here, index, units): index for index, units in groups}
+    try:
+        while flying:
+            ready, _ = wait(flying, timeout=TICK, return_when=FIRST_COMPLETED)
+            if not ready:
+                yield next(iter(list(notes.values())), "")
+            for future in ready:
+                index, error = flying.pop(future), future.exception()
+                if error is not None and not isinstance(error, Exception):
+                    raise error
+                yield Result(index, error=error) if error else Result(index, future.result())
+    finally:
+        stopped.set()
+        threads.shutdown(wait=False, cancel_futures=True)
+        if flying:
+            stopping.stop_running(lambda: all(future.done() for future in flying))
 
 
 def make_executor(name: str, address: str | None = None, num_cpus: int | None = None) -> Executor:

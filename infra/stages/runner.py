@@ -113,13 +113,12 @@ def execute(
 
         started = time.monotonic()
         log.event(event="start", stage=label, units=len(units), todo=len(todo))
+        _say_replaced(stage, todo, previous, log, label)
         progress = StageProgress(log, label, len(todo), sum(unit.items for unit in todo))
         failures: dict[str, Exception] = {}
-        if replaced := replaced_units(stage, todo):
-            more = f" and {len(replaced) - 1} more" if replaced[1:] else ""
-            log.say(f"{label:<24} replaces an earlier result of other inputs or parameters: {replaced[0]}{more}")
         if previous is not None:
             stage.keep_earlier(previous)
+        storage.remove(stage.url(NOTES))  # those of a run that was killed
         if todo:
             storage.remove(stage.url(MANIFEST))  # it describes files that are about to be replaced
             with progress:
@@ -131,6 +130,20 @@ def execute(
     seconds = round(time.monotonic() - started, 3)
     log.event(event="done", stage=label, state=manifest.state, **progress.facts() | {"seconds": seconds})
     return manifest
+
+
+def _say_replaced(stage: Stage, todo: list[Unit], previous: Manifest | None, log: RunLog, label: str) -> None:
+    """Say which finished results of the directory will be replaced, and in which parameters the new ones differ."""
+    names = replaced_units(stage, todo)
+    if not names:
+        return
+    old, new = previous.params if previous is not None else {}, stage.params()
+    differ = [name for name in {**old, **new} if previous is not None and old.get(name) != new.get(name)]
+    changes = [f"{name} was {old.get(name)!s:.60} and is {new.get(name)!s:.60}" for name in differ]
+    log.event(event="replaces", stage=label, units=names, changes=changes)
+    more = f" and {len(names) - 1} more" if names[1:] else ""
+    because = f" ({', '.join(changes)})" if changes else ""
+    log.say(f"{label:<24} replaces an earlier result of other inputs or parameters: {names[0]}{more}{because}")
 
 
 def _whole(stage: Stage, manifest: Manifest, done: dict[str, Record]) -> bool:
@@ -249,26 +262,28 @@ def _run_groups(
     waiting = list(range(len(groups)))
     while waiting:
         retry = []
-        for result in executor.results(stage, [(index, groups[index]) for index in waiting]):
-            if isinstance(result, str):
-                progress.tick("  ".join(filter(None, (result, _notes(stage)))))
-            elif result.error is None:
-                for record in result.records:
-                    done[record.unit] = record
-                    size = sum(facts["bytes"] for facts in record.files.values())
-                    skipped = sum(item.get("count", 1) for item in record.skipped)
-                    progress.add(items=record.items, size=size, skipped=skipped)
-            elif isinstance(result.error, UsageError):
-                raise result.error
-            else:
-                attempts[result.index] += 1
-                names = [unit.name for unit in groups[result.index]]
-                facts = {"units": ", ".join(names), "error": str(result.error)}
-                progress.log.event(event="failure", stage=progress.label, **facts)
-                if attempts[result.index] <= retries and not isinstance(result.error, (StorageError, WinnowError)):
-                    retry.append(result.index)
+        running = executor.results(stage, [(index, groups[index]) for index in waiting])
+        with contextlib.closing(running) as results:  # type: ignore[type-var]
+            for result in results:
+                if isinstance(result, str):
+                    progress.tick("  ".join(filter(None, (result, _notes(stage)))))
+                elif result.error is None:
+                    for record in result.records:
+                        done[record.unit] = record
+                        size = sum(facts["bytes"] for facts in record.files.values())
+                        skipped = sum(item.get("count", 1) for item in record.skipped)
+                        progress.add(items=record.items, size=size, skipped=skipped)
+                elif isinstance(result.error, UsageError):
+                    raise result.error
                 else:
-                    failures.update(dict.fromkeys(names, result.error))
+                    attempts[result.index] += 1
+                    names = [unit.name for unit in groups[result.index]]
+                    facts = {"units": ", ".join(names), "error": str(result.error)}
+                    progress.log.event(event="failure", stage=progress.label, **facts)
+                    if attempts[result.index] <= retries and not isinstance(result.error, (StorageError, WinnowError)):
+                        retry.append(result.index)
+                    else:
+                        failures.update(dict.fromkeys(names, result.error))
         waiting = retry
 
 

@@ -29,6 +29,8 @@ from winnow.pipeline.recipe.schema import Recipe, is_task_file, several
 from winnow.pretrain.config import PretrainConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+OPEN_KEYS = {"pool": "SHARDS", "evaluate.data": "EVALSETS"}
+OPEN = "???"  # a value that a recipe leaves to `--set`, as in OmegaConf
 
 
 def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
@@ -42,14 +44,20 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
         UsageError: saying the line and, for a misspelt word, the nearest valid one.
     """
     file = Path(path)
-    if not file.exists() and (packaged := RECIPES / f"{path}.yaml").exists():
-        file = packaged
+    if not file.exists() and file.name == path and not file.suffix:
+        names = [recipe.stem for recipe in RECIPES.glob("*.yaml")]
+        if path not in names:
+            raise unknown("recipe", path, names)
+        file = RECIPES / f"{path}.yaml"
     return parse_recipe(_text(str(file)), path, overrides or [], file.absolute().parent)
 
 
 def parse_recipe(text: str, name: str, overrides: list[str], folder: Path = Path()) -> Recipe:
     """`load_recipe` on a text; `name` names the file in messages, and `folder` is where task files are looked for."""
     raw, lines = read_values(text, name, overrides)
+    if left := _left_open(raw):
+        do = f"Add {' '.join(f'--set {key}={OPEN_KEYS.get(key, key)}' for key in left)}; docs/data.md describes both."
+        raise UsageError(f"{' and '.join(left)} must be given", where=name, do=do)
     with _at_lines(lines):
         for key in raw:
             _check_key(key)
@@ -141,6 +149,13 @@ def _at_lines(lines: Lines) -> Iterator[None]:
         yield
     except ParameterError as error:
         raise UsageError(error.what, where=error.where or lines.where(error.path), do=error.do) from None
+
+
+def _left_open(value: Any, key: str = "") -> list[str]:
+    """The keys whose value is OPEN."""
+    if isinstance(value, Mapping):
+        return [found for name, item in value.items() for found in _left_open(item, f"{key}.{name}".lstrip("."))]
+    return [key] if value == OPEN else []
 
 
 def _parse_subsets(subsets: Any) -> dict[str, Node]:

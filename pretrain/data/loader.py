@@ -6,6 +6,7 @@ the order, and every random crop, are the same for any number of processes, and 
 
 from __future__ import annotations
 
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from winnow.infra.errors import WinnowError
 from winnow.infra.io.images import ImageError
 from winnow.infra.pool.sample import Sample
+from winnow.infra.stages import stopping
 from winnow.pretrain.data.samples import Samples
 
 _AHEAD = 2  # batches of each decoding process
@@ -72,6 +74,12 @@ class _Steps(Dataset):
         raise WinnowError("no image of the pool can be decoded", where=self.samples.where)
 
 
+def _outlive_signals(_: int) -> None:
+    """What stops the training is sent to all processes, and the step at hand still needs its batch."""
+    for number in stopping.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Batches:
     """One process's part of each global batch, decoded and augmented ahead of time by worker processes.
 
@@ -114,6 +122,7 @@ class Batches:
             sampler=range(first, last),
             num_workers=min(num_workers, max(0, last - first)),
             prefetch_factor=_AHEAD if num_workers and last > first else None,
+            worker_init_fn=_outlive_signals,
             multiprocessing_context="fork" if num_workers and last > first else None,
             pin_memory=pin,
             generator=torch.Generator(),  # it draws a seed, which is not used

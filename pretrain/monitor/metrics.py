@@ -44,6 +44,7 @@ class Report:
         self.peak, self._replaced = peak, 0
         self._started = self._since = self._noted = time.perf_counter()
         self._since_step, self._waited = first, 0.0
+        self.close()  # removes the note of processes that have died
 
     def wants(self, step: int) -> bool:
         return step % self.config.logging.every == 0 or step == self.config.steps or step == self.first + 1

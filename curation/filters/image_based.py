@@ -98,8 +98,6 @@ class ImageBased(Filter):
     def columns(self) -> tuple[str, ...]:
         return ("text", self.column, *(("language.code",) if self.language is not None else ()))
 
-    numeric = columns
-
     def check(self, view: View) -> None:
         """Raises WinnowError for an empty target set, fewer samples than clusters, or embeddings of the pool, the
         centroids and the targets that differ in dimension."""

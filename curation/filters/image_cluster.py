@@ -52,7 +52,7 @@ class ImageCluster(Filter):
     def columns(self) -> tuple[str, ...]:
         return (self.column,)
 
-    numeric = target_columns = columns
+    target_columns = columns
 
     def targets(self) -> tuple[str, ...]:
         return each(self.target)

@@ -1,6 +1,5 @@
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 
 from tests.pretrain.test_train import close, lines
@@ -11,30 +10,9 @@ from winnow.infra.stages.runner import execute
 from winnow.pretrain.stage import PretrainStage, TrainRun
 
 
-def test_ray_train_on_one_and_two_processes_trains_as_serial(ray_executor, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    pool = make_pool(tmp_path)
-    run = TrainRun("all", 0, pool, None, Pool.open(pool).digest)
-
-    def trained(name: str, executor, workers: int) -> tuple[dict[str, torch.Tensor], object]:  # type: ignore[no-untyped-def]
-        stage = PretrainStage(config(num_processes=workers), (run,), str(tmp_path / name))
-        manifest = execute(stage, executor)
-        return load_file(tmp_path / name / "all" / "seed-0" / "model.safetensors"), manifest
-
-    serial, serial_manifest = trained("serial", SerialExecutor(), 1)
-    one, one_manifest = trained("one", ray_executor, 1)
-    two, _ = trained("two", ray_executor, 2)
-    assert one_manifest == serial_manifest
-    for name, value in serial.items():
-        assert torch.equal(one[name], value)
-    close(two, serial)
-    for name, workers in (("one", 1), ("two", 2)):
-        start = lines(tmp_path / name / "all" / "seed-0")[0]
-        assert (start["via"], start["workers"]) == ("ray", workers)
-    assert not (tmp_path / "two" / "all" / "seed-0" / ".ray").exists()
-
-
-def test_ray_train_starts_a_dead_worker_again(ray_executor, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """One of two is killed with SIGKILL; both go on from the last checkpoint, without anyone's help."""
+def test_ray_train_on_two_processes_trains_as_serial(ray_executor, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """One of two is killed with SIGKILL; both go on from the last checkpoint, without anyone's help. (On one process:
+    tests/test_stages.py.)"""
     pool = make_pool(tmp_path)
     run = TrainRun("all", 0, pool, None, Pool.open(pool).digest)
     c = config(
@@ -47,7 +25,10 @@ def test_ray_train_starts_a_dead_worker_again(ray_executor, tmp_path: Path) -> N
     execute(PretrainStage(c, (run,), str(tmp_path / "out")), ray_executor)
     out = tmp_path / "out" / "all" / "seed-0"
     assert (tmp_path / "killed").exists()
-    assert [line["step"] for line in lines(out) if line.get("event") == "start"] in ([0, 4], [0, 2])
+    starts = [line for line in lines(out) if line.get("event") == "start"]
+    assert [line["step"] for line in starts] in ([0, 4], [0, 2])
+    assert {(line["via"], line["workers"]) for line in starts} == {("ray", 2)}
+    assert not (out / ".ray").exists()
     whole = PretrainStage(config(), (run,), str(tmp_path / "whole"))
     execute(whole, SerialExecutor())
     close(load_file(out / "model.safetensors"), load_file(tmp_path / "whole" / "all" / "seed-0" / "model.safetensors"))

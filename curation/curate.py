@@ -6,8 +6,9 @@ import contextlib
 import io
 import time
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from winnow.curation.algebra.fit import columns_of, fit_tree
 from winnow.curation.algebra.funnel import NodeDecision, TreeEvaluator
 from winnow.curation.algebra.nodes import Node
 from winnow.curation.algebra.parse import fingerprint, unparse
+from winnow.curation.columns.damaged import lost_samples, without_damaged
 from winnow.curation.columns.table import State, View
 from winnow.curation.filters.base import Filter
 from winnow.infra.errors import UsageError, WinnowError
@@ -25,8 +27,8 @@ from winnow.infra.io import storage
 from winnow.infra.io.arrow import mask_array
 from winnow.infra.io.storage import digest_json
 from winnow.infra.pool.pool import Pool
-from winnow.infra.pool.uids import UID_DTYPE, decode_uids, save_subset
-from winnow.infra.stages.stage import Output, Record, Stage, Unit
+from winnow.infra.pool.uids import UID_DTYPE, decode_uids, encode_uids, save_subset, split_repeated
+from winnow.infra.stages.stage import Output, Record, Skipped, Stage, Unit
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class CurateStage(Stage):
 
     Each subset is a unit with the files `NAME/subset.npy`, `NAME/funnel.json` and, with `reasons`,
     `NAME/reasons.parquet`. The files of a subset called "" are in the directory itself. `NAME/timings.json`, the
-    seconds that fitting each filter took, is not part of the output, so equal work gives equal output.
+    seconds that fitting each filter took, is not part of the output, so equal work gives equal output. Of kept rows
+    with one uid, all but one are skipped; the funnel has their number as `repeated`.
 
     Args:
         source: the pool and its columns.
@@ -63,7 +66,7 @@ class CurateStage(Stage):
     reasons: bool = True
 
     name = "curate"
-    version = 4  # 4: samples without a value do not pass `not`, nor embeddings of zeros any filter
+    version = 4  # 4: samples without a value do not pass `not`, embeddings of zeros no filter, repeated uids once
     keep_stale = True
     run_on_driver = True
 
@@ -84,20 +87,27 @@ class CurateStage(Stage):
         view = self._view()
         units = []
         for name, node in self.subsets:
-            view.check(columns_of(node))
+            without_damaged(view, columns_of(node), partial(_check, node, columns_of(node)), read=False)
             inputs = {"columns": view.digest(columns_of(node))}
             wanted = [(view.target(name), item.target_columns()) for item in node.filters() for name in item.targets()]
             for number, (target, columns) in enumerate(wanted):
                 target.check(columns)
                 inputs[f"target{number}"] = target.digest(columns)
-            for item in node.filters():
-                item.check(view)
             params, items = {"tree": fingerprint(node)}, len(view) if view.pool.counted else 0
             units.append(Unit(name or "subset", inputs, params, {"subset": name}, items=items))
         return units
 
+    def reads(self, unit: Unit) -> str:
+        return "pool"
+
     def run(self, unit: Unit) -> Output:
-        prefix, view = unit.runtime["subset"], self._view()
+        view, subset = self._view(), unit.runtime["subset"]
+        columns = ("uid", *columns_of(dict(self.subsets)[subset]))
+        output, faults = without_damaged(view, columns, partial(self._curate, subset))
+        output.skipped += lost_samples(view, faults)
+        return output
+
+    def _curate(self, prefix: str, view: View) -> Output:
         node = dict(self.subsets)[prefix]
         names = [storage.join(prefix, name).lstrip("/") for name in ("subset.npy", "funnel.json", "reasons.parquet")]
         files = names if self.reasons else names[:2]
@@ -113,7 +123,7 @@ class CurateStage(Stage):
             else:
                 mask = evaluator.mask(batch)
             kept += decode_uids(batch["uid"].filter(mask_array(mask))).view(np.uint8).data
-        uids = np.frombuffer(kept, UID_DTYPE)
+        uids, repeated = split_repeated(np.frombuffer(kept, UID_DTYPE))
         funnel = {
             "name": prefix,
             "filter": str(node),
@@ -122,6 +132,8 @@ class CurateStage(Stage):
             "kept": len(uids),
             "tree": evaluator.counts.as_json(),
         }
+        if len(repeated):
+            funnel["repeated"] = len(repeated)
         storage.write_json(self.url(storage.join(prefix, "timings.json").lstrip("/")), timings)
         save_subset(self.url(files[0]), uids)
         storage.write_json(self.url(files[1]), funnel)
@@ -130,7 +142,10 @@ class CurateStage(Stage):
             with storage.writing(self.url(files[2])) as path:
                 pq.write_table(table, path, compression="zstd", use_dictionary=["reason"])
         facts = {counts.label: counts.facts for counts in evaluator.counts.leaves() if counts.facts}
-        return Output(files, seen, values={"kept": len(uids), "subset": files[0], "fits": facts})
+        skipped = [Skipped(uid, "duplicated uid") for uid in encode_uids(repeated)]
+        return Output(
+            files, seen - len(skipped), skipped, values={"kept": len(uids), "subset": files[0], "fits": facts}
+        )
 
     def states(self, node: Node, view: View | None = None, timings: dict[str, float] | None = None) -> list[State]:
         """The fitted states of a tree's filters, read from the files of an earlier subset where there are any. Puts the
@@ -198,9 +213,14 @@ def check_trees(source: MeasuredPool, nodes: Iterable[Node], targets: Mapping[st
     pool = Pool.open(source.pool)
     view = View(pool, None, {name: source.view() for name, source in (targets or {}).items()})
     for node in nodes:
-        view.check([column for column in columns_of(node) if view.knows(column)])
-        for item in node.filters():
-            item.check(view)
+        columns = [column for column in columns_of(node) if view.knows(column)]
+        without_damaged(view, columns, partial(_check, node, columns), read=False)
+
+
+def _check(node: Node, columns: Sequence[str], view: View) -> None:
+    view.check(columns)
+    for item in node.filters():
+        item.check(view)
 
 
 def check_uid(uid: str) -> np.void:

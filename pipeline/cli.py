@@ -207,7 +207,8 @@ def curate(
     if why is not None:
         typer.echo(printing.decisions(why, *graph.curate_stage().why("", why)))
     kept = manifest.values["subsets"]["subset"]
-    typer.echo(f"{kept:,} of {manifest.items:,} samples: {storage.join(out, 'subset.npy')}")
+    skipped = f", {count:,} skipped" if (count := manifest.skipped["count"]) else ""
+    typer.echo(f"{kept:,} of {manifest.items:,} samples{skipped}: {storage.join(out, 'subset.npy')}")
 
 
 @app.command()

@@ -15,7 +15,7 @@ from winnow.curation.algebra.nodes import Node
 from winnow.curation.columns.table import State, View, with_fixed_lists
 from winnow.curation.filters.base import Filter
 from winnow.infra.errors import UsageError
-from winnow.infra.io.arrow import mask_array
+from winnow.infra.io.arrow import mask_array, plain
 
 
 class TableView(View):
@@ -138,9 +138,9 @@ def apply(node: Node | Fitted, data: Any) -> Any:
 
 
 def as_table(data: Any) -> pa.Table:
-    """A pyarrow Table of a Table or a pandas DataFrame, with embeddings as lists of fixed size."""
+    """A pyarrow Table, in plain types and with embeddings as lists of fixed size, of a Table or a pandas DataFrame."""
     if isinstance(data, pa.Table):
-        return with_fixed_lists(data)
+        return with_fixed_lists(plain(data))
     if hasattr(data, "to_numpy") and hasattr(data, "columns"):
-        return with_fixed_lists(pa.Table.from_pandas(data, preserve_index=False))
+        return with_fixed_lists(plain(pa.Table.from_pandas(data, preserve_index=False)))
     raise UsageError(f"a pyarrow Table or a pandas DataFrame is wanted, this is a {type(data).__name__}")

@@ -113,7 +113,7 @@ class View:
 
     def digest(self, columns: Sequence[str]) -> str:
         """Digest of the pool and the named columns. It does not depend on other columns."""
-        parts = {"pool": self.pool.digest}
+        parts = {"pool": digest_json([self.pool.digest, self.pool.lost]) if self.pool.lost else self.pool.digest}
         if self.columns_url is not None:
             manifest = need_manifest(self.columns_url, "columns")
             for measure in sorted({name for column in columns if (name := measure_of(column))}):
@@ -206,8 +206,13 @@ def embeddings(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def numbers(column: pa.ChunkedArray) -> np.ndarray:
-    """A numeric column as float64 with NaN for null and infinite values, shape [n]."""
-    values = column.to_numpy().astype(np.float64)
+    """A column of numbers as float64 with NaN for null and infinite values, shape [n]. Raises WinnowError when it has
+    something else."""
+    try:
+        values = float_values(column.cast(pa.float64()) if pa.types.is_string(column.type) else column)
+    except pa.ArrowInvalid as error:
+        raise WinnowError(f"a column of numbers has text ({error})") from None
+    values = values.astype(np.float64)
     return np.where(np.isinf(values), np.nan, values)
 
 

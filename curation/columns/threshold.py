@@ -121,7 +121,7 @@ def scores_of(batch: pa.Table, column: str) -> np.ndarray:
     values = batch[column]
     if pa.types.is_null(values.type):
         return np.full(len(values), np.nan)
-    if not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
+    if not any(test(values.type) for test in (pa.types.is_floating, pa.types.is_integer, pa.types.is_decimal)):
         raise WinnowError(f'column "{column}" has the type {values.type}, and a score must be a number')
     scores = float_values(values)
     infinite = np.isinf(scores)

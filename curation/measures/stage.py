@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -13,12 +13,13 @@ import pyarrow.parquet as pq
 
 from winnow.curation.columns.table import View
 from winnow.curation.measures.base import Measure, Samples
-from winnow.infra.errors import UsageError
+from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.images import ImageError, decode_image
 from winnow.infra.io.prefetch import prefetch
 from winnow.infra.io.storage import digest_json
 from winnow.infra.pool.pool import LOCATION, Pool, Shard, read_members
+from winnow.infra.stages.counts import mean_samples
 from winnow.infra.stages.resources import Resources
 from winnow.infra.stages.stage import Output, Record, Skipped, Stage, Unit, read_manifest
 
@@ -51,6 +52,11 @@ class MeasureStage(Stage):
     name = "measure"
     version = 1
     keep_stale = True
+
+    @property
+    def allow_failures(self) -> bool:  # type: ignore[override]
+        """Files of a folder of metadata are lost within the budget; a pool with an index has no such files."""
+        return not Pool.open(self.pool).images
 
     @property
     def resources(self) -> Resources:
@@ -119,11 +125,14 @@ class MeasureStage(Stage):
                 | ({"reads": [ids[name] for name in measure.upstream()]} if measure.derived() else {}),
                 {"shard": shard.name, "measure": measure.name},
                 group=shard.name,
-                items=shard.rows,
+                items=_rows(shard),
             )
             for shard in Pool.open(self.pool).shards
             for measure in self.ordered()
         ]
+
+    def expected(self, unit: Unit, whole: Sequence[Record]) -> int:
+        return unit.items or mean_samples(whole)
 
     def run_group(self, units: list[Unit]) -> Iterator[tuple[Unit, Output]]:
         ids = self.ids()
@@ -166,6 +175,14 @@ class MeasureStage(Stage):
         columns = self.ids() | {name: measured for name, (measured, _) in self.others.items()}
         by_id |= dict(self.others.values())
         return Output(values={"columns": columns, "digests": dict(sorted(by_id.items()))})
+
+
+def _rows(shard: Shard) -> int:
+    """Samples of a shard; 0 where its parquet cannot be read, as running the unit reports."""
+    try:
+        return shard.rows
+    except WinnowError:
+        return 0
 
 
 def _slices(table: pa.Table) -> list[pa.Table]:

@@ -1,4 +1,4 @@
-"""Digests of files: computed once a process, or while a file is read."""
+"""What the bytes of a file say: its digest, computed once a process or while it is read, and Git LFS pointers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ import hashlib
 from typing import Any
 
 from winnow.infra.io.storage import digest_file, version_token
+
+LFS_POINTER = "a Git LFS pointer instead of the file; fetch the file with `git lfs pull`"
+
+
+def is_lfs_pointer(head: bytes) -> bool:
+    """Whether a file that begins with these bytes (60 are enough) is what Git LFS leaves where it has not fetched the
+    file (its specification, version 1). `LFS_POINTER` says so to the user.
+
+    Example:
+        >>> is_lfs_pointer(b"version https://git-lfs.github.com/spec/v1\\noid sha256:4d7a")
+        True
+    """
+    return head.startswith((b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/"))
 
 
 def content_digest(url: str) -> str:

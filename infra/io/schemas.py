@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from winnow.infra.errors import WinnowError
+from winnow.infra.io.arrow import plain, plain_type
 
 _DO = "Write the column with one type in all shards."
 
@@ -31,18 +32,16 @@ def common_schema(schemas: Sequence[pa.Schema], where: Sequence[str]) -> pa.Sche
 
 
 def _wider(field: pa.Field, kind: pa.DataType, first: str, url: str) -> pa.DataType:
-    if field.type == kind:
+    if field.type == kind or pa.types.is_null(field.type):
         return kind
-    plain = [pa.schema([(field.name, _decoded(each))]) for each in (kind, field.type)]
+    if pa.types.is_null(kind):
+        return field.type
+    both = [pa.schema([(field.name, plain_type(each))]) for each in (kind, field.type)]
     try:
-        return pa.unify_schemas(plain, promote_options="permissive").field(0).type
+        return pa.unify_schemas(both, promote_options="permissive").field(0).type
     except (pa.ArrowTypeError, pa.ArrowInvalid):
         what = f'the column "{field.name}" is {kind} in {first} and {field.type} here, which have no type in common'
         raise WinnowError(what, where=url, do=_DO) from None
-
-
-def _decoded(kind: pa.DataType) -> pa.DataType:
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def concat_columns(tables: Sequence[pa.Table], where: Sequence[str]) -> pa.Table:
@@ -59,11 +58,12 @@ def concat_columns(tables: Sequence[pa.Table], where: Sequence[str]) -> pa.Table
 
 def _cast(table: pa.Table, schema: pa.Schema, url: str) -> pa.Table:
     columns = []
+    table = plain(table, leave=[field.name for field in schema if field in table.schema])
     for field in schema:
         try:
             known = field.name in table.column_names
             columns.append(table[field.name].cast(field.type) if known else pa.nulls(table.num_rows, field.type))
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             what = f'a value of the column "{field.name}" does not fit {field.type}, which other shards need ({error})'
             raise WinnowError(what, where=url, do=_DO) from None
     return pa.table(columns, schema=schema)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import tarfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from winnow.infra.errors import WinnowError
+from winnow.infra.io.content import LFS_POINTER, is_lfs_pointer
 
+MAX_HEADER_BYTES = 1 << 20  # with the headers of its long name, its attributes and its sparse map
+MAX_TEXT_BYTES = 4 << 20  # of a .txt, .json or .cls
+MAX_MEMBER_BYTES = 512 << 20  # of another member
+TRUNCATED, BAD_HEADER, TRAILING = "truncated tar", "bad header", "bytes after the end of the archive"
+_DAMAGE = (TRUNCATED, BAD_HEADER, TRAILING)
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
 
 
@@ -24,42 +30,83 @@ class Member:
     data: bytes = b""
 
 
+class _Fault(tarfile.ReadError):
+    """Why a tar cannot be read to its end: one of a few fixed phrases, and tarfile's message."""
+
+    def __init__(self, reason: str, detail: object) -> None:
+        super().__init__(f"{reason} ({detail})")
+        self.reason, self.detail = reason, str(detail)
+
+
+class _Source:
+    """A file object that keeps what is read of a tar within bounds, and its first block."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.head, self.last = file, b"", b""
+        self.count, self.depth, self.limit = 0, 0, 0  # of nested headers, and where these must have ended
+        self.ended = self.zeros = False  # whether there was no more to read; an end of archive, and no member since
+
+    def read(self, size: int = -1) -> bytes:
+        if self.ended:  # tarfile would go on for as long as a size says that is not true
+            raise _Fault(TRUNCATED, "unexpected end of data")
+        if self.depth and self.count > self.limit:
+            raise _Fault(BAD_HEADER, f"larger than {MAX_HEADER_BYTES >> 20} MiB")
+        data: bytes = self.file.read(size)
+        self.head, self.ended = self.head or data[: tarfile.BLOCKSIZE], not data
+        self.count, self.last = self.count + len(data), data or self.last
+        return data
+
+    def at_start(self) -> str | None:
+        """What is wrong with the first block; None if it is a header."""
+        if not self.head:
+            return "empty file"
+        try:
+            tarfile.TarInfo.frombuf(self.head, "utf-8", "surrogateescape")
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            return None
+        except tarfile.HeaderError:
+            if self.head.startswith(_COMPRESSED):
+                return "compressed; shards are plain tars"
+            if is_lfs_pointer(self.head):
+                return LFS_POINTER
+            return TRUNCATED if len(self.head) < tarfile.BLOCKSIZE else "not a tar"
+        return None
+
+
 class _StrictInfo(tarfile.TarInfo):
-    """Makes a truncated or damaged header, or a missing end of archive, an error. `tarfile` takes them for the end."""
+    """Makes a truncated or damaged header, a missing end of archive, and what follows an end that is not a tar, errors.
+    `tarfile` takes them for the end. Archives that follow one another are read as one."""
+
+    source: _Source
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> _StrictInfo:
+        source = cls.source
+        source.limit = source.limit if source.depth else source.count + MAX_HEADER_BYTES
+        source.depth += 1
         try:
-            return super().fromtarfile(archive)
-        except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:  # type: ignore[attr-defined]
-            raise tarfile.ReadError(str(error)) from error
+            info = super().fromtarfile(archive)  # calls itself for the headers of long names
+            if info.size < 0:
+                raise ValueError("negative size")
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            source.zeros = source.zeros or source.depth == 1
+            raise
         except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
-            raise tarfile.ReadError("no end of the archive") from error
-
-
-class _Counting:
-    """A file object that counts the bytes read through it and keeps the first block."""
-
-    def __init__(self, file: Any) -> None:
-        self.file, self.count, self.head = file, 0, b""
-
-    def read(self, size: int = -1) -> bytes:
-        data: bytes = self.file.read(size)
-        self.head = self.head or data[: tarfile.BLOCKSIZE]
-        self.count += len(data)
-        return data
-
-    def fault(self) -> str:
-        """Why the file cannot be read as a tar to its end."""
-        if not self.head:
-            return "empty file"
-        if self.head.startswith(_COMPRESSED):
-            return "compressed; shards are plain tars"
-        try:
-            tarfile.TarInfo.frombuf(self.head, "utf-8", "surrogateescape")
-        except tarfile.HeaderError:
-            return "truncated tar" if len(self.head) < tarfile.BLOCKSIZE else "not a tar"
-        return "truncated tar"
+            if source.zeros:
+                raise
+            raise _Fault(TRUNCATED, "no end of the archive") from error
+        except tarfile.TruncatedHeaderError as error:  # type: ignore[attr-defined]
+            if not source.zeros:
+                raise _Fault(TRUNCATED, error) from error
+            if any(source.last[-(source.count % tarfile.BLOCKSIZE) :]):
+                raise _Fault(TRAILING, error) from error
+            raise tarfile.EmptyHeaderError("end of the padding") from error  # type: ignore[attr-defined]
+        except (tarfile.HeaderError, ArithmeticError, LookupError, RecursionError, ValueError) as error:
+            raise _Fault(TRAILING if source.zeros else BAD_HEADER, error) from error
+        finally:
+            source.depth -= 1
+        source.zeros = False
+        return info
 
 
 def split_name(path: str) -> tuple[str, str]:
@@ -76,47 +123,81 @@ def split_name(path: str) -> tuple[str, str]:
     return folder + slash + stem, ext.lower()
 
 
-def tar_samples(file: Any, keep: Collection[str] | None) -> Iterator[tuple[str, dict[str, Member]]]:
-    """The samples of a tar, in order: key and members by extension.
+def tar_samples(
+    file: Any, keep: Collection[str] | None, skip: Callable[[str, str, dict[str, Member]], None] | None = None
+) -> Iterator[tuple[str, dict[str, Member]]]:
+    """The samples of a tar, in order: key and members by extension. What follows the end of the archive is read, too.
 
     Args:
         file: a binary file object; it is only read forwards.
         keep: extensions whose data is wanted; None for all.
+        skip: called with the key of each sample that has a member which cannot be read (a link, a sparse file, more
+            bytes than `max_bytes`), the reason, and its members. Without it, such a sample is an error.
 
     Raises:
-        WinnowError: the file is truncated or not a tar. Raised after the last complete sample, that is, one after
-            which another sample or the end of the archive was found.
+        WinnowError: the file is damaged or not a tar. Raised after the last complete sample, that is, one after which
+            another sample or the end of the archive was found.
     """
     key: str | None = None
     members: dict[str, Member] = {}
-    counted = _Counting(file)
+    fault: str | None = None
+
+    def whole() -> Iterator[tuple[str, dict[str, Member]]]:
+        if key is not None and fault is None:
+            yield key, members
+        elif key is not None and skip is not None:
+            skip(key, str(fault), members)
+        elif key is not None:
+            raise WinnowError(str(fault), do=f"It is of the sample {key}. Store the file itself.")
+
+    source = _Source(file)
+    info_class = type("_Info", (_StrictInfo,), {"source": source})
+    options: dict[str, Any] = {"bufsize": 1 << 20, "tarinfo": info_class, "ignore_zeros": True}
     try:
-        with tarfile.open(fileobj=counted, mode="r|", bufsize=1 << 20, tarinfo=_StrictInfo) as tar:  # type: ignore[call-overload]
+        with tarfile.open(fileobj=source, mode="r|", **options) as tar:  # type: ignore[call-overload]
             for info in tar:
                 name, ext = split_name(info.name)
-                if not info.isreg() or not ext or not name or name.endswith("/"):
+                if info.isdir() or not ext or not name or name.endswith("/"):
                     continue
                 if key is not None and (name != key or ext in members):
-                    yield key, members
-                    members = {}
+                    yield from whole()
+                    members, fault = {}, None
                 key = name
-                data = _data(tar, info) if keep is None or ext in keep else b""
+                read = keep is None or ext in keep
+                why = _unreadable(info) or (f".{ext} too large" if read and info.size > max_bytes(ext) else None)
+                fault = fault or why
+                data = _data(tar, info) if read and not why else b""
                 members[ext] = Member(ext, info.offset_data, info.size, data)
-            # tarfile also accepts a file that ends within a member's skipped data or padding.
-            if counted.count < tar.offset:
-                raise tarfile.ReadError("unexpected end of data")
     except tarfile.TarError as error:
-        fault = counted.fault()
-        raise WinnowError(fault, do=f"({error})" if fault == "truncated tar" else None) from error
-    if key is not None:
-        yield key, members
+        reason = source.at_start() or (error.reason if isinstance(error, _Fault) else _reason(error))
+        if reason == TRAILING:
+            yield from whole()
+        detail = error.detail if isinstance(error, _Fault) else error
+        raise WinnowError(reason, do=f"({detail})" if reason in _DAMAGE else None) from error
+    yield from whole()
+
+
+def _reason(error: tarfile.TarError) -> str:
+    return BAD_HEADER if isinstance(error, tarfile.StreamError) else TRUNCATED  # a negative size seeks backwards
+
+
+def max_bytes(ext: str) -> int:
+    """Size in bytes above which a member is not read into memory."""
+    return MAX_TEXT_BYTES if ext in ("txt", "json", "cls") else MAX_MEMBER_BYTES
+
+
+def _unreadable(info: tarfile.TarInfo) -> str | None:
+    """Why the data of a member are not the bytes at its offset; None if they are."""
+    if info.isreg():
+        return "sparse member" if info.issparse() else None
+    return "hard link" if info.islnk() else "symbolic link" if info.issym() else "not a regular file"
 
 
 def _data(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
     handle = tar.extractfile(info)
     data = handle.read() if handle else b""
     if len(data) != info.size:
-        raise tarfile.ReadError("unexpected end of data")
+        raise _Fault(TRUNCATED, "unexpected end of data")
     return data
 
 

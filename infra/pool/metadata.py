@@ -15,15 +15,18 @@ import pyarrow as pa
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.arrays import check_unit, read_header, usable_rows
+from winnow.infra.pool.layouts import is_ours
 from winnow.infra.stages.stage import LOCATIONS, MANIFEST, RECORDS
 
 # Members of the .npz (DataComp's names): L2-normalised CLIP ViT-L/14 and ViT-B/32 embeddings, float16.
 FEATURES = ("l14_img", "l14_txt", "b32_img", "b32_txt")
 
+MAX_DIM = 1 << 14
+
 
 def is_metadata(url: str) -> bool:
     """Whether a directory holds parquets, no tars, and is not the output of a stage."""
-    names = storage.list_names(url)
+    names = [name for name in storage.list_names(url) if is_ours(name)]
     if {MANIFEST, LOCATIONS, RECORDS} & set(names) or any(name.endswith(".tar") for name in names):
         return False
     return any(name.endswith(".parquet") for name in names)
@@ -33,7 +36,7 @@ def metadata_files(url: str) -> list[tuple[str, str, str | None, str]]:
     """(stem, parquet URL, npz URL or None, version token) of each parquet in a folder, by name."""
     tokens = storage.list_tokens(url)
     found = []
-    for name in sorted(name for name in tokens if name.endswith(".parquet")):
+    for name in sorted(name for name in tokens if is_ours(name) and name.endswith(".parquet")):
         stem = name.removesuffix(".parquet")
         features = f"{stem}.npz" if f"{stem}.npz" in tokens else None
         token = tokens[name] + (f"+{tokens[features]}" if features else "")
@@ -59,6 +62,10 @@ def read_feature(url: str, name: str, rows: int) -> pa.FixedSizeListArray:
         if shape[0] != rows:
             raise WinnowError(f"{name} has {shape[0]} rows, the parquet next to it {rows}", where=url)
         count = shape[0] * shape[1]
+        rest = archive.getinfo(f"{name}.npy").file_size - file.tell()
+        if shape[1] > MAX_DIM or rest != count * dtype.itemsize:
+            what = f"{name} is said to be {dtype} of shape {shape}, and {rest:,} bytes follow"
+            raise WinnowError(what, where=url, do=f"It may have {MAX_DIM:,} columns at most.")
         try:
             data = file.read(count * dtype.itemsize)
         except (zipfile.BadZipFile, OSError, EOFError) as error:

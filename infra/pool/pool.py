@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,16 +12,17 @@ import pyarrow as pa
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
-from winnow.infra.io.arrow import mask_array
+from winnow.infra.io.arrow import mask_array, plain
 from winnow.infra.io.images import EXTENSIONS
 from winnow.infra.io.parquet import open_parquet, unreadable
 from winnow.infra.io.prefetch import prefetch
+from winnow.infra.io.schemas import concat_columns
 from winnow.infra.io.storage import digest_json
 from winnow.infra.pool.members import MemberBlock, Members, read_members
 from winnow.infra.pool.metadata import FEATURES, feature_dims, is_metadata, metadata_files, read_feature
 from winnow.infra.pool.sample import Sample
-from winnow.infra.pool.uids import decode_uids
-from winnow.infra.pool.views import HERE, IDENTITY, LOCATION
+from winnow.infra.pool.uids import decode_uids, uid_column
+from winnow.infra.pool.views import HERE, IDENTITY, LOCATION, SOURCE
 from winnow.infra.stages.stage import need_manifest, read_locations
 
 # Columns that `Shard.samples` needs, to be read with `Shard.table`.
@@ -71,7 +72,7 @@ class Shard:
         return list(self.schema().names)
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Columns in tar order; one that the shard does not have is null. Shape [rows].
+        """Columns in tar order and plain types; one that the shard does not have is null. Shape [rows].
 
         Raises:
             WinnowError: the file cannot be read, or a metadata parquet does not have the column.
@@ -84,6 +85,7 @@ class Shard:
                     table = parquet.read(columns=["uid"], use_threads=False)
             except (pa.ArrowException, OSError) as error:
                 raise unreadable(self.view, error) from error
+        table = self._plain(table)
         if missing and not self.tars:
             table = self._with_features(table, missing)
         if self.dropped:
@@ -94,6 +96,18 @@ class Shard:
             for name in set(columns) - set(table.column_names):
                 table = table.append_column(name, pa.nulls(table.num_rows, _type_of(name)))
             table = table.select(columns)
+        return table
+
+    def _plain(self, table: pa.Table) -> pa.Table:
+        """The table in plain types. Writers that do not mark strings as such leave uids and captions as bytes."""
+        table = plain(table, leave=(SOURCE.name,))
+        for i, item in enumerate(table.schema):
+            if item.name in ("uid", "text") and pa.types.is_binary(item.type):
+                try:
+                    values = uid_column(decode_uids(table[i])) if item.name == "uid" else table[i].cast(pa.string())
+                except pa.ArrowInvalid:
+                    raise WinnowError("has captions that are not UTF-8", where=self.view) from None
+                table = table.set_column(i, item.name, values)
         return table
 
     def _with_features(self, table: pa.Table, names: Iterable[str]) -> pa.Table:
@@ -156,11 +170,13 @@ class Pool:
         url: the directory.
         shards: in order.
         digest: of all shards' content; the pool's path is not part of it.
+        lost: names of shards that belong to it and cannot be read.
     """
 
     url: str
     shards: tuple[Shard, ...]
     digest: str
+    lost: tuple[str, ...] = ()
 
     @staticmethod
     def open(url: str) -> Pool:
@@ -181,6 +197,10 @@ class Pool:
                 view, dropped = storage.join(url, entry["view"]), tuple(entry.get("dropped", ()))
                 shards.append(Shard(entry["name"], view, tars, entry["rows"], entry["digest"], dropped))
         return Pool(url, tuple(shards), digest_json([[shard.name, shard.digest] for shard in shards]))
+
+    def without(self, lost: Collection[str]) -> Pool:
+        """The pool without the named shards, which cannot be read."""
+        return replace(self, shards=tuple(shard for shard in self.shards if shard.name not in lost), lost=tuple(lost))
 
     def __len__(self) -> int:
         return sum(prefetch(lambda shard: shard.rows, self.shards))
@@ -204,10 +224,10 @@ class Pool:
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One column of the whole pool; for small pools and reports."""
-        chunks = [chunk for _, table in self.tables([name]) for chunk in table[name].chunks]
-        kinds = {chunk.type for chunk in chunks if not pa.types.is_null(chunk.type)}
-        kind = kinds.pop() if kinds else pa.null()
-        return pa.chunked_array([chunk.cast(kind) for chunk in chunks], type=kind)
+        if not self.shards:
+            return pa.chunked_array([], pa.null())
+        shards, tables = zip(*self.tables([name]), strict=True)
+        return concat_columns(tables, [shard.view for shard in shards])[name]
 
     def uids(self) -> np.ndarray:
         """dtype u8,u8, shape [n], in pool order."""

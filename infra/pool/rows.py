@@ -20,7 +20,7 @@ _JSON_FIELDS = {"url": str, "sha256": str, "source": str, "original_width": int,
 
 
 def row_of(key: str, members: Mapping[str, Member], require: frozenset[str]) -> dict[str, Any]:
-    """A row with the columns IDENTITY, LOCATION and some of the json, and `from_json`, the names in the json.
+    """A row with the columns IDENTITY, LOCATION and some of the json; the uid is None where the json has none.
 
     `members` hold the data of the extensions in READ; `require` lists "image", "text", or extensions.
 
@@ -36,10 +36,10 @@ def row_of(key: str, members: Mapping[str, Member], require: frozenset[str]) -> 
         if ext not in members:
             raise WinnowError(f"no .{ext}")
     facts, text = _json(members), _text(members)
-    if text is None and isinstance(facts.get("text"), str):
-        text = facts["text"]
-    uid = facts["uid"] if isinstance(facts.get("uid"), str) else None
-    row: dict[str, Any] = {"uid": uid, "key": key, "text": text} | locate(members)
+    for name in ("text", "caption"):  # DataComp's name and img2dataset's
+        if text is None and isinstance(facts.get(name), str):
+            text = facts[name]
+    row: dict[str, Any] = {"uid": _uid(facts), "key": key, "text": text} | locate(members)
     row |= {"original_width": width, "original_height": height}
     for name, kind in _JSON_FIELDS.items():
         value = facts.get(name)
@@ -52,8 +52,20 @@ def row_of(key: str, members: Mapping[str, Member], require: frozenset[str]) -> 
         raise WinnowError("a name or text is not UTF-8")
     if text is None and "text" in require:
         raise WinnowError("missing caption")
-    row["from_json"] = frozenset(facts)
     return row
+
+
+def identity_of(key: str, members: Mapping[str, Member]) -> dict[str, Any]:
+    """What identifies a sample that `row_of` refuses: its key, and uid, url and sha256 of its json if that is valid."""
+    try:
+        facts = _json(members)
+    except WinnowError:
+        facts = {}
+    return {name: facts.get(name) for name in ("url", "sha256")} | {"uid": _uid(facts), "key": key}
+
+
+def _uid(facts: Mapping[str, Any]) -> str | None:
+    return facts["uid"].lower() if isinstance(facts.get("uid"), str) else None
 
 
 def _json(members: Mapping[str, Member]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import io
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrow import Column, one_chunk
@@ -30,7 +31,7 @@ def decode_uids(column: Column) -> np.ndarray:
     """
     array = one_chunk(column)
     if not pa.types.is_string(array.type):
-        array = array.cast(pa.string())
+        array = _as_digits(array)
     n = len(array)
     if n == 0:
         return np.empty(0, dtype=UID_DTYPE)
@@ -48,6 +49,17 @@ def decode_uids(column: Column) -> np.ndarray:
         bad = next(i for i, uid in enumerate(array.to_pylist()) if set(uid) - _DIGITS)
         raise WinnowError(f'uid "{array[bad].as_py()}" is not hexadecimal') from None
     return np.frombuffer(octets, dtype=">u8").astype("u8").view(UID_DTYPE)
+
+
+def _as_digits(array: pa.Array) -> pa.StringArray:
+    """Uids of other types of string, and of 16 bytes, as 32 digits."""
+    try:
+        octets = pa.types.is_fixed_size_binary(array.type) or pa.types.is_binary(array.type)
+        if octets and pc.min_max(pc.binary_length(array)).as_py() == {"min": 16, "max": 16}:
+            return pa.array([None if uid is None else uid.hex() for uid in array.to_pylist()], pa.string())
+        return array.cast(pa.string())
+    except pa.ArrowException:
+        raise WinnowError(f"uids have the type {array.type}", do="A uid is text of 32 hexadecimal digits.") from None
 
 
 def encode_uids(uids: np.ndarray) -> list[str]:
@@ -78,7 +90,7 @@ def sort_uids(uids: np.ndarray) -> np.ndarray:
     the row number in their low bits; the few rows whose leading bits agree are put in order afterwards.
     """
     n = len(uids)
-    if n < 2:
+    if n < 2 or (uids["f0"][1:] > uids["f0"][:-1]).all():
         return uids.copy()
     low = np.uint64((n - 1).bit_length())
     rows = np.uint64((1 << int(low)) - 1)
@@ -94,6 +106,14 @@ def sort_uids(uids: np.ndarray) -> np.ndarray:
         rows = ordered[tied]
         ordered[tied] = rows[np.lexsort((rows["f1"], rows["f0"]))]
     return ordered
+
+
+def split_repeated(uids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct uids, sorted, and those that occur before, once for each time that they do."""
+    ordered = sort_uids(uids)
+    again = np.zeros(len(ordered), dtype=bool)
+    again[1:] = (ordered["f0"][1:] == ordered["f0"][:-1]) & (ordered["f1"][1:] == ordered["f1"][:-1])
+    return (ordered[~again], ordered[again]) if again.any() else (ordered, ordered[:0])
 
 
 def _tied(keys: np.ndarray, low: np.uint64, block: int = 1 << 18) -> np.ndarray:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
+from winnow.infra.stages.counts import count_samples
 from winnow.infra.stages.executors import Executor
 from winnow.infra.stages.progress import RunLog, StageProgress, read_note
 from winnow.infra.stages.stage import (
@@ -43,13 +46,17 @@ class Budget:
         if not self.max_skipped >= 0:
             raise UsageError(f"max_skipped cannot be {self.max_skipped:g}", do="Give a fraction or a number.")
 
-    def check(self, reasons: Counter[str], items: int, where: str) -> None:
-        """Raises WinnowError when too much was skipped: numbers by reason, against items that were not skipped."""
+    def check(self, reasons: Counter[str], items: int, where: str, skipped: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Raises WinnowError when too much was skipped: numbers by reason, against items that were not skipped. One of
+        `skipped` is named."""
         count, total = reasons.total(), items + reasons.total()
         limit = self.max_skipped * total if self.max_skipped < 1 else self.max_skipped
         if count > limit:
-            listed = ", ".join(f"{reason}: {n}" for reason, n in reasons.most_common(5))
-            what = f"{count} of {total} skipped, the budget is {self} ({listed})"
+            most = reasons.most_common(5)
+            first = next((item for item in skipped if item["reason"] == most[0][0]), None)
+            listed = ", ".join(f"{reason}: {n}" for reason, n in most)
+            example = f"; the first is {first['id']}. {first['detail']}".rstrip(". ") if first else ""
+            what = f"{count} of {total} skipped, the budget is {self} ({listed}){example}"
             raise WinnowError(what, where=where, do="Fix the input, or raise max_skipped.")
 
     def __str__(self) -> str:
@@ -91,7 +98,9 @@ def execute(
     with storage.locked(stage.out):
         _write_locations(stage)
         if not todo and previous is not None and previous.key == key and _whole(stage, previous, done):
-            budget.check(Counter(previous.skipped["reasons"]), previous.items, label)
+            skipped = Counter(previous.skipped["reasons"])
+            total = count_samples(stage, units, done, {}).total
+            budget.check(skipped, total - skipped.total(), label, previous.skipped["samples"])
             log.event(event="unchanged", stage=label, units=len(units))
             log.say(f"{label:<24} unchanged ({len(units)} units)")
             return previous
@@ -131,23 +140,17 @@ def _finish(
     """Run the stage's last step and write the manifest, unless more was skipped than the budget allows."""
     records = [done[unit.name] for unit in units if unit.name in done]
     lost = {unit.name: _reason(failures[unit.name]) for unit in units if unit.name in failures}
-    items = sum(record.items for record in records)
-    skipped = [item for record in records for item in record.skipped]
-    reasons = Counter(item["reason"] for item in skipped)
-    for unit in units:
-        if unit.name in lost:
-            reasons[lost[unit.name]] += max(unit.items, 1)
-    budget.check(reasons, items, label)
+    counts = count_samples(stage, units, done, lost)
+    skipped, reasons = counts.skipped, counts.reasons
+    budget.check(reasons, counts.total - reasons.total(), label, skipped)
     storage.remove(stage.url(MANIFEST))
     finished = stage.finish(records)
     files = {path: facts for record in records for path, facts in record.files.items()}
     files |= describe_files(stage, finished.files)
-    skipped += [asdict(item) for item in finished.skipped]
-    items -= len(finished.skipped)
+    skipped += [item.as_json() for item in finished.skipped]
     reasons.update(item.reason for item in finished.skipped)
-    budget.check(reasons, items, label)
+    budget.check(reasons, counts.total - reasons.total(), label, skipped)
     remove_stale(stage, units, files)
-    by_reason = dict(sorted(Counter(item["reason"] for item in skipped).items()))
     manifest = Manifest(
         stage=stage.name,
         version=stage.version,
@@ -155,8 +158,13 @@ def _finish(
         params=stage.params(),
         parents=stage.parents(),
         units=len(records),
-        items=items,
-        skipped={"count": reasons.total(), "reasons": by_reason, "samples": skipped[:1000], "units": lost},
+        items=sum(record.items for record in records) - len(finished.skipped),
+        skipped={
+            "count": reasons.total(),
+            "reasons": dict(sorted(reasons.items())),
+            "samples": skipped[:1000],
+            "units": lost,
+        },
         files=dict(sorted(files.items())),
         values=finished.values,
         url=stage.out,
@@ -203,7 +211,8 @@ def _run_groups(
                 for record in result.records:
                     done[record.unit] = record
                     size = sum(facts["bytes"] for facts in record.files.values())
-                    progress.add(items=record.items, size=size, skipped=len(record.skipped))
+                    skipped = sum(item.get("count", 1) for item in record.skipped)
+                    progress.add(items=record.items, size=size, skipped=skipped)
             elif isinstance(result.error, UsageError):
                 raise result.error
             else:

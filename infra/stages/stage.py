@@ -10,7 +10,7 @@ import abc
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -47,11 +47,22 @@ class Unit:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A sample that was left out, and why. `reason` is one of a few fixed phrases, so that they can be counted."""
+    """Samples that were left out, and why.
+
+    Attributes:
+        id: of the sample, or of the shard that lost several.
+        reason: one of a few fixed phrases, so that they can be counted.
+        count: number of samples. 0 for the rest of a unit whose size is not known: what the unit has less than
+            `Stage.expected`, or, where nothing says how many that is, as many as the unit has.
+    """
 
     id: str
     reason: str
     detail: str = ""
+    count: int = 1
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("count", 1)}
 
 
 @dataclass
@@ -80,7 +91,7 @@ class Record:
     key: str
     files: dict[str, dict[str, Any]]
     items: int
-    skipped: list[dict[str, str]]
+    skipped: list[dict[str, Any]]
     values: dict[str, Any]
 
 
@@ -177,6 +188,15 @@ class Stage(abc.ABC):
         """Combine the records. The files and values that it returns go into the manifest."""
         return Output()
 
+    def reads(self, unit: Unit) -> str:
+        """Names the samples that a unit reads. Units that read the same samples count them once."""
+        return unit.group or unit.name
+
+    def expected(self, unit: Unit, whole: Sequence[Record]) -> int:
+        """How many samples a unit should have that failed or lost some; 0 if nothing says so. `whole` are the records
+        of units that lost no unknown number."""
+        return unit.items
+
     def key(self, unit: Unit) -> str:
         """sha256 over stage, version, parameters and input digests."""
         return digest_json([self.name, self.version, self.params(), dict(unit.params), dict(unit.inputs)])
@@ -207,7 +227,7 @@ def write_record(stage: Stage, unit: Unit, output: Output) -> Record:
         "key": INCOMPLETE if output.retry else stage.key(unit),
         "files": describe_files(stage, output.files),
         "items": output.items,
-        "skipped": [asdict(item) for item in output.skipped],
+        "skipped": [item.as_json() for item in output.skipped],
         "values": output.values,
     }
     storage.write_json(record_url(stage, unit.name), record)

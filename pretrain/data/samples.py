@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.arrow import int_values, mask_array, number_array
 from winnow.infra.io.parquet import open_parquet
+from winnow.infra.io.schemas import concat_columns
 from winnow.infra.pool.pool import SAMPLE, Pool, Shard
 from winnow.infra.pool.sample import Sample
 from winnow.infra.pool.uids import distinct_uids, encode_uids, load_subset, times_listed, uid_column
@@ -19,6 +21,8 @@ from winnow.pretrain.data.order import Order
 from winnow.pretrain.sections import SourceConfig
 
 _READ = (*(name for name in SAMPLE if name != "uid"), "label")
+# By shard: what is read of its chosen samples, their uids, their rows in the order of numbers, and the view's URL.
+_Part: TypeAlias = tuple[pa.Table, np.ndarray, np.ndarray, str]
 
 
 class Samples:
@@ -52,19 +56,17 @@ class Samples:
         self.weights = [1.0, *(source.weight for source in more)]
         self.sizes: list[int] = []
         self._tars: list[str] = []
-        parts: list[tuple[pa.Table, np.ndarray, np.ndarray]] = []
+        parts: list[_Part] = []
         for url, selected in [(pool, subset), *((source.pool, source.subset) for source in more)]:
             self._add(url, selected, measured if not self.sizes else None, parts)
-        tables, uids, rows = zip(*parts, strict=True)
+        tables, uids, rows, views = zip(*parts, strict=True)
         self._uids, self._row = np.concatenate(uids), np.concatenate(rows)
-        whole = pa.concat_tables(tables, promote_options="permissive")
+        whole = concat_columns(tables, views)
         # Arrays, because a table's `take` starts threads, which the loader's forked processes cannot.
         self._values = {name: whole[name].combine_chunks() for name in whole.column_names}
         self._shard = Shard("", pool, tuple(self._tars), whole.num_rows, "")  # all sources' samples as one
 
-    def _add(
-        self, url: str, subset: str | None, measured: str | None, parts: list[tuple[pa.Table, np.ndarray, np.ndarray]]
-    ) -> None:
+    def _add(self, url: str, subset: str | None, measured: str | None, parts: list[_Part]) -> None:
         """Append, by shard, what is read of its chosen samples, their uids, and the rows in the order of numbers."""
         distinct, counts = distinct_uids(np.empty(0, "u8,u8") if subset is None else load_subset(subset))
         absent = np.ones(len(distinct), bool)
@@ -82,7 +84,7 @@ class Samples:
             table = table.set_column(table.column_names.index("tar"), "tar", tar)
             chosen = times > 0
             rows = first + np.repeat(np.arange(np.count_nonzero(chosen)), times[chosen])
-            parts.append((table.filter(mask_array(chosen)), uids[chosen], rows))
+            parts.append((table.filter(mask_array(chosen)), uids[chosen], rows, shard.view))
             self._tars += shard.tars
             first, size = first + np.count_nonzero(chosen), size + len(rows)
         if n := int(np.count_nonzero(absent)):

@@ -165,7 +165,8 @@ def test_rows_without_a_sample_are_counted(tmp_path):
 def test_a_parquet_that_cannot_be_read_is_reported(tmp_path, damage):
     path = write_shard(tmp_path / "shards", rows()) / "00000.parquet"
     path.write_bytes({"empty": b"", "no parquet": b"<html>", "cut": path.read_bytes()[:-20]}[damage])
-    assert any("parquet" in reason for reason in index(tmp_path / "shards", tmp_path / "pool")["skipped"]["reasons"])
+    write_tar(tmp_path / "shards" / "00001.tar", [sample(99)])
+    assert index(tmp_path / "shards", tmp_path / "pool")["skipped"]["reasons"] == {"unreadable parquet": N}
     args = ("index", tmp_path / "shards", "--out", tmp_path / "strict", "--executor", "serial", "--max-skipped", 0)
     status, printed = winnow(*args)
     assert status == 1 and "parquet" in printed

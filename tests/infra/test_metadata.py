@@ -1,5 +1,7 @@
 """DataComp's metadata folder as a pool."""
 
+import zipfile
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -57,6 +59,14 @@ def test_folders_that_are_not_metadata(folder, tmp_path):
     assert not is_metadata(str(folder)) and not is_metadata(str(tmp_path)) and not is_metadata(str(tmp_path / "none"))
 
 
+def lying(path, shape):
+    """An archive of an array of 30 bytes whose header says another shape."""
+    header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+    with zipfile.ZipFile(path, "w") as archive, archive.open("l14_img.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(bytes(30))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -66,6 +76,9 @@ def test_folders_that_are_not_metadata(folder, tmp_path):
         (lambda f: np.savez(f / "b.npz", l14_img=1.02 * np.eye(5)), "b.npz: l14_img: 5 of 5 .* not L2-normalised"),
         (lambda f: np.savez(f / "b.npz", l14_img=np.array([[{}]], object)), "not a matrix"),
         (lambda f: np.savez(f / "b.npz", other=np.ones((5, 2))), 'holds no array "l14_img".*It holds: other'),
+        (lambda f: lying(f / "b.npz", (5, 1 << 40)), r"said to be float16 of shape \(5, 1099511627776\), and 30 bytes"),
+        (lambda f: lying(f / "b.npz", (5, 2)), r"shape \(5, 2\), and 30 bytes"),
+        (lambda f: np.savez_compressed(f / "b.npz", l14_img=np.zeros((5, 20000), np.float16)), "at most"),
         (lambda f: (f / "b.npz").write_bytes(b"PK"), "not a readable .npz"),
         (lambda f: (f / "b.parquet").write_bytes(b"PAR1" * 9), "not a readable parquet"),
     ],

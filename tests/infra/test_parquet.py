@@ -6,6 +6,7 @@ import pytest
 
 from tests.test_imports import ROOT
 from winnow.infra.errors import WinnowError
+from winnow.infra.io import parquet
 from winnow.infra.io.parquet import read_parquet
 
 
@@ -26,6 +27,30 @@ def test_files_that_are_not_parquet(tmp_path, cut):
         read_parquet(str(path))
     with pytest.raises(WinnowError, match="no such file"):
         read_parquet(str(tmp_path / "none.parquet"))
+
+
+def test_a_git_lfs_pointer_is_named(tmp_path):
+    (tmp_path / "t.parquet").write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d' * 32}\nsize 9\n")
+    with pytest.raises(WinnowError, match=r"t\.parquet: is a Git LFS pointer.*git lfs pull"):
+        read_parquet(str(tmp_path / "t.parquet"))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    columns = [pa.array([1]), pa.array([2]), pa.array(["x"])]
+    pq.write_table(pa.Table.from_arrays(columns, ["score", "score", "text"]), tmp_path / "t.parquet")
+    for names in (None, ["text"], ["score"]):
+        with pytest.raises(WinnowError, match=r't\.parquet: has 2 columns called "score"'):
+            read_parquet(str(tmp_path / "t.parquet"), names)
+
+
+def test_a_small_file_that_unpacks_to_more_than_fits_is_not_read(tmp_path, monkeypatch):
+    assert parquet.MAX_BYTES <= 4 << 30
+    monkeypatch.setattr(parquet, "MAX_BYTES", 8 << 20)
+    table = pa.table({"text": ["x" * (4 << 20)] * 3})
+    pq.write_table(table, tmp_path / "t.parquet", compression="zstd", use_dictionary=False)
+    assert (tmp_path / "t.parquet").stat().st_size < 1 << 16
+    with pytest.raises(WinnowError, match=r"t\.parquet: unpacks to 12,58\d,\d+ bytes"):
+        read_parquet(str(tmp_path / "t.parquet"))
 
 
 def test_no_room_uses_pyarrows_scanner():

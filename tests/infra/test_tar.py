@@ -20,6 +20,8 @@ MEMBERS = {
     "long/" + "ü" * 90 + ".txt": b"both",
 }
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 12345\n"
+
 
 def write(path):
     with TarWriter(path) as tar:
@@ -80,6 +82,7 @@ def test_a_tar_whose_writing_failed_is_not_a_complete_tar(tmp_path):
         (gzip.compress(bytes(5000)), "compressed; shards are plain tars"),
         (b"<html>" * 200, "not a tar"),
         (b"", "empty file"),
+        (LFS, "a Git LFS pointer instead of the file; fetch the file with `git lfs pull`"),
     ],
 )
 def test_files_that_are_not_tars(tmp_path, content, words):

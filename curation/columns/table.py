@@ -209,7 +209,7 @@ def numbers(column: pa.ChunkedArray) -> np.ndarray:
     """A column of numbers as float64 with NaN for null and infinite values, shape [n]. Raises WinnowError when it has
     something else."""
     try:
-        values = float_values(column.cast(pa.float64()) if pa.types.is_string(column.type) else column)
+        values = float_values(column)
     except pa.ArrowInvalid as error:
         raise WinnowError(f"a column of numbers has text ({error})") from None
     values = values.astype(np.float64)

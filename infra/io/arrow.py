@@ -54,12 +54,14 @@ def _values(array: pa.Array) -> np.ndarray:
 
 
 def float_values(column: Column) -> np.ndarray:
-    """A column of floats, integers, decimals or booleans, null as NaN, shape [n].
+    """A column of floats, integers, decimals or booleans, or of text that has numbers, null as NaN, shape [n].
 
     Floats keep their precision, and a column without nulls is a read-only view of Arrow's memory. Others become
     float64.
     """
-    if pa.types.is_decimal(column.type) or pa.types.is_boolean(column.type) or pa.types.is_null(column.type):
+    if pa.types.is_decimal(column.type):
+        column = column.cast(pa.string())
+    if pa.types.is_string(column.type) or pa.types.is_boolean(column.type) or pa.types.is_null(column.type):
         column = column.cast(pa.float64())
     if len(column) == 0:
         return np.empty(0, column.type.to_pandas_dtype() if pa.types.is_floating(column.type) else np.float64)
@@ -174,6 +176,6 @@ def _plain_array(array: pa.Array) -> pa.Array:
         return pa.ListArray.from_arrays(
             number_array(ends), _plain_array(array.flatten()), type=target, mask=mask_array(null_mask(array))
         )
-    if pa.types.is_decimal(kind) and kind.bit_width < 128:  # Arrow rejects casts of decimal32 to int64
-        array = array.cast(pa.decimal128(max(kind.precision, 18), kind.scale))
+    if pa.types.is_decimal(kind):  # Arrow's own cast is one bit off for half of the values, and fails for decimal32
+        array = array.cast(pa.decimal128(38, 0) if kind.scale < 0 else kind).cast(pa.string())
     return array.cast(target)

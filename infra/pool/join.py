@@ -114,14 +114,16 @@ class _Parquet:
 
     def _readable(self, table: pa.Table) -> pa.Table:
         """The table with null for strings that are not UTF-8, which Arrow does not check."""
-        for i, item in enumerate(table.schema):
+        for i, (name, kind) in enumerate(zip(table.schema.names, table.schema.types, strict=True)):
             try:
-                table[i].validate(full=pa.types.is_string(item.type))
-            except pa.ArrowInvalid:
+                table[i].validate(full=True)
+            except pa.ArrowInvalid as error:
+                if not pa.types.is_string(kind):
+                    raise WinnowError(f'the column "{name}" cannot be read ({error})') from None
                 values = [None if one is None else _decoded(one) for one in table[i].cast(pa.binary()).to_pylist()]
                 bad = [at for at, one in enumerate(values) if one is None and table[i][at].is_valid]
                 self.faults.update(dict.fromkeys(bad, "a name or text is not UTF-8"))
-                table = table.set_column(i, item.name, pa.chunked_array([pa.array(values, pa.string())]))
+                table = table.set_column(i, name, pa.chunked_array([pa.array(values, pa.string())]))
         return table
 
     def _use_sizes(self, name: str) -> None:

@@ -97,12 +97,12 @@ def _identities(
     samples: Sequence[Facts], columns: Mapping[str, Words], numbers: bool
 ) -> Iterator[tuple[str, _Value, Words, Words | None]]:
     """What `Matching` takes, for each identity that both sides may have."""
-    if "uid" in columns and any(sample["uid"] for sample in samples):
+    if "uid" in columns and (not samples or any(sample["uid"] for sample in samples)):
         yield "uid", _fact("uid"), columns["uid"], columns["uid"]
     for form in (_NUMBERS if numbers else _KEYS) if "key" in columns else ():
         yield "key", _key(form), [None if key is None else form(key) for key in columns["key"]], columns["key"]
     for name in ("url", "sha256"):
-        if name in columns and any(name in sample for sample in samples):
+        if name in columns and (not samples or any(name in sample for sample in samples)):
             yield name, _fact(name), columns[name], None
     if "text" in columns and any(sample["text"] is not None for sample in samples):
         captions = [caption_of(text) for text in columns["text"]]

@@ -131,6 +131,12 @@ def test_every_type_of_number_as_floats(kind):
     np.testing.assert_array_equal(float_values(column), [3, np.nan, 100])
 
 
+@pytest.mark.parametrize("kind", [pa.decimal64(12, 5), pa.decimal128(20, 5), pa.decimal256(50, 5)])
+def test_decimals_are_the_nearest_floats(kind):
+    values = [Decimal(number) / 100000 for number in np.random.default_rng(0).integers(0, 10**9, 200).tolist()]
+    assert plain(pa.table({"x": pa.array(values, kind)}))["x"].to_pylist() == [float(value) for value in values]
+
+
 def test_types_that_are_plain_are_not_touched():
     table = pa.table({"a": ["x"], "b": [1], "c": pa.array([0.5], pa.float16()), "d": dictionary(["x"], pa.string())})
     assert plain(table, leave=("d",)) is table

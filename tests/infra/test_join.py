@@ -355,6 +355,15 @@ def test_text_that_is_not_utf8_costs_its_row_alone(tmp_path):
 
 
 @pytest.mark.parametrize("by", ["uid", "key", "url"])
+def test_a_shard_without_a_usable_sample(tmp_path, by):
+    names = {"key": KEYS.__getitem__, "uid": uid_of, "url": lambda i: f"u{i}"}
+    shard(tmp_path, {by: [names[by](i) for i in range(N)]}, more=[{"jpg": b"?"}] * N)
+    write_tar(tmp_path / "shards" / "1.tar", [sample(9)])
+    manifest = index(tmp_path / "shards", tmp_path / "pool", budget=1000)
+    assert reasons(manifest) == {"undecodable image": N} and manifest.items == 1
+
+
+@pytest.mark.parametrize("by", ["uid", "key", "url"])
 def test_a_broken_sample_is_counted_once(tmp_path, by):
     names = {"key": KEYS.__getitem__, "uid": uid_of, "url": lambda i: f"u{i}"}
     shard(tmp_path, {by: [names[by](i) for i in range(N)]}, more=[{"jpg": b"?"} if i == 2 else {} for i in range(N)])

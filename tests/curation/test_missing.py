@@ -150,6 +150,9 @@ def test_no_filter_keeps_or_uses_a_sample_without_a_value(name, tmp_path):
             if broken is not None:
                 more = Columns(broken.slice(0, BROKEN).select(images.column_names), images)
                 assert decide(node, table, {"t": more}) == decide(node, table, targets), (column, kind)
+                if name in ("image_cluster", "image_based"):
+                    report = node.report(node.fit(Columns(table, targets={"t": more})))
+                    assert report["targets without a value"] == BROKEN
 
 
 def test_an_infinite_score_is_not_the_best_of_duplicates():

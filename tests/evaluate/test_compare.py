@@ -54,6 +54,7 @@ def pool(tmp_path: Path) -> Pool:
         facts = {"bytes": storage.size_of(shard.view), "sha256": storage.digest_file(shard.view)}
         manifest["files"][storage.name_of(shard.view)] = facts
     storage.write_json(url, manifest)
+    (tmp_path / "pool" / "checksums.json").unlink()
     return Pool.open(str(tmp_path / "pool"))
 
 

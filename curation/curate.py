@@ -49,7 +49,8 @@ class CurateStage(Stage):
     Each subset is a unit with the files `NAME/subset.npy`, `NAME/funnel.json` and, with `reasons`,
     `NAME/reasons.parquet`. The files of a subset called "" are in the directory itself. `NAME/timings.json`, the
     seconds that fitting each filter took, is not part of the output, so equal work gives equal output. Of kept rows
-    with one uid, all but one are skipped; the funnel has their number as `repeated`.
+    with one uid, one is in the subset; the funnel has the number of the others as `repeated`. They are skipped, except
+    in a pool of tars, where they are the repeats of a resharded subset.
 
     Args:
         source: the pool and its columns.
@@ -142,7 +143,8 @@ class CurateStage(Stage):
             with storage.writing(self.url(files[2])) as path:
                 pq.write_table(table, path, compression="zstd", use_dictionary=["reason"])
         facts = {counts.label: counts.facts for counts in evaluator.counts.leaves() if counts.facts}
-        skipped = [Skipped(uid, "duplicated uid") for uid in encode_uids(repeated)]
+        # A pool of tars has only the repeats that a subset asked `reshard` for.
+        skipped = [Skipped(uid, "duplicated uid") for uid in encode_uids(repeated)] if not view.pool.images else []
         return Output(
             files, seen - len(skipped), skipped, values={"kept": len(uids), "subset": files[0], "fits": facts}
         )

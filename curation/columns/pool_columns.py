@@ -12,7 +12,7 @@ import pyarrow as pa
 from winnow.curation.columns.table import View, embeddings, missing, numbers
 from winnow.curation.columns.threshold import Threshold
 from winnow.infra.errors import WinnowError
-from winnow.infra.io.arrays import check_unit, is_array, load_matrix, usable_rows
+from winnow.infra.io.arrays import check_normalised, is_array, load_matrix, usable_rows
 from winnow.infra.pool.uids import UID_DTYPE, decode_uids, encode_uids
 
 
@@ -129,7 +129,7 @@ def target_vectors(view: View, target: str | tuple[str, ...], column: str) -> np
     for name in files:
         matrix = load_matrix(name)
         usable = usable_rows(matrix)
-        check_unit(matrix, usable, "the targets", name)
+        check_normalised(matrix, usable, "the targets", name)
         parts.append(matrix[usable])
     for name in folders:
         for batch in view.target(name).batches((column,)):

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from winnow.curation.measures import MEASURES
 from winnow.infra.errors import UsageError, WinnowError
-from winnow.infra.io.arrays import check_unit, usable_rows
+from winnow.infra.io.arrays import check_normalised, usable_rows
 from winnow.infra.io.arrow import as_matrix, float_values, null_mask
 from winnow.infra.io.parquet import open_parquet, unreadable
 from winnow.infra.io.prefetch import prefetch
@@ -202,7 +202,7 @@ def embeddings(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
     matrix, usable = as_matrix(values)
     usable &= usable_rows(matrix)
     if column not in FEATURES:  # which are checked as they are read
-        check_unit(matrix, usable, f'column "{column}"')
+        check_normalised(matrix, usable, f'column "{column}"')
     return (matrix if usable.all() else np.where(usable[:, None], matrix, matrix.dtype.type(0))), usable
 
 

@@ -57,8 +57,9 @@ class Filter(Node, abc.ABC):
         """What `mask` and `fit` read: pool columns (`text`) and measured ones (`clip.score`)."""
 
     def numeric(self) -> tuple[str, ...]:
-        """The columns without which a sample cannot pass. Samples without a finite value are dropped and counted."""
-        return ()
+        """The columns without which a sample cannot pass; by default all but the uid. Samples without a finite value
+        are dropped, by `not` of the filter too, and counted."""
+        return tuple(column for column in self.columns() if column != "uid")
 
     def targets(self) -> tuple[str, ...]:
         """The target sets it compares with: folders of shards, indexed and measured before `fit`."""
@@ -161,6 +162,10 @@ class ThresholdFilter(Filter):
 
 class SelectionFilter(Filter):
     """A filter whose `fit` returns the uids it keeps, sorted, as `kept`. Samples that were not fitted are dropped."""
+
+    @abc.abstractmethod
+    def numeric(self) -> tuple[str, ...]:
+        """The columns that `fit` needs."""
 
     def columns(self) -> tuple[str, ...]:
         return ("uid", *self.numeric())

@@ -39,8 +39,6 @@ class Basic(Filter):
         language = ("language.code",) if self.language is not None else ()
         return ("caption.words", "caption.characters", "original_width", "original_height", *language)
 
-    numeric = columns
-
     def mask(self, batch: pa.Table, state: State) -> np.ndarray:
         width, height = numbers(batch["original_width"]), numbers(batch["original_height"])
         short, long = np.minimum(width, height), np.maximum(width, height)

@@ -48,9 +48,6 @@ class ClipScore(ThresholdFilter):
     def columns(self) -> tuple[str, ...]:
         return (self.column, *self.cutoff.columns)
 
-    def numeric(self) -> tuple[str, ...]:
-        return (self.column,)
-
     def fit(self, view: View) -> State:
         return self.cutoff.fit(view, (self.column,), lambda batch: scores_of(batch, self.column))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -98,8 +98,6 @@ class ImageBased(Filter):
     def columns(self) -> tuple[str, ...]:
         return ("text", self.column, *(("language.code",) if self.language is not None else ()))
 
-    numeric = columns
-
     def check(self, view: View) -> None:
         """Raises WinnowError for an empty target set, fewer samples than clusters, or embeddings of the pool, the
         centroids and the targets that differ in dimension."""
@@ -134,27 +132,29 @@ class ImageBased(Filter):
             pool = sample_vectors(view, self.column, self.clusters, self.sample, self.seed)
             centroids = train_centroids(pool, self.clusters, seed=self.seed, sample=len(pool), search=self.search)
         nearest_centroid = NearestCentroid(centroids, self.search)
-        hit = np.zeros(len(centroids), dtype=bool)
-        for number, vectors in enumerate(self._target_embeddings(view)):
+        hit, ignored = np.zeros(len(centroids), dtype=bool), 0
+        for number, (vectors, usable) in enumerate(self._target_embeddings(view)):
+            vectors, ignored = vectors[usable], ignored + int(np.count_nonzero(~usable))
             if number == 0:
                 nearest_centroid.tune(vectors)
-            hit[nearest_centroid(vectors)] = True
+            if len(vectors):
+                hit[nearest_centroid(vectors)] = True
         if not hit.any():
             where = ", ".join(each(self.target))
             raise WinnowError("the target set has no usable image", where=where, do="Give one that has.")
-        return fitted_state(nearest_centroid, hit)
+        return fitted_state(nearest_centroid, hit, ignored)
 
-    def _target_embeddings(self, view: View, block: int = 1 << 16) -> Any:
+    def _target_embeddings(self, view: View, block: int = 1 << 16) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Blocks of target embeddings, and which of them have a value."""
         for name in self.arrays():
             matrix = load_matrix(name)
             for start in range(0, len(matrix), block):
                 part = np.array(matrix[start : start + block], dtype=np.float32)
-                yield part[usable_rows(part)]
+                yield part, usable_rows(part)
         (column,) = self.target_columns()
         for name in self.targets():
             for batch in view.target(name).batches((column,)):
-                vectors, usable = embeddings(batch, column)
-                yield vectors[usable]
+                yield embeddings(batch, column)
 
     def mask(self, batch: pa.Table, state: State) -> np.ndarray:
         mask = self._caption(batch)

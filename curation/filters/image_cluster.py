@@ -52,7 +52,7 @@ class ImageCluster(Filter):
     def columns(self) -> tuple[str, ...]:
         return (self.column,)
 
-    numeric = target_columns = columns
+    target_columns = columns
 
     def targets(self) -> tuple[str, ...]:
         return each(self.target)
@@ -70,14 +70,15 @@ class ImageCluster(Filter):
         )
         nearest_centroid = NearestCentroid(centroids, self.search)
         nearest_centroid.tune(pool)
-        hits = np.zeros(self.clusters, np.int64)
+        hits, ignored = np.zeros(self.clusters, np.int64), 0
         for name in self.targets():
             for batch in view.target(name).batches((self.column,)):
                 vectors, usable = embeddings(batch, self.column)
                 hits += np.bincount(nearest_centroid(vectors[usable]), minlength=self.clusters)
+                ignored += int(np.count_nonzero(~usable))
         if not hits.any():
             raise WinnowError("the target set has no usable image", where=", ".join(self.targets()))
-        return fitted_state(nearest_centroid, hits)
+        return fitted_state(nearest_centroid, hits, ignored)
 
     def mask(self, batch: pa.Table, state: State) -> np.ndarray:
         vectors, mask = embeddings(batch, self.column)

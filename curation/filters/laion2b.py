@@ -36,8 +36,6 @@ class Laion2b(Filter):
     def columns(self) -> tuple[str, ...]:
         return ("clip_b32_similarity_score", "language.code")
 
-    numeric = columns
-
     def mask(self, batch: pa.Table, state: State) -> np.ndarray:
         same = pc.fill_null(pc.equal(batch["language.code"], self.language), False).to_numpy()
         with np.errstate(invalid="ignore"):

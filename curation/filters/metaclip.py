@@ -50,9 +50,6 @@ class MetaClip(Filter):
     def columns(self) -> tuple[str, ...]:
         return ("uid", "text")
 
-    def numeric(self) -> tuple[str, ...]:
-        return ("text",)
-
     def fit(self, view: View) -> State:
         matcher = Matcher.read(self.metadata)
         counts = np.zeros(len(matcher.entries), np.int64)

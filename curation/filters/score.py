@@ -88,9 +88,6 @@ class Score(ThresholdFilter):
     def columns(self) -> tuple[str, ...]:
         return (*self.scores(), *self.cutoff.columns)
 
-    def numeric(self) -> tuple[str, ...]:
-        return tuple(self.scores())
-
     def fit(self, view: View) -> State:
         columns = tuple(self.scores())
         pool = view.whole

@@ -31,8 +31,6 @@ class TextBased(Filter):
     def columns(self) -> tuple[str, ...]:
         return ("entity.in21k", *(("language.code",) if self.language is not None else ()))
 
-    numeric = columns
-
     def mask(self, batch: pa.Table, state: State) -> np.ndarray:
         mask = pc.fill_null(pc.equal(batch["entity.in21k"], True), False)
         if self.language is not None:

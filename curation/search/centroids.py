@@ -129,16 +129,20 @@ def assign(vectors: np.ndarray, centroids: np.ndarray, batch: int = _BATCH, sear
 def hit_report(state: State, min_hits: int = 1) -> dict[str, Any]:
     """What a filter by clusters reports of its `fitted_state`."""
     hits = int((state["hit"] >= min_hits).sum())
-    recall = float(state["recall"])
-    return {"clusters": len(state["hit"]), "clusters with a target": hits, "recall of the search": recall}
+    report = {"clusters": len(state["hit"]), "clusters with a target": hits}
+    ignored = {"targets without a value": int(state["ignored"])} if "ignored" in state else {}
+    return report | ignored | {"recall of the search": float(state["recall"])}
 
 
 _last: list[tuple[np.ndarray, int, NearestCentroid]] = []
 
 
-def fitted_state(nearest_centroid: NearestCentroid, hit: np.ndarray) -> State:
-    """The state of a filter by clusters: `centroids`, which of them were `hit`, and how they are searched."""
+def fitted_state(nearest_centroid: NearestCentroid, hit: np.ndarray, ignored: int = 0) -> State:
+    """The state of a filter by clusters: `centroids`, which of them were `hit`, how they are searched, and how many
+    targets were `ignored`, because they have no value."""
     found = {"centroids": nearest_centroid.centroids, "hit": hit, "recall": np.array(nearest_centroid.recall)}
+    if ignored:
+        found["ignored"] = np.array(ignored)
     return found if nearest_centroid.exact else {**found, "probes": np.array(nearest_centroid.probes)}
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from winnow.evaluate import metrics
 from winnow.evaluate.protocols.base import EvalSet, Features, Kind, Protocol, Row, Target
 from winnow.evaluate.tasks.task import NotApplicable
-from winnow.infra.errors import UsageError
+from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io.images import ImageError, decode_image
 from winnow.infra.pool.pool import Pool, read_members
 from winnow.infra.pool.sample import Sample
@@ -82,13 +82,16 @@ def embedded(images: Iterable[Image.Image], encoder: str, device: str = "auto") 
     """L2-normalised features of RGB images, float32 [n, d]."""
     import torch
 
-    from winnow.pretrain.encoder import load_encoder
+    from winnow.pretrain.encoder import load_encoder, not_finite
 
     loaded = load_encoder(encoder, device)
     parts, stream = [], iter(images)
     while batch := [loaded.crop(image) for image in islice(stream, BATCH)]:
         parts.append(loaded.encode_images(loaded.normalise(torch.stack(batch))))
-    return np.concatenate(parts)
+    features = np.concatenate(parts)
+    if fault := not_finite(images=features):
+        raise WinnowError(fault, where=encoder)
+    return features
 
 
 def _images(drawn: np.ndarray) -> Iterator[Image.Image]:

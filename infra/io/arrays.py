@@ -67,7 +67,7 @@ def usable_rows(matrix: np.ndarray) -> np.ndarray:
     return (largest > 0) & (largest < np.inf)
 
 
-def check_unit(matrix: np.ndarray, usable: np.ndarray, what: str, where: str | None = None) -> None:
+def check_normalised(matrix: np.ndarray, usable: np.ndarray, what: str, where: str | None = None) -> None:
     """Refuse embeddings that are not L2-normalised, because inner products are taken for cosines.
 
     Args:

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
-from winnow.infra.io.arrays import check_unit, read_header, usable_rows
+from winnow.infra.io.arrays import check_normalised, read_header, usable_rows
 from winnow.infra.pool.layouts import is_ours
 from winnow.infra.stages.stage import LOCATIONS, MANIFEST, RECORDS
 
@@ -74,7 +74,7 @@ def read_feature(url: str, name: str, rows: int) -> pa.FixedSizeListArray:
         raise WinnowError(f"{name} is truncated", where=url)
     matrix = np.frombuffer(data, dtype).astype(dtype.newbyteorder("="), copy=False)
     matrix = np.ascontiguousarray(matrix.reshape(shape[::-1]).T) if fortran else matrix.reshape(shape)
-    check_unit(matrix, usable_rows(matrix), name, url)
+    check_normalised(matrix, usable_rows(matrix), name, url)
     return pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel().astype(np.float16, copy=False)), shape[1])
 
 

@@ -3,6 +3,7 @@ is fitted is as if they were not there."""
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,7 @@ from winnow.curation.filters.near_duplicates import NearDuplicates
 from winnow.curation.filters.norm_sim import NormSim
 from winnow.curation.filters.semdedup import SemDeDup
 from winnow.infra.errors import WinnowError
+from winnow.infra.params import params
 
 N, BROKEN = 60, 8  # samples of the pool, of which the first lack a value
 INF, NAN = math.inf, math.nan
@@ -118,8 +120,8 @@ def test_no_filter_keeps_or_uses_a_sample_without_a_value(name, tmp_path):
     (tmp_path / "entries.txt").write_text("red dog\nwords\nbeach\n")
 
     def tree(n: int) -> Filter:
-        ((kind, params),) = CASES[name](n).items()
-        return parse({kind: params | ({"metadata": str(tmp_path / "entries.txt")} if kind == "metaclip" else {})})
+        ((kind, given),) = CASES[name](n).items()
+        return parse({kind: given | ({"metadata": str(tmp_path / "entries.txt")} if kind == "metaclip" else {})})
 
     table = world()
     images = table.slice(N - 6).select(["clip.image", "image_hash.phash"])
@@ -148,6 +150,9 @@ def test_no_filter_keeps_or_uses_a_sample_without_a_value(name, tmp_path):
             if broken is not None:
                 more = Columns(broken.slice(0, BROKEN).select(images.column_names), images)
                 assert decide(node, table, {"t": more}) == decide(node, table, targets), (column, kind)
+                if name in ("image_cluster", "image_based"):
+                    report = node.report(node.fit(Columns(table, targets={"t": more})))
+                    assert report["targets without a value"] == BROKEN
 
 
 def test_an_infinite_score_is_not_the_best_of_duplicates():
@@ -162,6 +167,25 @@ def test_an_infinite_score_is_not_the_best_of_duplicates():
     for node in (ExactDuplicates(score="clip.score"), NearDuplicates(cosine=0.9, score="clip.score")):
         state = node.fit(Columns(table))
         assert node.mask(table, state).tolist() == [False, True, False, True, True, False]
+
+
+@params
+class Everything(Filter):
+    """Keeps what it is shown."""
+
+    name: ClassVar[str] = "everything"
+
+    def columns(self):
+        return ("uid", "clip.score", "text")
+
+    def mask(self, batch, state):
+        return np.ones(batch.num_rows, dtype=bool)
+
+
+def test_a_custom_filter_gets_no_sample_without_a_value_past():
+    table = pa.table({"uid": uids(4), "clip.score": [0.5, NAN, INF, 0.1], "text": ["a", "b", "c", None]})
+    assert fit(Everything(), table).mask(table).tolist() == [True, False, False, False]
+    assert fit(~Everything(), table).mask(table).tolist() == [False] * 4
 
 
 def test_trees_decide_by_three_valued_logic():

@@ -16,7 +16,7 @@ import pytest
 import webdataset as wds
 
 from tests.drawing import sample, uid_of, write_pool, write_tar
-from tests.field.helpers import index, read_shards, winnow
+from tests.field.helpers import curate, index, read_shards, winnow
 from winnow.curation.reshard import ReshardStage
 from winnow.infra.io.storage import digest_file
 from winnow.infra.pool.pool import Pool
@@ -70,6 +70,23 @@ def test_a_uid_listed_k_times_is_written_k_times_and_trained_on_as_often(tmp_pat
     again = Samples(str(tmp_path / "r"))
     texts = [[item.text for item in one.read(np.arange(len(one)))] for one in (direct, again)]
     assert texts[0] == texts[1] == [sample(i)["members"]["txt"].decode() for i in wanted]
+
+
+def test_a_subset_of_repeats_counts_them_as_often_as_the_pool_has_them(tmp_path):
+    """As in DataComp's resharder, each row of a listed uid counts as often as the uid is listed."""
+    write_pool(tmp_path / "s", 1, 4)
+    index(tmp_path / "s", tmp_path / "p")
+    listed = [uid_of(i) for i in (0, 1, 1, 1, 3)]
+    save_subset(str(tmp_path / "subset.npy"), decode_uids(pa.array(listed)))
+    reshard(tmp_path / "p", tmp_path / "r", "--subset", tmp_path / "subset.npy")
+    status, printed, subset = curate(tmp_path / "r", {"random": {"fraction": 1.0}}, tmp_path / "c")
+    assert status == 0, printed  # the default budget of skipped samples is 5 %
+    assert encode_uids(subset) == sorted(set(listed))
+    assert json.loads((tmp_path / "c" / "subset" / "funnel.json").read_text())["repeated"] == 2
+    samples = Samples(str(tmp_path / "r"), str(tmp_path / "c" / "subset" / "subset.npy"))
+    assert sorted(item.uid for item in samples.read(np.arange(len(samples)))) == sorted(listed)
+    again = reshard(tmp_path / "r", tmp_path / "again", "--subset", tmp_path / "c" / "subset" / "subset.npy")
+    assert sorted(facts["uid"] for facts in facts_of(again)) == sorted(listed)
 
 
 def test_every_member_and_every_field_of_the_json_is_carried(tmp_path):

@@ -19,9 +19,6 @@ class CaptionLength(Filter):
     def columns(self):
         return ("caption.words",)  # so the measure `caption` runs
 
-    def numeric(self):
-        return ("caption.words",)  # null never passes, and is counted
-
     def mask(self, batch, state):
         words = numbers(batch["caption.words"])
         return (words >= self.least) & (words <= self.most)

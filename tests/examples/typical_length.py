@@ -28,9 +28,6 @@ class TypicalLength(Filter):
     def columns(self):
         return ("caption.characters",)  # so the measure `caption` runs
 
-    def numeric(self):
-        return ("caption.characters",)  # a null never passes, and is counted
-
     def fit(self, view):
         length = np.concatenate([numbers(batch["caption.characters"]) for batch in view.batches(self.columns())])
         low, high = np.nanquantile(length, [self.low, self.high])

@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from tests.benchmarks.metadata import write_metadata
+from tests.field.helpers import curate as curate_small
+from tests.field.helpers import write_metadata as write_small
 from winnow.infra.pool.pool import Pool
 from winnow.infra.pool.uids import encode_uids, load_subset
 from winnow.pipeline.cli import main
@@ -201,3 +203,49 @@ def test_curating_scores_loads_neither_torch_nor_pandas_and_starts_no_ray_for_on
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"image_cluster": {"target": "TARGET", "clusters": 4, "column": "l14_img"}},
+        {"semdedup": {"clusters": 4, "epsilon": 0.001, "column": "l14_img"}},
+        {"cluster_balanced": {"clusters": 4, "fraction": 0.8, "column": "l14_img"}},
+        {"near_duplicates": {"cosine": 0.999, "column": "l14_img"}},
+        {"neg_clip_loss": {"model": "l14", "keep": 80}},
+        {"d2_pruning": {"model": "l14", "keep": 80}},
+        {"norm_sim": {"target": "TARGET/t.npy", "threshold": 0.01, "column": "l14_img"}},
+        {"image_based": {"target": "TARGET/t.npy", "clusters": 4, "language": None}},
+    ],
+    ids=lambda tree: next(iter(tree)),
+)
+def test_features_without_a_value_in_datacomps_metadata(tree, tmp_path):
+    """Every tenth embedding is NaN, infinite, or zeros; in the target set too."""
+    table = write_small(tmp_path / "pool", "0", [0.3] * 100)
+    write_small(tmp_path / "target", "0", [0.3] * 50, first=200)
+    for folder, name in ((tmp_path / "pool", "l14_img"), (tmp_path / "target", "l14_img")):
+        with np.load(folder / "0.npz") as found:
+            arrays = {key: found[key].copy() for key in found}
+        arrays[name][::30], arrays[name][10::30], arrays[name][20::30] = math.nan, np.r_[math.inf, [0] * 7], 0
+        np.savez(folder / "0.npz", **arrays)
+        np.save(folder / "t.npy", arrays[name])
+    text = json.dumps(tree).replace("TARGET", str(tmp_path / "target"))
+    status, printed, subset = curate_small(tmp_path / "pool", json.loads(text), tmp_path / "out")
+    assert status == 0, printed
+    broken = set(table["uid"].to_pylist()[::10])
+    assert 0 < len(subset) <= 90 and not broken & set(encode_uids(subset))
+    funnel = json.loads((tmp_path / "out" / "subset" / "funnel.json").read_text())
+    assert funnel["tree"]["nan"] == 10
+    if "image_cluster" in tree:
+        assert len(subset) == 90
+
+
+def test_features_that_are_not_normalised_are_refused_by_file(tmp_path):
+    write_small(tmp_path / "pool", "0", [0.3] * 20)
+    write_small(tmp_path / "pool", "1", [0.3] * 20, first=20)
+    with np.load(tmp_path / "pool" / "1.npz") as found:
+        np.savez(tmp_path / "pool" / "1.npz", **{key: 5 * found[key] for key in found})
+    tree = {"semdedup": {"clusters": 2, "epsilon": 0.1, "column": "l14_img"}}
+    status, printed, _ = curate_small(tmp_path / "pool", tree, tmp_path / "out")
+    words = r"1.npz: l14_img: 20 of 20 embeddings are not L2-normalised \(norms 5 to 5\). Divide each"
+    assert status == 1 and re.search(words, printed), printed

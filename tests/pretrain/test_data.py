@@ -9,12 +9,12 @@ from tests.pretrain.tiny import make_pool, uid
 from winnow.infra.errors import WinnowError
 from winnow.infra.pool.index import IndexStage
 from winnow.infra.pool.sample import Sample
-from winnow.infra.pool.uids import decode_uids, save_subset
+from winnow.infra.pool.uids import decode_uids, save_subset, times_listed
 from winnow.infra.stages.executors import SerialExecutor
 from winnow.infra.stages.runner import execute
 from winnow.pretrain.data.loader import Batches
 from winnow.pretrain.data.order import Order, epoch_order
-from winnow.pretrain.data.samples import Samples, _times
+from winnow.pretrain.data.samples import Samples
 from winnow.pretrain.sections import SourceConfig
 
 
@@ -232,7 +232,7 @@ def test_uids_that_share_their_first_half_are_told_apart() -> None:
     uids["f0"], uids["f1"] = rng.integers(0, 10, 300), rng.integers(0, 40, 300)
     distinct = np.unique(uids[:100])
     counts = rng.integers(1, 5, len(distinct))
-    _, times = _times(uids, distinct, counts)
+    _, times = times_listed(uids, distinct, counts)
     by_uid = {value.tobytes(): count for value, count in zip(distinct, counts, strict=True)}
     assert times.tolist() == [by_uid.get(value.tobytes(), 0) for value in uids]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -123,12 +124,16 @@ class Features:
 
 @dataclass(frozen=True)
 class Row:
-    """One score: `value` over `n` samples, with its standard error."""
+    """One score: `value` over `n` samples, with its standard error. Raises TaskError where one is not finite."""
 
     metric: str
     value: float
     n: int
     stderr: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.value) and math.isfinite(self.stderr)):
+            raise TaskError(f"{self.metric} is {self.value:g}, with a standard error of {self.stderr:g}: no score")
 
 
 class Kind(abc.ABC):

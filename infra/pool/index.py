@@ -114,7 +114,7 @@ class IndexStage(Stage):
 
     def run(self, unit: Unit) -> Output:
         if unit.runtime["fault"]:
-            raise WinnowError(unit.runtime["fault"])
+            raise WinnowError(unit.runtime["fault"], where=unit.runtime["tar"])
         skipped: list[Skipped] = []
         writer = PoolWriter(self.out, unit.name)
         unusable: list[Facts] = []

@@ -59,7 +59,7 @@ class Budget:
             most = reasons.most_common(5)
             first = next((item for item in skipped if item["reason"] == most[0][0]), None)
             listed = ", ".join(f"{reason}: {n}" for reason, n in most)
-            example = f"; the first is {first['id']}. {first['detail']}".rstrip(". ") if first else ""
+            example = f"; the first is {first['id']}: {first['detail']}".rstrip(":. ") if first else ""
             what = f"{count} of {total} skipped, the budget is {self} ({listed}){example}"
             raise WinnowError(what, where=where, do="Fix the input, or raise max_skipped.")
 
@@ -171,10 +171,12 @@ def _finish(
 ) -> Manifest:
     """Run the stage's last step and write the manifest, unless more was skipped than the budget allows."""
     records = [done[unit.name] for unit in units if unit.name in done]
-    lost = {unit.name: _reason(failures[unit.name]) for unit in units if unit.name in failures}
+    errors = {unit.name: failures[unit.name] for unit in units if unit.name in failures}
+    lost = {name: error.what if isinstance(error, WinnowError) else _reason(error) for name, error in errors.items()}
     counts = count_samples(stage, units, done, lost)
     skipped, reasons = counts.skipped, counts.reasons
-    budget.check(reasons, counts.total - reasons.total(), label, skipped)
+    examples = [{"id": name, "reason": lost[name], "detail": _reason(error)} for name, error in errors.items()]
+    budget.check(reasons, counts.total - reasons.total(), label, [*skipped, *examples])
     storage.remove(stage.url(MANIFEST))
     finished = stage.finish(records)
     files = {path: facts for record in records for path, facts in record.files.items()}
@@ -195,7 +197,7 @@ def _finish(
             "count": reasons.total(),
             "reasons": dict(sorted(reasons.items())),
             "samples": skipped[:1000],
-            "units": lost,
+            "units": {name: _reason(error) for name, error in errors.items()},
         },
         files=dict(sorted(files.items())),
         values=finished.values,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from winnow.evaluate.protocols.base import load_kind
+from winnow.evaluate.protocols.base import Row, load_kind
 from winnow.evaluate.report.score_table import scores_text, short_names
 from winnow.evaluate.scores import result_line
 from winnow.evaluate.statistics.aggregate import AGGREGATES, Estimate, SubsetScores, compare
 from winnow.evaluate.tasks.read import datacomp_tasks
+from winnow.evaluate.tasks.task import TaskError
 
 TASKS = datacomp_tasks()
 PLAIN = {"acc1", "acc5", "mean_per_class_recall"}
@@ -150,3 +151,9 @@ def test_an_average_says_what_it_is_over() -> None:
     text = table_of(["cifar10", "mnist", "mine"])
     assert "average over 3 tasks" in text and "The average is over mnist, cifar10, mine." not in text
     assert "The average is over cifar10, mnist, mine." in text and "0.667" in text
+
+
+@pytest.mark.parametrize(("value", "stderr"), [(np.nan, 0.1), (np.inf, 0.1), (0.5, np.nan)])
+def test_a_score_is_a_number(value, stderr):
+    with pytest.raises(TaskError, match=r"acc1 is .* no score"):
+        Row("acc1", value, 10, stderr)

@@ -55,6 +55,9 @@ def test_a_changed_file_is_another_pool(folder):
 
 def test_folders_that_are_not_metadata(folder, tmp_path):
     assert is_metadata(str(folder))
+    for name in ("._a.parquet", "_metadata.parquet", "._0.tar"):  # copied from macOS, written by Spark
+        (folder / name).write_bytes(b"\0\5\x16\7")
+    assert is_metadata(str(folder)) and [shard.name for shard in Pool.open(str(folder)).shards] == ["a", "b"]
     (folder / "0.tar").touch()
     assert not is_metadata(str(folder)) and not is_metadata(str(tmp_path)) and not is_metadata(str(tmp_path / "none"))
 

@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# of the tests
+PROCESSES ?= 2
 
 # Without bytecode on disk every process compiles all of torch again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -21,7 +23,7 @@ quickstart: install
 	$(BIN)/winnow run quickstart --out runs/quickstart
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

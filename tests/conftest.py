@@ -19,6 +19,15 @@ from winnow.infra.stages.runner import execute
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n`, a process runs whole modules, so that fixtures are made once; one of them all tests on Ray, first."""
+    on_ray = ["ray_session" in getattr(item, "fixturenames", ()) for item in items]
+    for item, ray in zip(items, on_ray, strict=True):
+        item.add_marker(pytest.mark.xdist_group("ray" if ray else item.location[0]))
+    order = {id(item): not ray for item, ray in zip(items, on_ray, strict=True)}
+    items.sort(key=lambda item: order[id(item)])
+
+
 @pytest.fixture(scope="session")
 def ray_session():
     """A local Ray of two cores, started once. Tests take an executor from `ray_executor`."""

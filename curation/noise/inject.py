@@ -27,7 +27,7 @@ from winnow.infra.pool.uids import decode_uids, derived_uid, hash_unit
 from winnow.infra.pool.views import HERE, ROLES
 from winnow.infra.pool.writer import PoolWriter, SampleWriter, shard_entries
 from winnow.infra.stages.kept import check_kept
-from winnow.infra.stages.stage import Output, Record, Stage, Unit, need_manifest, read_locations, read_sources
+from winnow.infra.stages.stage import Output, Record, Stage, Unit, need_manifest, read_checksums, read_locations
 
 _COPIES = ("duplicates", "near_duplicates")
 _IN_PLACE = ("tiny", "extreme_aspect", "watermark")  # alter the image of the sample itself
@@ -96,7 +96,7 @@ class InjectStage(Stage):
 
     def read_in_place(self, units: Iterable[Unit], records: Mapping[str, Record]) -> dict[str, list[str]]:
         """Those of the source pool, and its own tars."""
-        known, source = read_sources(self.pool), _source_location(read_locations(self.pool))
+        known, source = read_checksums(self.pool).get("read", {}), _source_location(read_locations(self.pool))
         found = {reference: list(facts) for reference, facts in known.items()}
         for path, facts in need_manifest(self.pool, "pool").files.items():
             if path.endswith(".tar"):

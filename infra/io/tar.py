@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from winnow.infra.errors import WinnowError
+from winnow.infra.errors import StorageError, WinnowError
 
+_PASSING = (5, 6, 7, 18, 28, 35, 52, 55, 56)  # exit statuses of curl: no connection, or it was lost
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
 
 
@@ -128,6 +129,7 @@ def open_stream(url: str) -> Iterator[Any]:
 
     Raises:
         WinnowError: the command or the server failed; also at the end of the data.
+        StorageError: the connection to the server failed.
     """
     from webdataset.gopen import gopen  # imports torch
 
@@ -137,6 +139,8 @@ def open_stream(url: str) -> Iterator[Any]:
             yield file
     except OSError as error:
         status = getattr(file, "status", None)  # of the command
+        if status in _PASSING and not url.startswith("pipe:"):
+            raise StorageError(f"{url}: the connection failed (curl's exit status {status}). Run again.") from error
         raise WinnowError(f"the stream failed ({f'exit status {status}' if status else error})", where=url) from error
 
 

@@ -24,7 +24,7 @@ from winnow.infra.pool.sample import Sample
 from winnow.infra.pool.uids import decode_uids
 from winnow.infra.pool.views import HERE, IDENTITY, LOCATION
 from winnow.infra.stages.kept import MANIFEST, KeptFile, check
-from winnow.infra.stages.stage import Manifest, need_manifest, read_locations, read_sources
+from winnow.infra.stages.stage import Manifest, need_manifest, read_checksums, read_locations
 
 # Columns that `Shard.samples` needs, to be read with `Shard.table`.
 SAMPLE = ("uid", "key", "text", *LOCATION.names)
@@ -151,7 +151,8 @@ class Shard:
 
 def _finder(url: str, manifest: Manifest) -> Callable[[str], str]:
     """A function from references ("location/path") in a pool's manifest to URLs with what is known of the content."""
-    locations, sources, since = read_locations(url), read_sources(url), storage.join(url, MANIFEST)
+    locations, since = read_locations(url), storage.join(url, MANIFEST)
+    sources = read_checksums(url).get("read", {})
 
     def file(reference: str) -> str:
         location, _, path = reference.partition("/")

@@ -122,7 +122,7 @@ class RayExecutor:
             else:
                 options |= {"include_dashboard": False, "num_cpus": self.num_cpus}
             try:
-                found = ray.init(**options).address_info.get("session_dir")
+                found = getattr(ray.init(**options), "address_info", {}).get("session_dir")
             except Exception as error:  # Ray raises plain ones, too
                 local = "RAY_TMPDIR names the folder that it writes to. Without Ray: --executor serial."
                 do = "If the cluster wants a token, set RAY_AUTH_MODE=token." if address else local

@@ -7,7 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from winnow.infra.errors import StorageError, UsageError, WinnowError
@@ -15,11 +15,11 @@ from winnow.infra.io import storage
 from winnow.infra.stages.executors import Executor
 from winnow.infra.stages.progress import RunLog, StageProgress, read_note
 from winnow.infra.stages.stage import (
+    CHECKSUMS,
     INCOMPLETE,
     LOCATIONS,
     MANIFEST,
     RECORDS,
-    SOURCES,
     Manifest,
     Record,
     Stage,
@@ -99,7 +99,7 @@ def execute(
         _write_if_new(stage.url(LOCATIONS), stage.locations())
         if not todo and previous is not None and previous.key == key and _whole(stage, previous, done):
             budget.check(Counter(previous.skipped["reasons"]), previous.items, label)
-            _write_sources(stage, units, done)
+            _write_checksums(stage, units, done, previous)
             log.event(event="unchanged", stage=label, units=len(units))
             log.say(f"{label:<24} unchanged ({len(units)} units)")
             return previous
@@ -140,9 +140,10 @@ def _write_if_new(url: str, content: dict[str, Any]) -> None:
     storage.write_json(url, content)
 
 
-def _write_sources(stage: Stage, units: list[Unit], done: dict[str, Record]) -> None:
-    if sources := stage.read_in_place(units, done):
-        _write_if_new(stage.url(SOURCES), sources)
+def _write_checksums(stage: Stage, units: list[Unit], done: dict[str, Record], manifest: Manifest) -> None:
+    records = {unit.name: done[unit.name].digest for unit in units if unit.name in done}
+    found = {"manifest": manifest.digest, "records": records}
+    _write_if_new(stage.url(CHECKSUMS), found | {"read": stage.read_in_place(units, done)})
 
 
 def _finish(
@@ -183,8 +184,9 @@ def _finish(
     )
     # The next run must retry missing units, so its key must not match.
     retry = bool(lost) or any(record.key == INCOMPLETE for record in records)
-    _write_sources(stage, units, done)
-    body = asdict(manifest) | ({"key": INCOMPLETE} if retry else {})
+    kept = replace(manifest, key=INCOMPLETE) if retry else manifest
+    _write_checksums(stage, units, done, kept)
+    body = asdict(kept)
     body.pop("url")
     storage.write_json(stage.url(MANIFEST), body)
     return manifest

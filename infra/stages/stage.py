@@ -22,7 +22,7 @@ from winnow.infra.io.storage import digest_json
 from winnow.infra.stages.kept import MANIFEST, RECORDS, KeptFile
 from winnow.infra.stages.resources import Resources
 
-LOCATIONS, SOURCES = "locations.json", "sources.json"
+LOCATIONS, CHECKSUMS = "locations.json", "checksums.json"
 _OLD_LOCATIONS, _OLD_FIELDS = "places.json", {"set_aside": "skipped"}  # of files that earlier versions wrote
 INCOMPLETE = "incomplete"  # key of a record or manifest that the next run must redo
 
@@ -85,6 +85,10 @@ class Record:
     items: int
     skipped: list[dict[str, str]]
     values: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        return digest_json(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -270,7 +274,10 @@ def read_manifest(url: str) -> Manifest | None:
     if not storage.exists(path):
         return None
     try:
-        return Manifest(**_renamed(storage.read_json(path)), url=url)
+        manifest = Manifest(**_renamed(storage.read_json(path)), url=url)
+        if read_checksums(url).get("manifest", manifest.digest) != manifest.digest:
+            raise WinnowError("is damaged", where=path)
+        return manifest
     except (TypeError, AttributeError, WinnowError) as error:
         if isinstance(error, WinnowError) and storage.is_dir(storage.join(url, RECORDS)):
             return None  # a machine that loses power leaves it empty or cut
@@ -290,16 +297,19 @@ def read_locations(url: str) -> dict[str, str]:
     return found if isinstance(found, dict) else {}
 
 
-def read_sources(url: str) -> dict[str, tuple[str, str]]:
-    """Version token and sha256 of each file that a directory's readers read in place, by reference
-    (`Stage.read_in_place`). Directories of earlier versions have none."""
-    path = storage.join(url, SOURCES)
-    return _sources(path, storage.version_token(path)) if storage.exists(path) else {}
+def read_checksums(url: str) -> dict[str, Any]:
+    """What a stage's directory has next to its manifest to check it by: the digests of "manifest" and, by unit, of
+    "records", and in "read" what `Stage.read_in_place` gave. Directories of earlier versions have none."""
+    path = storage.join(url, CHECKSUMS)
+    return _checksums(path, storage.version_token(path)) if storage.exists(path) else {}
 
 
-@functools.lru_cache(maxsize=8)
-def _sources(path: str, token: str) -> dict[str, tuple[str, str]]:
-    return {reference: (facts[0], facts[1]) for reference, facts in storage.read_json(path).items()}
+@functools.lru_cache(maxsize=64)
+def _checksums(path: str, token: str) -> dict[str, Any]:
+    found = storage.read_json(path)
+    if not isinstance(found, dict):
+        raise WinnowError("is damaged", where=path)
+    return found
 
 
 def need_manifest(url: str, what: str) -> Manifest:
@@ -309,18 +319,18 @@ def need_manifest(url: str, what: str) -> Manifest:
         if not storage.exists(storage.join(url, MANIFEST)):
             raise WinnowError(f"holds no finished {what} (no {MANIFEST})", where=url)
         do = "Run again what makes it; it goes on from what is there."
-        raise WinnowError(f"holds no finished {what} ({MANIFEST} is damaged)", where=url, do=do)
+        raise WinnowError(f"holds no finished {what} ({MANIFEST} or {CHECKSUMS} is damaged)", where=url, do=do)
     return manifest
 
 
 def records_in(url: str) -> Iterator[tuple[str, Record | None]]:
-    """The URLs of the records in a stage's directory, with what they hold; None where one is damaged."""
+    """The names of the units that have a record in a stage's directory, with it; None where it is damaged."""
     for name in _walk(storage.join(url, RECORDS)):
         path = storage.join(url, RECORDS, name)
         try:
-            yield path, Record(**_renamed(storage.read_json(path)))
+            yield name.removesuffix(".json"), Record(**_renamed(storage.read_json(path)))
         except (WinnowError, TypeError, AttributeError):
-            yield path, None
+            yield name.removesuffix(".json"), None
 
 
 def pending_units(stage: Stage) -> tuple[list[Unit], dict[str, Record]]:

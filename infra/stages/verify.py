@@ -5,13 +5,14 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.content import content_digest
 from winnow.infra.io.prefetch import prefetch
 from winnow.infra.stages.kept import MANIFEST, RECORDS
-from winnow.infra.stages.stage import LOCATIONS, read_locations, read_manifest, read_sources, records_in
+from winnow.infra.stages.stage import CHECKSUMS, LOCATIONS, read_checksums, read_locations, read_manifest, records_in
 
 CHECKPOINT = "checkpoint.json"  # lists the files of a training's checkpoint in its folder
 
@@ -80,20 +81,28 @@ def _of_stage(folder: str, names: set[str]) -> Iterator[Expected]:
         except WinnowError as error:
             fault = error.what
         yield Expected(storage.join(folder, MANIFEST), fault=fault)
-    listed = {} if manifest is None else manifest.files
-    for path, facts in listed.items():
-        yield Expected(storage.join(folder, path), facts["sha256"])
-    for url, record in records_in(folder):
-        yield Expected(url, fault="" if record is not None else "is damaged; run again, and the unit is recomputed")
-        for path, facts in record.files.items() if record is not None else ():
-            yield Expected(storage.join(folder, path), facts["sha256"])
+    sums: dict[str, Any] = {}
     try:
+        sums = read_checksums(folder)
+        if sums and sums.keys() != {"manifest", "records", "read"}:
+            raise ValueError
         locations = read_locations(folder) if LOCATIONS in names else {}
-        for reference, (_, sha256) in read_sources(folder).items():
+        for reference, (_, sha256) in sums.get("read", {}).items():
             location, _, path = reference.partition("/")
             yield Expected(storage.join(locations[location], path), sha256)
-    except (WinnowError, LookupError, TypeError, AttributeError):
-        yield Expected(storage.join(folder, LOCATIONS), fault="this, or the file of sources next to it, is damaged")
+    except (WinnowError, LookupError, TypeError, ValueError, AttributeError):
+        yield Expected(storage.join(folder, CHECKSUMS), fault=f"this, or {LOCATIONS} next to it, is damaged")
+    listed, digests = ({}, {}) if manifest is None else (manifest.files, sums.get("records", {}))
+    for path, facts in listed.items():
+        yield Expected(storage.join(folder, path), facts["sha256"])
+    for unit, record in records_in(folder):
+        url = storage.join(folder, RECORDS, f"{unit}.json")
+        if record is None or digests.get(unit, record.digest) != record.digest:
+            yield Expected(url, fault="is damaged; remove it and run again, and the unit is recomputed")
+            continue
+        yield Expected(url)
+        for path, facts in record.files.items():
+            yield Expected(storage.join(folder, path), facts["sha256"])
 
 
 def _fault(file: Expected) -> str:

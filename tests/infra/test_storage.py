@@ -1,5 +1,7 @@
 """Storage: errors that pass are waited for, names are literal, and what a killed process leaves is swept up."""
 
+import http.server
+import io
 import json
 import os
 import socket
@@ -11,6 +13,7 @@ import time
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 
 from tests.drawing import write_pool
@@ -110,6 +113,54 @@ def test_ranges_are_data_or_an_error(troubled, shards):
     with pytest.raises(StorageError):
         storage.read_ranges(f"{shards[0]}/00000.tar", [0, 100_000], [10, 10])
     troubled.left = 0
+
+
+class Half(http.server.BaseHTTPRequestHandler):
+    """A server without ranges that closes the connection in the middle of a shard."""
+
+    content = b""
+
+    def do_GET(self):
+        self.send_response(200 if self.path.endswith(".tar") else 404)
+        self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+        self.wfile.write(self.content[: len(self.content) // 2])
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        return
+
+
+def test_a_stream_that_breaks_off_is_no_truncated_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(Half, "content", (write_pool(tmp_path / "shards", 1, 3) / "00000.tar").read_bytes())
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Half)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    args = ("--out", tmp_path / "pool", "--executor", "serial", "--max-skipped", 1000)
+    status, printed = winnow("index", f"http://127.0.0.1:{server.server_port}/00000.tar", *args)
+    server.shutdown()
+    assert status == 1 and "00000.tar: the connection failed (curl's exit status 18)" in printed
+    assert not (tmp_path / "pool" / "manifest.json").exists()
+
+
+class Broken(io.BytesIO):
+    def read(self, size=-1):
+        raise StorageError("the storage failed")
+
+
+def test_the_readers_of_other_libraries_pass_it_on():
+    """None of them takes it for a damaged file, which would be skipped."""
+    import tarfile
+    import zipfile
+
+    import pyarrow.parquet as pq
+
+    from winnow.infra.io.tar import tar_samples
+
+    readers = [pq.ParquetFile, zipfile.ZipFile, np.load, tarfile.open, lambda file: list(tar_samples(file, ()))]
+    for read in readers:
+        with pytest.raises(StorageError):
+            read(fileobj=Broken(b"x" * 1000)) if read is tarfile.open else read(Broken(b"x" * 1000))
 
 
 @pytest.mark.parametrize("name", ["run*", "run?", "run[1]", "{run1,run2}"])

@@ -15,7 +15,9 @@ from PIL import Image
 
 from tests.drawing import write_pool
 from tests.field.helpers import index, pairs, winnow
+from winnow.infra.errors import WinnowError
 from winnow.infra.stages.kept import KeptFile
+from winnow.infra.stages.verify import verify
 
 SERIAL = ("--executor", "serial")
 
@@ -145,6 +147,46 @@ def test_verify_names_every_damaged_file_and_nothing_else(tmp_path):
     assert status == 1 and named == {str(tmp_path / "run" / file) for file in files}
     (tmp_path / "empty").mkdir()
     assert winnow("verify", tmp_path / "empty")[0] == winnow("verify", tmp_path / "nowhere")[0] == 2
+
+
+def without_tokens(content):
+    """A version token that is wrong only costs reading the shard again."""
+    read = content.get("read") if isinstance(content, dict) else None
+    return content | {"read": {name: facts[1:] for name, facts in read.items()}} if read else content
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "units/00000.json", "checksums.json", "locations.json"])
+def test_every_flipped_bit_of_what_is_written_down_is_noticed_or_changes_nothing(tmp_path, name):
+    shards = write_pool(tmp_path / "shards", 1, 3)
+    index(shards, tmp_path / "pool", 0)
+    path = tmp_path / "pool" / name
+    whole, known = path.read_bytes(), json.loads(path.read_bytes())
+    for at in range(0, len(whole), 7):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << at % 8
+        path.write_bytes(flipped)
+        try:
+            same = without_tokens(json.loads(flipped)) == without_tokens(known)
+        except ValueError:
+            same = False
+        try:
+            found = {url for url, _ in verify(str(tmp_path / "pool"))[1]}
+        except WinnowError as error:
+            found = {str(error)}
+        assert same or found, (at, flipped)
+    path.write_bytes(whole)
+    assert verify(str(tmp_path / "pool"))[1] == []
+
+
+def test_a_flipped_number_in_a_manifest_is_refused_and_mended(tmp_path):
+    shards = write_pool(tmp_path / "shards", 2, 3)
+    first = index(shards, tmp_path / "pool", 0)
+    path = tmp_path / "pool" / "manifest.json"
+    assert b'"dropped": []' in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(b'"dropped": []', b'"dropped":[1]', 1))
+    status, printed = winnow("reshard", tmp_path / "pool", "--out", tmp_path / "again", *SERIAL)
+    assert status == 1 and "is not finished. Run again what makes it" in printed
+    assert index(shards, tmp_path / "pool", 0) == first
 
 
 def test_an_address_with_what_is_known_of_it_travels_to_other_processes(tmp_path):

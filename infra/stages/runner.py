@@ -110,6 +110,7 @@ def execute(
         failures: dict[str, Exception] = {}
         if replaced := replaced_units(stage, todo):
             more = f" and {len(replaced) - 1} more" if replaced[1:] else ""
+            log.event(event="replace", stage=label, units=replaced)
             log.say(f"{label:<24} replaces an earlier result of other inputs or parameters: {replaced[0]}{more}")
         if previous is not None:
             stage.keep_earlier(previous)

@@ -17,10 +17,11 @@ from winnow.evaluate.statistics.aggregate import (
     averaged_tasks,
     difference,
 )
+from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 
 HISTORY = "history"  # in the directory of the scores: a folder for each earlier state, 0001 the first
-EVALUATION = "evaluation.json"  # there: what the manifest of the evaluation said of checkpoints, tasks and protocols
+EVALUATION = "evaluation.json"  # there: what the manifest said of checkpoints, tasks and protocols, and digests
 FACTS = ("checkpoints", "tasks", "protocols", "protocol_metrics")
 MAX_TASKS = 10  # that are listed one by one
 _WHICH = ("checkpoint", "task", "protocol", "metric", "seed", "value")
@@ -29,20 +30,41 @@ Checkpoints = Sequence[tuple[str, Sequence[tuple[int, str]]]]  # by subset, (see
 
 
 def keep_scores(url: str, values: Mapping[str, Any]) -> None:
-    """Copy the scores in a directory into a new folder of its history. `values` are those of their manifest."""
-    if not storage.exists(storage.join(url, SCORES)):
+    """Copy the scores in a directory, unless they are damaged, into a new folder of its history. `values` are those of
+    their manifest."""
+    try:
+        read_scores(url)
+    except WinnowError:
         return
     last = max((int(name) for name in earlier_states(url)), default=0)
     folder = storage.join(url, HISTORY, f"{last + 1:04}")
-    storage.write_bytes(storage.join(folder, SCORES), storage.read_bytes(storage.join(url, SCORES)))
-    storage.write_json(storage.join(folder, EVALUATION), {name: values[name] for name in FACTS if name in values})
+    data = storage.read_bytes(storage.join(url, SCORES))
+    facts = {name: values[name] for name in FACTS if name in values}
+    storage.write_bytes(storage.join(folder, SCORES), data)
+    digests = {"scores": storage.digest_bytes(data), "facts": storage.digest_json(facts)}
+    storage.write_json(storage.join(folder, EVALUATION), {"facts": facts, "sha256": digests})
+
+
+def _read_state(url: str, name: str) -> tuple[str, dict[str, Any]]:
+    """The folder of a state, and what the manifest said. Raises WinnowError where one of its files is damaged."""
+    folder = storage.join(url, HISTORY, name)
+    content = storage.read_json(storage.join(folder, EVALUATION))
+    try:
+        facts, digests = content["facts"], content["sha256"]
+        found = {"scores": storage.digest_file(storage.join(folder, SCORES)), "facts": storage.digest_json(facts)}
+    except (KeyError, TypeError):
+        facts, digests, found = {}, {}, None
+    if found != digests:
+        do = "Remove the folder: these are scores of an earlier state of the run, and nothing else reads them."
+        raise WinnowError("is damaged: it does not have the content that was written", where=folder, do=do)
+    return folder, facts
 
 
 def drop_repeated(url: str, rows: Sequence[Mapping[str, Any]], checkpoints: Mapping[str, str]) -> None:
     """Remove the last state of the history if the scores of now, of checkpoints with these digests, have all of it."""
     for name in earlier_states(url)[-1:]:
-        folder = storage.join(url, HISTORY, name)
-        before = storage.read_json(storage.join(folder, EVALUATION))["checkpoints"]
+        folder, facts = _read_state(url, name)
+        before = facts["checkpoints"]
         now = {(checkpoints[row["checkpoint"]], *(row[field] for field in _WHICH)) for row in rows}
         if all(
             (before.get(row["checkpoint"]), *(row[field] for field in _WHICH)) in now
@@ -93,8 +115,7 @@ def before_and_now(url: str, checkpoints: Checkpoints, values: Mapping[str, Any]
     found = []
     protocol, now = main_scores(url, values)
     for name in earlier_states(url):
-        folder = storage.join(url, HISTORY, name)
-        earlier = storage.read_json(storage.join(folder, EVALUATION))
+        folder, earlier = _read_state(url, name)
         by, before = main_scores(folder, earlier)
         for subset, pairs in checkpoints if by == protocol else ():
             seeds, names = tuple(seed for seed, _ in pairs), [checkpoint for _, checkpoint in pairs]

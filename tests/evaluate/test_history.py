@@ -16,6 +16,7 @@ from tests.drawing import uid_of
 from tests.evaluate.sets import write_classification, write_retrieval, write_train
 from winnow.evaluate.report.compare import CompareStage, SubsetEntry
 from winnow.evaluate.stage import EvaluateStage
+from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 from winnow.infra.stages.executors import SerialExecutor
 from winnow.infra.stages.progress import RunLog
@@ -99,6 +100,11 @@ def test_another_model_under_its_old_name(stage: EvaluateStage, tmp_path: Path) 
     write_retrieval(tmp_path / "data", "wds_further_test")
     run(again)
     assert [path.name for path in kept.parent.iterdir()] == ["0001"]
+    # What is kept has a digest, too.
+    data = (kept / "scores.parquet").read_bytes()
+    (kept / "scores.parquet").write_bytes(data[:-9] + b"x" + data[-8:])
+    with pytest.raises(WinnowError, match=r"history/0001: is damaged.*Remove the folder"):
+        comparison(replace(stage, checkpoints=again.checkpoints), tmp_path / "work")
 
 
 def test_another_test_set(stage: EvaluateStage, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def winnow(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def call(*words):
-        serial = () if words[0] == "compare" else ("--executor", "serial")
+        serial = () if words[0] in ("compare", "plan") else ("--executor", "serial")
         monkeypatch.setattr(sys, "argv", ["winnow", *map(str, words), *serial])
         with pytest.raises(SystemExit) as status:
             main()
@@ -241,3 +241,20 @@ def test_parameters_of_measures(winnow, shards, tmp_path):
     given = ("--measures", "{small: {clip: {}}}", "--set", f"measures.small.clip.encoder={write_config(tmp_path)}")
     status, out, error = winnow("curate", "P", "--filters", "f.yaml", "--out", "A", *given)
     assert status == 0 and out.startswith("4 of 12 samples"), error
+
+
+def test_what_a_run_replaces_is_said(winnow, shards, tmp_path):
+    """A subset changed under its old name, by `plan` and at the start of the step; an unchanged one is not named."""
+    recipe = {"pool": str(shards), "subsets": {"a": {"random": {"fraction": 0.5}}, "b": {}}}
+    change = ("--set", "subsets.a.random.fraction=0.9")
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    run = ("r.yaml", "--out", "out")
+    status, out, err = winnow("run", *run, "--until", "curate")
+    assert status == 0 and "replac" not in out + err
+    before = np.load(tmp_path / "out" / "subsets" / "a" / "subset.npy")
+    assert "1 of 2 units to do, replacing the earlier a\n" in winnow("plan", *run, *change)[1]
+    assert np.array_equal(np.load(tmp_path / "out" / "subsets" / "a" / "subset.npy"), before)
+    assert winnow("run", *run, *change, "--until", "curate")[0] == 0
+    events = map(json.loads, (tmp_path / "out" / "log.jsonl").read_text().splitlines())
+    replaced = [(event["stage"], event["units"]) for event in events if event["event"] == "replace"]
+    assert replaced == [("curate", ["a"])]

@@ -9,7 +9,6 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # `make install CPU=1` takes the builds of PyTorch without CUDA, from its own index.
 UV_ARGS := $(if $(CPU),--torch-backend cpu)
-PIP_ARGS := $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
 
 .PHONY: install dev quickstart test lint clean
 
@@ -23,7 +22,7 @@ define install_winnow
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv || true
 	UV_SYSTEM_CERTS=1 $(BIN)/uv pip install --python $(BIN)/python $(UV_ARGS) -e '$(1)' || \
-	$(BIN)/python -m pip install $(PIP_ARGS) -e '$(1)'
+	$(BIN)/python -m pip install -e '$(1)'
 endef
 
 $(VENV)/.installed: pyproject.toml

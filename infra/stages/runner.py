@@ -103,10 +103,7 @@ def execute(
         storage.sweep(stage.out, lambda folder: storage.exists(storage.join(folder, LOCATIONS)))
         _write_if_new(stage.url(LOCATIONS), stage.locations())
         if not todo and previous is not None and previous.key == key and _whole(stage, previous, done):
-            skipped = Counter(previous.skipped["reasons"])
-            total = count_samples(stage, units, done, {}).total
-            budget.check(skipped, total - skipped.total(), label, previous.skipped["samples"])
-            _write_checksums(stage, units, done, previous)
+            _check_again(stage, units, done, previous, budget, label)
             log.event(event="unchanged", stage=label, units=len(units))
             log.say(f"{label:<24} unchanged ({len(units)} units)")
             return previous
@@ -132,6 +129,16 @@ def execute(
     return manifest
 
 
+def _check_again(
+    stage: Stage, units: list[Unit], done: dict[str, Record], manifest: Manifest, budget: Budget, label: str
+) -> None:
+    """Hold what an earlier run skipped against this run's budget."""
+    skipped = Counter(manifest.skipped["reasons"])
+    total = count_samples(stage, units, done, {}).total
+    budget.check(skipped, total - skipped.total(), label, manifest.skipped["samples"])
+    _write_checksums(stage, units, done, manifest)
+
+
 def _say_replaced(stage: Stage, todo: list[Unit], previous: Manifest | None, log: RunLog, label: str) -> None:
     """Say which finished results of the directory will be replaced, and in which parameters the new ones differ."""
     names = replaced_units(stage, todo)
@@ -140,7 +147,7 @@ def _say_replaced(stage: Stage, todo: list[Unit], previous: Manifest | None, log
     old, new = previous.params if previous is not None else {}, stage.params()
     differ = [name for name in {**old, **new} if previous is not None and old.get(name) != new.get(name)]
     changes = [f"{name} was {old.get(name)!s:.60} and is {new.get(name)!s:.60}" for name in differ]
-    log.event(event="replaces", stage=label, units=names, changes=changes)
+    log.event(event="replace", stage=label, units=names, changes=changes)
     more = f" and {len(names) - 1} more" if names[1:] else ""
     because = f" ({', '.join(changes)})" if changes else ""
     log.say(f"{label:<24} replaces an earlier result of other inputs or parameters: {names[0]}{more}{because}")

@@ -131,7 +131,9 @@ def test_custom_code_can_be_forbidden(case, planted, tmp_path):
     recipe = {"pool": ["pool"], "subsets": {"all": {}}}
     training = {"objective": "clip", "model": "ViT-S-32-alt", "samples_seen": 8, "batch_size": 4, "warmup_steps": 0}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"pretrain": training}))
-    (tmp_path / "pretrain.yaml").write_text(yaml.safe_dump(training | {"objective": f"{planted}:Objective"}))
+    (tmp_path / "pretrain.yaml").write_text(
+        yaml.safe_dump(training | {"objective": {f"{planted}:Objective": {"x": 1}}})
+    )
     spec = write_config(tmp_path)
     args = [word.replace("PLANTED", planted).replace("SPEC", spec) for word in CODE[case]]
     args += ["--executor", "serial"] if args[0] != "plan" else []

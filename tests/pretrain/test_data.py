@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -252,3 +254,12 @@ def test_labels_come_with_their_samples(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     other = Samples(make_pool(tmp_path / "other"), None)
     assert [sample.label for sample in other.read(np.array([0, 1]))] == [None, None]
+
+
+def test_more_workers_than_cores_are_not_warned_of() -> None:
+    """torch suggests a number; the user's is meant."""
+    code = "import os; from winnow.pretrain.data.loader import Batches\n"
+    code += "class Samples:\n    def order(self, seed): return None\n"
+    code += "n = os.cpu_count() + 1\nwith Batches(Samples(), None, seed=0, batch=1, last=n, num_workers=n): pass"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

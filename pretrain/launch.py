@@ -214,10 +214,11 @@ def _release(ray: Any, controller: str) -> None:
     from ray.core.generated import gcs_pb2
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+    kind: Any = vars(gcs_pb2)["PlacementGroupTableData"]
     with contextlib.suppress(Exception):  # the wait for resources has a limit all the same
         for content in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
-            group = gcs_pb2.PlacementGroupTableData.FromString(content)
-            if group.creator_actor_id.hex() == controller and group.state != gcs_pb2.PlacementGroupTableData.REMOVED:
+            group = kind.FromString(content)
+            if group.creator_actor_id.hex() == controller and group.state != kind.REMOVED:
                 remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
 

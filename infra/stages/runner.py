@@ -108,14 +108,8 @@ def execute(
         log.event(event="start", stage=label, units=len(units), todo=len(todo))
         progress = StageProgress(log, label, len(todo), sum(unit.items for unit in todo))
         failures: dict[str, Exception] = {}
-        if replaced := replaced_units(stage, todo):
-            more = f" and {len(replaced) - 1} more" if replaced[1:] else ""
-            log.event(event="replace", stage=label, units=replaced)
-            log.say(f"{label:<24} replaces an earlier result of other inputs or parameters: {replaced[0]}{more}")
-        if previous is not None:
-            stage.keep_earlier(previous)
+        _make_way(stage, previous, todo, log, label)
         if todo:
-            storage.remove(stage.url(MANIFEST))  # it describes files that are about to be replaced
             with progress:
                 _run_groups(stage, executor, list(groups.values()), retries, progress, done, failures)
         storage.remove(stage.url(NOTES))
@@ -125,6 +119,18 @@ def execute(
     seconds = round(time.monotonic() - started, 3)
     log.event(event="done", stage=label, state=manifest.state, **progress.facts() | {"seconds": seconds})
     return manifest
+
+
+def _make_way(stage: Stage, previous: Manifest | None, todo: list[Unit], log: RunLog, label: str) -> None:
+    """Say which results are about to be replaced, and let the stage keep what it wants of them."""
+    if replaced := replaced_units(stage, todo):
+        more = f" and {len(replaced) - 1} more" if replaced[1:] else ""
+        log.event(event="replace", stage=label, units=replaced)
+        log.say(f"{label:<24} replaces an earlier result of other inputs or parameters: {replaced[0]}{more}")
+    if previous is not None:
+        stage.keep_earlier(previous)
+    if todo:
+        storage.remove(stage.url(MANIFEST))  # it describes files that are about to be replaced
 
 
 def _whole(stage: Stage, manifest: Manifest, done: dict[str, Record]) -> bool:

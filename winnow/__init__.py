@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from winnow.curation.filters.score import Score
     from winnow.curation.filters.semdedup import SemDeDup
     from winnow.curation.filters.text_based import TextBased
-    from winnow.infra.errors import UsageError, WinnowError
+    from winnow.infra.errors import StorageError, UsageError, WinnowError
     from winnow.infra.pool.pool import Pool
     from winnow.infra.pool.sample import Sample
     from winnow.pipeline.api import compare, embed, evaluate_encoders, index, measure, open_pool, parse_filters, run
@@ -69,6 +69,7 @@ __all__ = [
     "Score",
     "SemDeDup",
     "TextBased",
+    "StorageError",
     "UsageError",
     "WinnowError",
     "apply",
@@ -105,7 +106,7 @@ _EXPORTS = {
     "winnow.curation.filters.score": ("Score",),
     "winnow.curation.filters.semdedup": ("SemDeDup",),
     "winnow.curation.filters.text_based": ("TextBased",),
-    "winnow.infra.errors": ("UsageError", "WinnowError"),
+    "winnow.infra.errors": ("StorageError", "UsageError", "WinnowError"),
     "winnow.infra.pool.pool": ("Pool",),
     "winnow.infra.pool.sample": ("Sample",),
     "winnow.pipeline.api": (

@@ -10,7 +10,7 @@ import pyarrow as pa
 from winnow.curation.measures.base import Instance, Measure, Samples
 from winnow.curation.measures.heads import apply_head
 from winnow.infra.io.arrow import as_matrix
-from winnow.infra.io.storage import digest_file
+from winnow.infra.io.content import content_digest
 from winnow.infra.params import params
 
 
@@ -43,7 +43,7 @@ class Aesthetic(Measure):
         return (f"{self.embedding}.image",)
 
     def params(self) -> dict[str, Any]:
-        return {"head": digest_file(self.head), "relu": self.relu}
+        return {"head": content_digest(self.head), "relu": self.relu}
 
     def schema(self) -> pa.Schema:
         return pa.schema([("score", pa.float32())])

@@ -11,7 +11,7 @@ import pyarrow as pa
 from winnow.curation.measures.base import Device, Instance, Measure, Samples
 from winnow.curation.measures.heads import apply_head, prompt_probability
 from winnow.infra.io.arrow import as_matrix
-from winnow.infra.io.storage import digest_file
+from winnow.infra.io.content import content_digest
 from winnow.infra.params import ParameterError, params
 
 
@@ -66,7 +66,7 @@ class Prompted(Measure):
 
     def params(self) -> dict[str, Any]:
         if self.head is not None:
-            return {"head": digest_file(self.head), "relu": self.relu, "sigmoid": self.sigmoid}
+            return {"head": content_digest(self.head), "relu": self.relu, "sigmoid": self.sigmoid}
         return {"prompts": [list(pair) for pair in self.pairs()], "encoder": self.digest}
 
     def schema(self) -> pa.Schema:

@@ -102,10 +102,14 @@ def check(url: str) -> None:
 def check_unit(folder: str, unit: str, file: str) -> str:
     """The URL of a file of a unit in the directory of its stage. Raises WinnowError where it is damaged."""
     record, url = storage.join(folder, RECORDS, f"{unit}.json"), storage.join(folder, file)
-    if storage.exists(record):
+    try:
         facts = storage.read_json(record)["files"].get(file)
-        if facts is not None:
-            KeptFile.written(url, facts, record).check()
+    except WinnowError:
+        if storage.exists(record):
+            raise
+        return url  # of an earlier version, or the user's own
+    if facts is not None:
+        KeptFile.written(url, facts, record).check()
     return url
 
 

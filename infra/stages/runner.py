@@ -110,14 +110,10 @@ def execute(
 
         started = time.monotonic()
         log.event(event="start", stage=label, units=len(units), todo=len(todo))
-        _say_replaced(stage, todo, previous, log, label)
         progress = StageProgress(log, label, len(todo), sum(unit.items for unit in todo))
         failures: dict[str, Exception] = {}
-        if previous is not None:
-            stage.keep_earlier(previous)
-        storage.remove(stage.url(NOTES))  # those of a run that was killed
+        _make_way(stage, previous, todo, log, label)
         if todo:
-            storage.remove(stage.url(MANIFEST))  # it describes files that are about to be replaced
             with progress:
                 _run_groups(stage, executor, list(groups.values()), retries, progress, done, failures)
         storage.remove(stage.url(NOTES))
@@ -139,11 +135,19 @@ def _check_again(
     _write_checksums(stage, units, done, manifest)
 
 
-def _say_replaced(stage: Stage, todo: list[Unit], previous: Manifest | None, log: RunLog, label: str) -> None:
-    """Say which finished results of the directory will be replaced, and in which parameters the new ones differ."""
-    names = replaced_units(stage, todo)
-    if not names:
-        return
+def _make_way(stage: Stage, previous: Manifest | None, todo: list[Unit], log: RunLog, label: str) -> None:
+    """Say which results are about to be replaced, and let the stage keep what it wants of them."""
+    if names := replaced_units(stage, todo):
+        _say_replaced(stage, previous, names, log, label)
+    if previous is not None:
+        stage.keep_earlier(previous)
+    storage.remove(stage.url(NOTES))  # those of a run that was killed
+    if todo:
+        storage.remove(stage.url(MANIFEST))  # it describes files that are about to be replaced
+
+
+def _say_replaced(stage: Stage, previous: Manifest | None, names: list[str], log: RunLog, label: str) -> None:
+    """Say which results are about to be replaced, and in which parameters the new ones differ."""
     old, new = previous.params if previous is not None else {}, stage.params()
     differ = [name for name in {**old, **new} if previous is not None and old.get(name) != new.get(name)]
     changes = [f"{name} was {old.get(name)!s:.60} and is {new.get(name)!s:.60}" for name in differ]

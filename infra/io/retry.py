@@ -44,8 +44,8 @@ def _may_pass(error: BaseException) -> bool:
     """Whether a request that failed so may succeed later."""
     # fsspec reports whatever an HTTP server answers as a missing file, and the answer as the cause.
     chain = [error, *filter(None, (error.__cause__,))]
-    answers = [getattr(item, name, None) for item in chain for name in ("status", "code")]
-    answers += [getattr(item, "response", None) for item in chain]
+    answers = [getattr(item, name, None) for item in chain for name in ("status", "response")]
+    answers.append(getattr(error, "code", None))  # not of a cause: aiohttp's for an answer that was cut is 400
     for answer in answers:
         if isinstance(answer, dict):  # of botocore
             answer = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")

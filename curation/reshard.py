@@ -55,6 +55,7 @@ class ReshardStage(Stage):
 
     name = "reshard"
     version = 3  # 3: repeats, the fields of the source's json, sizes.json and NNNNN_stats.json
+    alone = (".tar", ".parquet")
 
     def params(self) -> dict[str, Any]:
         return {"samples_per_shard": self.samples_per_shard}

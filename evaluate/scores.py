@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from winnow.evaluate.tasks.task import Task
 from winnow.infra.io import storage
 from winnow.infra.io.parquet import read_parquet
+from winnow.infra.stages.kept import check_kept
 
 SCORES = "scores.parquet"
 RESULTS = "eval_results.jsonl"
@@ -33,7 +34,7 @@ def write_scores(url: str, scores: pa.Table | Sequence[Mapping[str, Any]]) -> st
 
 def read_scores(url: str) -> pa.Table:
     """The scores in a directory. Raises WinnowError where there are none."""
-    return read_parquet(storage.join(url, SCORES))
+    return read_parquet(check_kept(storage.join(url, SCORES)))
 
 
 def write_results(url: str, lines: Sequence[Mapping[str, Any]]) -> None:

@@ -31,3 +31,13 @@ class UsageError(WinnowError):
     """A wrong command line or recipe. Exit status 2."""
 
     exit_code = 2
+
+
+class StorageError(Exception):
+    """A remote storage kept failing in a way that may pass. Exit status 1.
+
+    Not a WinnowError, so that nothing takes it for a fault of the data and skips a sample or a shard: then a result
+    would depend on the network.
+    """
+
+    exit_code = 1

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.errors import StorageError, UsageError, WinnowError
 from winnow.infra.importing import search_also
 from winnow.infra.io import storage
 from winnow.infra.registry import unknown
@@ -372,6 +372,21 @@ def doctor(debug: Debug = False) -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+def verify(
+    run: Annotated[str, Argument(help="Directory of a run or of a single command's output.")], debug: Debug = False
+) -> None:
+    """Read every file that a run has recorded, and name each that is damaged. Exit status 1 if one is."""
+    from winnow.infra.stages.verify import verify as read
+
+    count, faults = read(run)
+    for url, fault in faults:
+        typer.echo(f"{url}: {fault}")
+    typer.echo(f"{count:,} files, {len(faults):,} damaged: {run}")
+    if faults:
+        raise typer.Exit(1)
+
+
 STOPPED = "winnow: stopped; what is finished is kept."
 INTERRUPTED = 130  # exit status, as shells have it
 
@@ -392,7 +407,7 @@ def main() -> None:
     try:
         _refuse_old_options(sys.argv)
         app()
-    except WinnowError as error:
+    except (StorageError, WinnowError) as error:
         if debug:
             traceback.print_exc()
         else:

@@ -7,12 +7,16 @@ from typing import Any
 
 from winnow.curation.algebra.nodes import Node
 from winnow.curation.measures.base import MeasureSpec
+from winnow.curation.reshard import ReshardStage
 from winnow.evaluate.sets.layout import is_data
 from winnow.infra.errors import UsageError
-from winnow.infra.io import storage
+from winnow.infra.io.content import content_digest
 from winnow.infra.params import ParameterError, build
+from winnow.infra.pool.index import IndexStage
+from winnow.infra.pool.layouts import base_url
 from winnow.infra.pool.pool import Pool
 from winnow.infra.registry import unknown
+from winnow.infra.stages.runner import check_output
 from winnow.pipeline.graph import Given, Graph, Layout, ready_pool
 from winnow.pipeline.recipe.check import check_images, check_measures
 from winnow.pipeline.recipe.schema import Recipe
@@ -26,6 +30,7 @@ _WORK = Layout(pool="work/pool", columns="work/columns", **_TARGETS, **_OUTPUTS)
 
 def index_graph(pools: Sequence[str], out: str, captions: bool = True, max_skipped: float = 0.05) -> Graph:
     """Index shards into the pool `out`."""
+    check_output("index", out, map(base_url, pools), IndexStage.alone)
     recipe = _recipe(pool=tuple(pools), captions=captions, max_skipped=max_skipped)
     return Graph(recipe, out, Layout(recipe="", pool=""))
 
@@ -66,7 +71,8 @@ def curate_graph(
 def reshard_graph(pool: str, out: str, subset: str | None = None, samples_per_shard: int = 10_000) -> Graph:
     """Copy a subset's samples into shards in `out`."""
     if subset is not None:
-        storage.digest_file(subset)
+        content_digest(subset)
+    check_output("reshard", out, [base_url(pool)], ReshardStage.alone)
     recipe = _recipe(pool=(pool,), reshard={"samples_per_shard": samples_per_shard})
     return Graph(recipe, out, _WORK, Given(ready_pool(pool), subset=subset))
 

@@ -19,14 +19,16 @@ from winnow.evaluate.report.compare import CompareStage
 from winnow.evaluate.stage import EvaluateStage
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
+from winnow.infra.io.content import content_digest
 from winnow.infra.io.storage import digest_json, join
 from winnow.infra.pool.index import IndexStage
 from winnow.infra.pool.metadata import is_metadata
 from winnow.infra.pool.pool import Pool
 from winnow.infra.stages.executors import Executor
+from winnow.infra.stages.kept import RECORDS, check_kept
 from winnow.infra.stages.progress import RunLog
 from winnow.infra.stages.runner import Budget
-from winnow.infra.stages.stage import LOCATIONS, RECORDS, Manifest, Stage, need_manifest, pending_units, read_manifest
+from winnow.infra.stages.stage import LOCATIONS, Manifest, Stage, need_manifest, pending_units, read_manifest
 from winnow.pipeline.demo.stage import DemoStage
 from winnow.pipeline.recipe.check import check_images
 from winnow.pipeline.recipe.schema import DEMO, Recipe
@@ -292,7 +294,7 @@ class Graph:
         """URL and digest of a subset's .npy; None for the whole pool."""
         if not self.recipe.subsets:
             url = self.given.subset
-            return url, storage.digest_file(url) if url is not None else None
+            return url, content_digest(check_kept(url)) if url is not None else None
         manifest = need_manifest(self.url(self.layout.subsets), "subsets")
         file = join(name, "subset.npy")
         return self.url(self.layout.subsets, file), manifest.files[file]["sha256"]

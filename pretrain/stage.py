@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from winnow.infra.errors import UsageError
 from winnow.infra.io import storage
+from winnow.infra.io.content import content_digest
 from winnow.infra.io.storage import digest_json
 from winnow.infra.pool.pool import Pool
 from winnow.infra.stages.resources import Resources
@@ -93,7 +94,7 @@ class PretrainStage(Stage):
         """Digests of the further sources, by their index in the config."""
         return {
             f"source {i}": digest_json(
-                [Pool.open(source.pool).digest, None if source.subset is None else storage.digest_file(source.subset)]
+                [Pool.open(source.pool).digest, None if source.subset is None else content_digest(source.subset)]
             )
             for i, source in enumerate(self.config.sources)
         }

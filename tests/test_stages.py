@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import ast
 import json
+import math
+import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,14 +34,20 @@ from winnow.curation.reshard import ReshardStage
 from winnow.evaluate.features.stage import EmbedStage
 from winnow.evaluate.report.compare import CompareStage, SubsetEntry
 from winnow.evaluate.report.merge import MergeScoresStage
+from winnow.evaluate.scores import read_scores
 from winnow.evaluate.stage import EvaluateStage
+from winnow.infra.errors import WinnowError
+from winnow.infra.io import content, storage
 from winnow.infra.io.storage import digest_file, digest_json
 from winnow.infra.pool.index import IndexStage
 from winnow.infra.pool.pool import Pool
+from winnow.infra.pool.uids import load_subset
 from winnow.infra.stages.executors import SerialExecutor
-from winnow.infra.stages.runner import execute
+from winnow.infra.stages.runner import Budget, execute
 from winnow.infra.stages.stage import Stage, pending_units, read_manifest
+from winnow.infra.stages.verify import verify
 from winnow.pipeline.demo.stage import DemoConfig, DemoStage
+from winnow.pretrain.data.samples import Samples
 from winnow.pretrain.encoder import encoder_digest
 from winnow.pretrain.stage import PretrainStage, TrainRun
 
@@ -255,3 +264,103 @@ def test_serial_equals_ray(name, world, tmp_path, ray_executor):
     execute(ray, ray_executor)
     assert [unit.name for unit in ray.plan()] == [unit.name for unit in serial.plan()]
     assert contents(ray) == contents(serial)
+
+
+def damage(path: Path) -> None:
+    """Flip one bit in the middle of a file, and give the file its earlier time again."""
+    before, data = path.stat(), bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_flipped_bit_in_any_kept_file_is_named_and_mended_by_the_next_run(name, world, tmp_path):
+    stage = made(name, world, tmp_path)
+    before = contents(stage)
+    manifest = read_manifest(stage.out)
+    assert manifest is not None
+    kinds = {(Path(file).suffix, file in before): file for file in sorted(manifest.files)}
+    for file in kinds.values():
+        damage(tmp_path / file)
+    _, faults = verify(stage.out)
+    assert {Path(url) for url, _ in faults} == {tmp_path / file for file in kinds.values()}
+    execute(CASES[name](world, str(tmp_path), False), SerialExecutor())
+    assert contents(stage) == before and verify(stage.out)[1] == []
+
+
+def read_features(world: World) -> None:
+    stage = world.evaluate(world.url("again"), ("shades",))
+    storage.remove(stage.out)
+    manifest = execute(stage, SerialExecutor(), budget=Budget(math.inf))
+    raise WinnowError(" ".join(entry["reason"] for entry in manifest.values["missing"]))
+
+
+# What reads a kind of kept file, and which one.
+READERS: dict[str, tuple[str, Callable[[World], object]]] = {
+    "view": ("pool/00001.parquet", lambda w: Pool.open(w.pool).uids()),
+    "columns": ("columns/clip-*/00001.parquet", lambda w: list(w.source.view().batches(["clip.score"]))),
+    "columns of a training": (
+        "columns/clip-*/00001.parquet",
+        lambda w: Samples(w.pool, columns=("clip.score",), measured=w.url("columns")),
+    ),
+    "subset": ("subsets/half/subset.npy", lambda w: load_subset(w.url("subsets/half/subset.npy"))),
+    "funnel": ("subsets/half/funnel.json", lambda w: CASES["compare"](w, w.url("compared"), False).plan()),
+    "image features": ("features/*/*/0-of-*[0-9].npy", read_features),
+    "prompts": ("features/*/prompts/*.npy", read_features),
+    "labels": ("features/samples/*/0-of-*.parquet", read_features),
+    "scores": ("scores/scores.parquet", lambda w: read_scores(w.url("scores"))),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_damaged_files_are_refused_by_those_who_read_them(kind, world):
+    pattern, read = READERS[kind]
+    files = sorted(world.folder.glob(pattern))
+    whole = [file.read_bytes() for file in files]
+    try:
+        for file in files:
+            damage(file)
+        with pytest.raises(WinnowError, match="is damaged"):
+            read(world)
+    finally:
+        for file, data in zip(files, whole, strict=True):
+            file.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_refused(world, tmp_path):
+    made("pretrain", world, tmp_path)
+    copied = shutil.copytree(tmp_path / "all", tmp_path / "alone")  # without the manifest that lists it
+    encoder_digest(str(tmp_path / "all" / "seed-0"))
+    damage(tmp_path / "all" / "seed-0" / "model.safetensors")
+    with pytest.raises(WinnowError, match=r"model\.safetensors: is damaged"):
+        encoder_digest(str(tmp_path / "all" / "seed-0"))
+    encoder_digest(str(copied / "seed-0"))
+
+
+def test_a_copy_with_other_times_is_as_good_and_nothing_is_hashed_twice(world, tmp_path, monkeypatch):
+    hashed: list[str] = []
+    digest_file = content.digest_file
+    monkeypatch.setattr(content, "digest_file", lambda url: hashed.append(url) or digest_file(url))
+    made("index", world, tmp_path / "index")
+    made("reshard", world, tmp_path / "reshard")
+    assert len(hashed) == len(set(hashed))
+    hashed.clear()
+    for name in ("index", "reshard"):
+        for shard in Pool.open(str(tmp_path / name)).shards:
+            shard.image_bytes(shard.table())
+    assert not hashed  # size and times say enough
+    for name in ("pool", "columns", "shards"):
+        copied = shutil.copytree(world.url(name), tmp_path / name, copy_function=shutil.copy)
+        for path in copied.rglob("*.tar"):
+            os.utime(path, (1, 1))
+        for path in copied.rglob("*.json"):  # older than what they describe
+            os.utime(path, (1, 1))
+    locations = tmp_path / "pool" / "locations.json"
+    locations.write_text(json.dumps({"pool0": str(tmp_path / "shards")}))
+    for _ in range(2):
+        source = MeasuredPool(str(tmp_path / "pool"), str(tmp_path / "columns"))
+        assert len(list(source.view().batches(["uid", "clip.score"]))) == 3
+        for shard in source.view().pool.shards:
+            shard.image_bytes(shard.table())
+    assert len(hashed) == len(set(hashed)) and {Path(url).suffix for url in hashed} == {".parquet", ".tar"}

@@ -11,7 +11,6 @@ import pyarrow.compute as pc
 
 from winnow.curation.measures import MEASURES
 from winnow.infra.errors import UsageError, WinnowError
-from winnow.infra.io import storage
 from winnow.infra.io.arrays import check_normalised, usable_rows
 from winnow.infra.io.arrow import as_matrix, float_values, null_mask
 from winnow.infra.io.parquet import open_parquet, unreadable
@@ -20,6 +19,7 @@ from winnow.infra.io.storage import digest_json
 from winnow.infra.pool.metadata import FEATURES
 from winnow.infra.pool.pool import Pool, Shard
 from winnow.infra.registry import unknown
+from winnow.infra.stages import kept
 from winnow.infra.stages.stage import need_manifest
 
 # What a filter's `fit` learns about a pool: arrays by name, so that they can be kept in a file.
@@ -161,7 +161,8 @@ class View:
 
     def _measured(self, measure_id: str, shard: Shard) -> str:
         assert self.columns_url is not None
-        return storage.join(self.columns_url, measure_id, f"{shard.name}.parquet")
+        unit = f"{measure_id}/{shard.name}"
+        return kept.check_unit(self.columns_url, unit, f"{unit}.parquet")
 
     def target(self, name: str) -> View:
         """The view of a target set. Raises WinnowError when it was not measured."""

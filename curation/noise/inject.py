@@ -8,6 +8,7 @@ more tar a shard. Filters can then be evaluated by how much of each kind of nois
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,8 @@ from winnow.infra.pool.pool import Pool, Shard
 from winnow.infra.pool.uids import decode_uids, derived_uid, hash_unit
 from winnow.infra.pool.views import HERE, ROLES
 from winnow.infra.pool.writer import PoolWriter, SampleWriter, shard_entries
-from winnow.infra.stages.stage import Output, Record, Stage, Unit, need_manifest, read_locations
+from winnow.infra.stages.kept import check_kept
+from winnow.infra.stages.stage import Output, Record, Stage, Unit, need_manifest, read_locations, read_sources
 
 _COPIES = ("duplicates", "near_duplicates")
 _IN_PLACE = ("tiny", "extreme_aspect", "watermark")  # alter the image of the sample itself
@@ -80,6 +82,7 @@ class InjectStage(Stage):
 
     name = "inject"
     version = 2
+    alone = (".tar", ".parquet")
 
     def params(self) -> dict[str, Any]:
         return self.config.model_dump()
@@ -90,6 +93,16 @@ class InjectStage(Stage):
     def locations(self) -> dict[str, str]:
         locations = read_locations(self.pool)
         return locations | {_source_location(locations): storage.absolute(self.pool)}
+
+    def read_in_place(self, units: Iterable[Unit], records: Mapping[str, Record]) -> dict[str, list[str]]:
+        """Those of the source pool, and its own tars."""
+        known, source = read_sources(self.pool), _source_location(read_locations(self.pool))
+        found = {reference: list(facts) for reference, facts in known.items()}
+        for path, facts in need_manifest(self.pool, "pool").files.items():
+            if path.endswith(".tar"):
+                tar = check_kept(storage.join(self.pool, path))
+                found[f"{source}/{path}"] = [storage.version_token(tar), facts["sha256"]]
+        return found
 
     def plan(self) -> list[Unit]:
         source, units = _source_location(read_locations(self.pool)), []

@@ -18,6 +18,7 @@ from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.parquet import read_parquet
 from winnow.infra.pool.sample import Sample
+from winnow.infra.stages.kept import check_kept, check_unit
 from winnow.infra.stages.stage import read_manifest
 
 
@@ -49,6 +50,7 @@ class FeatureFiles:
         self.url, path = url, storage.join(url, listing)
         if not storage.exists(path):
             raise NotEmbedded("the features are missing", where=url, do="Run again to embed what is missing.")
+        check_kept(path)
         self._listing = _read_listing(path, storage.version_token(path))
 
     def reason(self, unit: str) -> str | None:
@@ -72,16 +74,17 @@ class FeatureFiles:
         has_text, count = True, 0
         for entry in listed["parts"]:
             tar = tars[entry["shard"]]
-            table = read_parquet(storage.join(self.url, self._unit(entry["samples"], tar)["files"][0]))
+            (file,) = self._unit(entry["samples"], tar)["files"]
+            table = read_parquet(check_unit(self.url, entry["samples"], file))
             here, faults = targets_of(table)
             targets.append(check_targets(here, faults, test_set, tar))
             name = entry["images"].get(encoder, "")
             unit = self._unit(name, tar)
             has_text = has_text and unit["text"]
-            images.append(self._array(f"{name}.npy"))
+            images.append(self._array(name))
             if f"{name}-texts.npy" in unit["files"]:
                 captions = [text for captions in here.captions for text in captions]
-                texts |= zip(captions, self._array(f"{name}-texts.npy"), strict=True)
+                texts |= zip(captions, self._array(name, "-texts"), strict=True)
             for key, reason in zip(here.keys, table["skipped"].to_pylist(), strict=True):
                 if reason is None:
                     indices.append(count)
@@ -101,7 +104,7 @@ class FeatureFiles:
         names = self._listing["prompts"].get(encoder, [])
         if not names or not all(self._unit(name)["text"] for name in names):
             return None
-        return np.concatenate([self._array(f"{name}.npy") for name in names])
+        return np.concatenate([self._array(name) for name in names])
 
     def _unit(self, name: str, tar: str | None = None) -> dict[str, Any]:
         unit: dict[str, Any] | None = self._listing["units"].get(name)
@@ -114,8 +117,8 @@ class FeatureFiles:
             raise TaskError(what, where=tar, do=do)
         return unit
 
-    def _array(self, file: str) -> np.ndarray:
-        with storage.open_read(storage.join(self.url, file)) as handle:
+    def _array(self, unit: str, part: str = "") -> np.ndarray:
+        with storage.open_read(check_unit(self.url, unit, f"{unit}{part}.npy")) as handle:
             return np.asarray(np.load(handle, allow_pickle=False))
 
 

@@ -15,9 +15,11 @@ from winnow.evaluate.scores import read_scores
 from winnow.evaluate.statistics.aggregate import Estimate, SubsetScores, compare, headline
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
+from winnow.infra.io.content import content_digest
 from winnow.infra.pool.pool import Pool
 from winnow.infra.pool.uids import load_subset
 from winnow.infra.registry import unknown
+from winnow.infra.stages.kept import check_kept
 from winnow.infra.stages.stage import Output, Record, Stage, Unit, need_manifest, read_manifest
 
 TABLE, CSV, JSON, HTML = "comparison.txt", "comparison.csv", "comparison.json", "report.html"
@@ -69,11 +71,11 @@ class CompareStage(Stage):
             for file in (SUBSET, FUNNEL, REASONS):
                 url = storage.join(entry.url, file)
                 if file != REASONS or storage.exists(url):
-                    inputs[f"{entry.name}/{file}"] = storage.digest_file(url)
+                    inputs[f"{entry.name}/{file}"] = content_digest(check_kept(url))
             if entry.pool:
                 inputs[f"{entry.name}/pool"] = pools[entry.pool]
             for what, url in entry.drawn:
-                inputs[f"{entry.name}/{what}"] = storage.digest_file(url)
+                inputs[f"{entry.name}/{what}"] = content_digest(check_kept(url))
             args["subsets"][entry.name] = {
                 "url": storage.absolute(entry.url),
                 "pool": storage.absolute(entry.pool) if entry.pool else "",

@@ -6,7 +6,7 @@ import functools
 import hashlib
 from typing import Any
 
-from winnow.infra.io.storage import digest_file, version_token
+from winnow.infra.io.storage import digest_file, is_local, times, version_token
 
 LFS_POINTER = "a Git LFS pointer instead of the file; fetch the file with `git lfs pull`"
 
@@ -23,14 +23,14 @@ def is_lfs_pointer(head: bytes) -> bool:
 
 
 def content_digest(url: str) -> str:
-    """sha256 of a file's content, read again only when its size or time has changed. Raises WinnowError."""
+    """sha256 of a file's content, read again only when its size or a time has changed. Raises WinnowError."""
     try:
-        return _digest(url, version_token(url))
+        return _digest(url, f"{version_token(url, fresh=True)} {times(url) if is_local(url) else ''}")
     except FileNotFoundError:
         return digest_file(url)  # whose message names the file
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1 << 16)
 def _digest(url: str, token: str) -> str:
     return digest_file(url)
 

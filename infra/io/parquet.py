@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,9 +25,10 @@ def open_parquet(url: str) -> pq.ParquetFile:
     one name."""
     try:
         if storage.is_local(url):
-            parquet = pq.ParquetFile(str(storage.local_path(url)), pre_buffer=False)
+            options: dict[str, Any] = {"pre_buffer": False, "page_checksum_verification": True}
+            parquet = pq.ParquetFile(str(storage.local_path(url)), **options)
         else:
-            parquet = pq.ParquetFile(storage.open_read(url))
+            parquet = pq.ParquetFile(storage.open_read(url), page_checksum_verification=True)
         names = parquet.schema_arrow.names
     except FileNotFoundError:
         raise WinnowError("no such file", where=url) from None

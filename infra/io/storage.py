@@ -8,18 +8,23 @@ import hashlib
 import json
 import math
 import os
+import re
+import secrets
 import shutil
+import socket
 import tempfile
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.errors import StorageError, UsageError, WinnowError
+from winnow.infra.io.retry import RemoteFile, patiently
 
 _LONGEST = 8 << 20  # bytes in a merged range
+_PART = re.compile(r"\..*\.(\d+|[0-9a-f]{16})\.part")  # temporary names of `writing`, and of earlier versions
 
 
 def is_pipe(url: str) -> bool:
@@ -37,9 +42,13 @@ def has_ranges(url: str) -> bool:
     if not url.startswith(("http://", "https://")):
         return not is_pipe(url)
     request = urllib.request.Request(url, headers={"Range": "bytes=0-0"})
-    try:
+
+    def status() -> int:
         with urllib.request.urlopen(request, timeout=30) as answer:
-            return bool(answer.status == 206)
+            return int(answer.status)
+
+    try:
+        return patiently(url, status) == 206
     except OSError:
         return True  # reading it reports the error
 
@@ -50,6 +59,17 @@ def local_path(url: str) -> Path:
 
 def _fs(url: str) -> tuple[Any, str]:
     return fsspec.core.url_to_fs(url)
+
+
+def _info(url: str, fresh: bool = False) -> dict[str, Any] | None:
+    """What a remote storage says of a file or folder; None if there is none. `fresh` passes by fsspec's cache."""
+    fs, path = _fs(url)
+    if fresh:
+        fs.invalidate_cache(path)
+    try:
+        return dict(patiently(url, lambda: fs.info(path)))
+    except FileNotFoundError:
+        return None
 
 
 def absolute(url: str) -> str:
@@ -72,8 +92,15 @@ def exists(url: str) -> bool:
         return local_path(url).exists()
     if is_pipe(url):
         return False
-    fs, path = _fs(url)
-    return bool(fs.exists(path))
+    if url.startswith(("http://", "https://")):
+        fs, path = _fs(url)
+        try:
+            return bool(patiently(url, lambda: fs.exists(path, strict=True)))
+        except StorageError:
+            raise
+        except Exception:  # 403, say
+            return False
+    return _info(url) is not None
 
 
 def is_dir(url: str) -> bool:
@@ -81,8 +108,10 @@ def is_dir(url: str) -> bool:
         return local_path(url).is_dir()
     if is_pipe(url):
         return False
-    fs, path = _fs(url)
-    return bool(fs.isdir(path))
+    if url.startswith(("http://", "https://")):
+        fs, path = _fs(url)
+        return bool(patiently(url, lambda: fs.isdir(path)))
+    return (_info(url) or {}).get("type") == "directory"
 
 
 def list_names(url: str) -> list[str]:
@@ -93,7 +122,8 @@ def list_names(url: str) -> list[str]:
     if not is_dir(url):
         return []
     fs, path = _fs(url)
-    return sorted({name_of(entry) for entry in fs.ls(path, detail=False)} - {name_of(path), ""})
+    entries = patiently(url, lambda: fs.ls(path, detail=False))
+    return sorted({name_of(entry) for entry in entries} - {name_of(path), ""})
 
 
 def open_read(url: str) -> Any:
@@ -102,7 +132,7 @@ def open_read(url: str) -> Any:
         if is_local(url):
             return open(local_path(url), "rb")
         fs, path = _fs(url)
-        return fs.open(path, "rb")
+        return RemoteFile(url, lambda: fs.open(path, "rb"))
     except FileNotFoundError:
         raise WinnowError("no such file", where=url) from None
     except OSError as error:
@@ -128,8 +158,16 @@ def read_ranges(url: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[
     else:
         fs, path = _fs(url)
         starts, ends = [start for start, _ in spans], [end for _, end in spans]
-        data = list(fs.cat_ranges([path] * len(spans), starts, ends))
+        data = patiently(url, lambda: _whole(fs.cat_ranges([path] * len(spans), starts, ends, on_error="raise")))
     return [data[span][first : first + size] for (span, first), size in zip(positions, sizes, strict=True)]
+
+
+def _whole(answers: Sequence[Any]) -> list[bytes]:
+    """The answers of a storage, where some file systems have errors in place of data."""
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            raise answer
+    return [bytes(answer) for answer in answers]
 
 
 def _spans(offsets: list[int], sizes: list[int]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -148,20 +186,47 @@ def _spans(offsets: list[int], sizes: list[int]) -> tuple[list[tuple[int, int]],
     return [(start, end) for start, end in spans], positions
 
 
+def touch(url: str) -> None:
+    """Set the time of a local file's last change to now, where that is allowed."""
+    if is_local(url):
+        with contextlib.suppress(OSError):
+            os.utime(local_path(url))
+
+
 def size_of(url: str) -> int:
     if is_local(url):
         return local_path(url).stat().st_size
-    fs, path = _fs(url)
-    return int(fs.size(path))
+    return int(_must(url)["size"])
 
 
-def version_token(url: str) -> str:
-    """A string that changes when the file does, without reading it: size and modification time, or the ETag."""
+def _must(url: str, fresh: bool = False) -> dict[str, Any]:
+    if (info := _info(url, fresh)) is None:
+        raise FileNotFoundError(url)
+    return info
+
+
+def version_token(url: str, fresh: bool = False) -> str:
+    """A string that changes when the file does, without reading it: size and modification time, or the ETag. `fresh`
+    passes by what fsspec remembers of a remote folder. Raises FileNotFoundError."""
     if is_local(url):
         stat = local_path(url).stat()
         return f"{stat.st_size}-{stat.st_mtime_ns}"
-    fs, path = _fs(url)
-    return _token(fs.info(path))
+    return _token(_must(url, fresh))
+
+
+def times(url: str) -> tuple[int, tuple[float, ...]] | None:
+    """Size in bytes and times of the last change (of a local file, of its content and of its inode, in ns); None if
+    there is no such file. A remote storage may tell no time."""
+    if is_local(url):
+        try:
+            stat = local_path(url).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return stat.st_size, (stat.st_mtime_ns, stat.st_ctime_ns)
+    if (info := _info(url, fresh=True)) is None:
+        return None
+    found: Any = next((info[name] for name in ("LastModified", "mtime", "updated", "created") if info.get(name)), None)
+    return int(info["size"] or 0), (found.timestamp(),) if hasattr(found, "timestamp") else ()
 
 
 def _token(info: dict[str, Any]) -> str:
@@ -180,8 +245,8 @@ def list_tokens(url: str) -> dict[str, str]:
             files = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
         return {name: f"{stat.st_size}-{stat.st_mtime_ns}" for name, stat in files}
     fs, path = _fs(url)
-    entries = fs.ls(path, detail=True) if fs.isdir(path) else []
-    return {name_of(info["name"]): _token(info) for info in entries if info.get("type") == "file"}
+    listed = patiently(url, lambda: fs.ls(path, detail=True)) if is_dir(url) else []
+    return {name_of(info["name"]): _token(info) for info in listed if info.get("type") == "file"}
 
 
 def make_dir(url: str) -> None:
@@ -193,7 +258,7 @@ def make_dir(url: str) -> None:
             raise UsageError(f"cannot be created as a directory ({error.strerror})", where=url) from error
     else:
         fs, path = _fs(url)
-        fs.makedirs(path, exist_ok=True)
+        patiently(url, lambda: fs.makedirs(path, exist_ok=True))
 
 
 def remove(url: str) -> None:
@@ -205,9 +270,22 @@ def remove(url: str) -> None:
         else:
             path.unlink(missing_ok=True)
         return
-    fs, path_ = _fs(url)
-    if fs.exists(path_):
-        fs.rm(path_, recursive=True)
+    fs, name = _fs(url)  # its `rm` takes a name for a pattern, and so may remove other files
+    if not is_dir(url):
+        _remove_file(fs, url, name)
+        return
+    found = patiently(url, lambda: fs.find(name, withdirs=True, detail=True))
+    for inner in (inner for inner, info in found.items() if info["type"] != "directory"):
+        _remove_file(fs, url, inner)
+    folders = [inner for inner, info in found.items() if info["type"] == "directory"]
+    for folder in sorted({*folders, name}, key=len, reverse=True):
+        with contextlib.suppress(OSError, NotImplementedError):  # an object store has none
+            fs.rmdir(folder)
+
+
+def _remove_file(fs: Any, url: str, path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        patiently(url, lambda: fs.rm_file(path))
 
 
 @contextlib.contextmanager
@@ -244,9 +322,14 @@ def writing(url: str) -> Iterator[Path]:
     if is_local(url):
         target = local_path(url)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+        # Two containers on one folder may have the same process ids, and clones of a machine the same name too.
+        name = target.name.encode()[:120].decode(errors="ignore")
+        owner = f"{socket.gethostname()[:40]}.{os.getpid()}.{secrets.token_hex(8)}"
+        temporary = target.with_name(f".{name}.{owner}.part")
         try:
             yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())  # else a machine that loses power may keep the name and not the content
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -255,7 +338,22 @@ def writing(url: str) -> Iterator[Path]:
         temporary = Path(folder) / name_of(url)
         yield temporary
         fs, path = _fs(url)
-        fs.put_file(str(temporary), path)
+        patiently(url, lambda: fs.put_file(str(temporary), path))
+
+
+def sweep(url: str, nested: Callable[[str], bool]) -> None:
+    """Remove what killed processes left of files they were writing below a local directory whose lock this one holds,
+    but not below inner directories that `nested` says are another's."""
+    if not is_local(url):
+        return
+    folders = [str(local_path(url))]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders += [] if nested(entry.path) else [entry.path]
+                elif _PART.fullmatch(entry.name):
+                    Path(entry.path).unlink(missing_ok=True)
 
 
 def write_bytes(url: str, data: bytes) -> None:

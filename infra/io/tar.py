@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from winnow.infra.errors import WinnowError
+from winnow.infra.errors import StorageError, WinnowError
 from winnow.infra.io.content import LFS_POINTER, is_lfs_pointer
 
 MAX_HEADER_BYTES = 1 << 20  # with the headers of its long name, its attributes and its sparse map
+MAX_PADDING = 1 << 20  # of zeros at the end: a record of tar(1) is at most as long
 MAX_TEXT_BYTES = 4 << 20  # of a .txt, .json or .cls
 MAX_MEMBER_BYTES = 512 << 20  # of another member
 TRUNCATED, BAD_HEADER, TRAILING = "truncated tar", "bad header", "bytes after the end of the archive"
 _DAMAGE = (TRUNCATED, BAD_HEADER, TRAILING)
+_PASSING = (5, 6, 7, 18, 28, 35, 52, 55, 56)  # exit statuses of curl: no connection, or it was lost
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
 
 
@@ -44,7 +46,8 @@ class _Source:
     def __init__(self, file: Any) -> None:
         self.file, self.head, self.last = file, b"", b""
         self.count, self.depth, self.limit = 0, 0, 0  # of nested headers, and where these must have ended
-        self.ended = self.zeros = False  # whether there was no more to read; an end of archive, and no member since
+        self.ended = False  # whether there was no more to read
+        self.zeros: int | None = None  # offset of an end of the archive that no member has followed yet
 
     def read(self, size: int = -1) -> bytes:
         if self.ended:  # tarfile would go on for as long as a size says that is not true
@@ -89,23 +92,26 @@ class _StrictInfo(tarfile.TarInfo):
             if info.size < 0:
                 raise ValueError("negative size")
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            source.zeros = source.zeros or source.depth == 1
+            if source.zeros is None and source.depth == 1:
+                source.zeros = archive.offset
             raise
         except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
-            if source.zeros:
-                raise
-            raise _Fault(TRUNCATED, "no end of the archive") from error
+            if source.zeros is None:
+                raise _Fault(TRUNCATED, "no end of the archive") from error
+            if archive.offset - source.zeros > MAX_PADDING:
+                raise _Fault(TRUNCATED, f"only zeros from byte {source.zeros:,}") from error
+            raise
         except tarfile.TruncatedHeaderError as error:  # type: ignore[attr-defined]
-            if not source.zeros:
+            if source.zeros is None:
                 raise _Fault(TRUNCATED, error) from error
             if any(source.last[-(source.count % tarfile.BLOCKSIZE) :]):
                 raise _Fault(TRAILING, error) from error
             raise tarfile.EmptyHeaderError("end of the padding") from error  # type: ignore[attr-defined]
         except (tarfile.HeaderError, ArithmeticError, LookupError, RecursionError, ValueError) as error:
-            raise _Fault(TRAILING if source.zeros else BAD_HEADER, error) from error
+            raise _Fault(BAD_HEADER if source.zeros is None else TRAILING, error) from error
         finally:
             source.depth -= 1
-        source.zeros = False
+        source.zeros = None
         return info
 
 
@@ -209,6 +215,7 @@ def open_stream(url: str) -> Iterator[Any]:
 
     Raises:
         WinnowError: the command or the server failed; also at the end of the data.
+        StorageError: the connection to the server failed.
     """
     from webdataset.gopen import gopen  # imports torch
 
@@ -218,6 +225,8 @@ def open_stream(url: str) -> Iterator[Any]:
             yield file
     except OSError as error:
         status = getattr(file, "status", None)  # of the command
+        if status in _PASSING and not url.startswith("pipe:"):
+            raise StorageError(f"{url}: the connection failed (curl's exit status {status}). Run again.") from error
         raise WinnowError(f"the stream failed ({f'exit status {status}' if status else error})", where=url) from error
 
 

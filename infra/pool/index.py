@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -62,6 +62,7 @@ class IndexStage(Stage):
     name = "index"
     version = 5  # 5: what cannot be read is counted; archives that follow one another are read as one
     allow_failures = True
+    alone = (".tar", ".parquet")
     _shards: list[tuple[str, int, ShardFiles]] = field(default_factory=list, repr=False)
 
     @property
@@ -75,6 +76,11 @@ class IndexStage(Stage):
     def locations(self) -> dict[str, str]:
         sources = ((i, source) for i, source in enumerate(self.sources) if not storage.is_pipe(source))
         return {f"pool{i}": storage.absolute(base_url(source)) for i, source in sources}
+
+    def read_in_place(self, units: Iterable[Unit], records: Mapping[str, Record]) -> dict[str, list[str]]:
+        """The tars that stay where they are."""
+        read = [(unit, records[unit.name].values["tars"][0]) for unit in units if unit.name in records]
+        return {tar: [unit.inputs["tar"], digest] for unit, (tar, digest) in read if not unit.runtime["stream"]}
 
     def shards(self) -> list[tuple[str, int, ShardFiles]]:
         """(name, index of the source, files) of each shard, in order."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrow import float_values, is_text, mask_array, null_mask, number_array, plain
 from winnow.infra.io.parquet import read_parquet
 from winnow.infra.pool.matching import ONLY_PARQUET as ONLY_PARQUET
-from winnow.infra.pool.matching import Facts, best_matching, caption_of
+from winnow.infra.pool.matching import Facts, Matching, best_matching, caption_of
 from winnow.infra.pool.rows import table_of
 from winnow.infra.pool.views import IDENTITY, LOCATION
 from winnow.infra.stages.stage import Skipped
@@ -23,6 +23,7 @@ _DOWNLOAD = ("status", "error_message", "exif")
 _STATUS = frozenset(("success", "failed_to_download", "failed_to_resize"))
 _IDS = ("uid", "url", "sha256")  # compared wherever tar and parquet both have them
 _SIZES = ("original_width", "original_height")
+_NAMES = {"text": "caption"}  # what columns are called in reasons
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -67,17 +68,14 @@ def join(
     if matching is None:
         what = f"the parquet ({parquet.num_rows} rows) and the tar ({len(rows)} samples) have no column to join them by"
         raise WinnowError(what, where=shard, do="Add a column key, uid, url or sha256 to the parquet.")
-    kept, take = [], []
-    for row, at in zip(rows, matching.found, strict=True):
-        reason = matching.reason(at) or rest.faults.get(at) or rest.difference(row, at)
-        if reason is not None:
-            skipped.append(Skipped(f"{shard}/{row['key']}", reason))
-            continue
-        row["uid"] = row["uid"] or rest.value("uid", at)
-        if row["text"] is None:
-            row["text"] = rest.value("caption" if "caption" in rest.words else "text", at)
-        kept.append(row)
-        take.append(at)
+    reasons = rest.reasons(rows, matching)
+    skipped += [Skipped(f"{shard}/{rows[i]['key']}", reason) for i, reason in sorted(reasons.items())]
+    kept = [row for i, row in enumerate(rows) if i not in reasons]
+    take = [at for i, at in enumerate(matching.found) if i not in reasons]
+    for name, column in (("uid", "uid"), ("text", "caption" if "caption" in rest.words else "text")):
+        for row, at in zip(kept, take, strict=True) if column in rest.words else ():
+            if row[name] is None:
+                row[name] = rest.words[column][at]
     skipped += matching.left_over(shard, unusable)
     return rest.columns_of(table_of(kept), np.array(take, np.int64))
 
@@ -105,12 +103,6 @@ class _Parquet:
         asked = ("key", *_IDS, "text", *(() if "text" in names else ("caption",)))
         self.words = {name: _words(name, self._table[name]) for name in asked if name in names}
         self.numbers = "key" in names and not is_text(self._table["key"].type)
-        self._ids = [(name, self.words[name]) for name in _IDS if name in names]
-        self._text = self.words.get("text")
-
-    def value(self, name: str, at: int) -> str | None:
-        """A value of `words`; None where the column is missing."""
-        return self.words[name][at] if name in self.words else None
 
     def _readable(self, table: pa.Table) -> pa.Table:
         """The table with null for strings that are not UTF-8, which Arrow does not check."""
@@ -141,17 +133,22 @@ class _Parquet:
         sizes = pa.chunked_array([pc.if_else(mask_array(good), sizes, None)])
         self._table = self._table.set_column(self._table.column_names.index(name), name, sizes)
 
-    def difference(self, row: Facts, at: int) -> str | None:
-        """Why a sample of the tar and a row are not the same; None if they are."""
-        for name, values in self._ids:
-            theirs, mine = values[at], row.get(name)
-            if mine and theirs and mine != theirs and (name != "sha256" or mine.lower() != theirs):
-                return f"{name} differs between tar and parquet"
-        mine, theirs = row["text"], None if self._text is None else self._text[at]
-        if mine is not None and theirs is not None and mine != theirs and caption_of(mine) != caption_of(theirs):
-            return "caption differs between tar and parquet"
-        label = self._label[at] if self._label is not None else None
-        return None if label is None or row.get("label", label) == label else "label differs between tar and parquet"
+    def reasons(self, rows: list[dict[str, Any]], matching: Matching) -> dict[int, str]:
+        """Why samples of the tar cannot be used with their row, by index; none for those that can."""
+        found = matching.found
+        reasons = {i: reason for i, at in enumerate(found) if (reason := matching.reason(at) or self.faults.get(at))}
+        columns: dict[str, Sequence[Any]] = {n: self.words[n] for n in (*_IDS, "text") if n in self.words}
+        if self._label is not None:
+            columns["label"] = self._label
+        for name, values in columns.items():
+            theirs = [values[at] if at >= 0 else None for at in found]
+            mine = [row.get(name) for row in rows]
+            if mine == theirs:
+                continue
+            for i, (one, other) in enumerate(zip(mine, theirs, strict=True)):
+                if one is not None and other is not None and one != other and _unlike(name, one, other):
+                    reasons.setdefault(i, f"{_NAMES.get(name, name)} differs between tar and parquet")
+        return reasons
 
     def columns_of(self, table: pa.Table, take: np.ndarray) -> pa.Table:
         """A view with the columns of the parquet's given rows; what these lack is that of the tar."""
@@ -176,6 +173,12 @@ class _Parquet:
                 table = table.drop_columns([name])
             table = table.append_column(name, column)
         return table
+
+
+def _unlike(name: str, mine: Any, theirs: Any) -> bool:
+    if name == "text":
+        return caption_of(mine) != caption_of(theirs)
+    return bool(mine) and (name != "sha256" or mine.lower() != theirs) if name in _IDS else True
 
 
 def _words(name: str, column: pa.ChunkedArray) -> list[str | None]:

@@ -13,6 +13,7 @@ from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
 from winnow.infra.io.arrow import int_values
 from winnow.infra.pool.views import LOCATION, ROLES
+from winnow.infra.stages.kept import check
 
 _NONE = -1  # offset of a member that a sample does not have
 
@@ -27,7 +28,7 @@ def read_members(tars: Sequence[str], table: pa.Table, member: str) -> list[byte
         member: "image", "text", "json", or an extension.
 
     Raises:
-        WinnowError: a tar is shorter than when it was indexed.
+        WinnowError: a tar has changed since it was indexed.
     """
     offset, size = member_ranges(table, member)
     tar = int_values(table["tar"])
@@ -52,6 +53,7 @@ def member_ranges(table: pa.Table, member: str) -> tuple[np.ndarray, np.ndarray]
 
 def _read(tar: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
     found = storage.read_ranges(tar, offsets, sizes)
+    check(tar)
     if any(len(data) != size for data, size in zip(found, sizes, strict=True)):
         raise WinnowError("is shorter than when it was indexed", where=tar, do="Index the pool again.")
     return found

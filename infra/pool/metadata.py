@@ -6,7 +6,10 @@ size and modification time of a file represent its content in digests.
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
+import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -66,10 +69,7 @@ def read_feature(url: str, name: str, rows: int) -> pa.FixedSizeListArray:
         if shape[1] > MAX_DIM or rest != count * dtype.itemsize:
             what = f"{name} is said to be {dtype} of shape {shape}, and {rest:,} bytes follow"
             raise WinnowError(what, where=url, do=f"It may have {MAX_DIM:,} columns at most.")
-        try:
-            data = file.read(count * dtype.itemsize)
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
-            raise WinnowError(f"{name} cannot be read ({error})", where=url) from error
+        data = file.read(count * dtype.itemsize)
     if len(data) != count * dtype.itemsize:
         raise WinnowError(f"{name} is truncated", where=url)
     matrix = np.frombuffer(data, dtype).astype(dtype.newbyteorder("="), copy=False)
@@ -78,12 +78,16 @@ def read_feature(url: str, name: str, rows: int) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel().astype(np.float16, copy=False)), shape[1])
 
 
-def _archive(url: str) -> zipfile.ZipFile:
+@contextlib.contextmanager
+def _archive(url: str) -> Iterator[zipfile.ZipFile]:
+    """The archive, closed at the end. What goes wrong in reading it becomes a WinnowError."""
     try:
-        return zipfile.ZipFile(storage.open_read(url))
-    except (zipfile.BadZipFile, OSError) as error:
-        do = "Download or create it again."
-        raise WinnowError(f"is not a readable .npz file ({error})", where=url, do=do) from error
+        with storage.open_read(url) as file, zipfile.ZipFile(file) as archive:
+            yield archive
+    # Damage becomes a wrong version, an unknown compression (NotImplementedError) or encryption (RuntimeError), too.
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError) as error:
+        what = f"is not a readable .npz file ({error or type(error).__name__})"
+        raise WinnowError(what, where=url, do="Download or create it again.") from error
 
 
 def _header(archive: zipfile.ZipFile, name: str, url: str) -> tuple[Any, tuple[tuple[int, int], bool, np.dtype]]:
@@ -95,7 +99,7 @@ def _header(archive: zipfile.ZipFile, name: str, url: str) -> tuple[Any, tuple[t
         raise WinnowError(f'holds no array "{name}"', where=url, do=f"It holds: {known}.") from None
     try:
         shape, fortran, dtype = read_header(file)
-    except (ValueError, zipfile.BadZipFile, OSError) as error:
+    except ValueError as error:
         raise WinnowError(f"{name} is not a NumPy array ({error})", where=url) from error
     if len(shape) != 2 or dtype.kind != "f":
         raise WinnowError(f"{name} is {dtype} of shape {shape}, not a matrix of floats", where=url)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
@@ -23,7 +24,8 @@ from winnow.infra.pool.metadata import FEATURES, feature_dims, is_metadata, meta
 from winnow.infra.pool.sample import Sample
 from winnow.infra.pool.uids import decode_uids, uid_column
 from winnow.infra.pool.views import HERE, IDENTITY, LOCATION, SOURCE
-from winnow.infra.stages.stage import need_manifest, read_locations
+from winnow.infra.stages.kept import MANIFEST, KeptFile, check
+from winnow.infra.stages.stage import Manifest, need_manifest, read_locations, read_sources
 
 # Columns that `Shard.samples` needs, to be read with `Shard.table`.
 SAMPLE = ("uid", "key", "text", *LOCATION.names)
@@ -35,7 +37,7 @@ class Shard:
 
     Attributes:
         name: file stem.
-        view: URL of its view parquet.
+        view: URL of its view parquet; a KeptFile, as the tars, where its content is known.
         tars: URLs of the tars the view's `tar` column counts in; none in a metadata folder.
         count: samples, without the dropped ones; None to count them when `rows` is asked for.
         digest: of the view and of the tars' content.
@@ -56,12 +58,16 @@ class Shard:
         """Samples, without the dropped ones."""
         if self.count is not None:
             return self.count
-        with open_parquet(self.view) as parquet:
+        with self._open() as parquet:
             return int(parquet.metadata.num_rows)
+
+    def _open(self) -> pq.ParquetFile:
+        check(self.view)
+        return open_parquet(self.view)
 
     def schema(self) -> pa.Schema:
         """Names and types of the columns."""
-        with open_parquet(self.view) as parquet:
+        with self._open() as parquet:
             schema = parquet.schema_arrow
         for name, dim in feature_dims(self.features).items() if self.features else ():
             schema = schema.append(pa.field(name, pa.list_(pa.float16(), dim)))
@@ -75,9 +81,9 @@ class Shard:
         """Columns in tar order and plain types; one that the shard does not have is null. Shape [rows].
 
         Raises:
-            WinnowError: the file cannot be read, or a metadata parquet does not have the column.
+            WinnowError: the file cannot be read or is damaged, or a metadata parquet does not have the column.
         """
-        with open_parquet(self.view) as parquet:
+        with self._open() as parquet:
             try:
                 table = parquet.read(columns=columns, use_threads=False)
                 missing = () if columns is None else sorted(set(columns) - set(table.column_names))
@@ -157,6 +163,22 @@ class Shard:
                 yield Sample(**identity, label=label, columns=asked, members=Members(members, i))
 
 
+def _finder(url: str, manifest: Manifest) -> Callable[[str], str]:
+    """A function from references ("location/path") in a pool's manifest to URLs with what is known of the content."""
+    locations, sources, since = read_locations(url), read_sources(url), storage.join(url, MANIFEST)
+
+    def file(reference: str) -> str:
+        location, _, path = reference.partition("/")
+        if location == HERE:
+            facts, inside = manifest.files.get(path), storage.join(url, path)
+            return KeptFile.written(inside, facts, since) if facts else inside
+        outside = storage.join(locations[location], path)
+        token, sha256 = sources.get(reference, ("", ""))
+        return KeptFile.read(outside, sha256, token) if token else outside
+
+    return file
+
+
 def _type_of(column: str) -> pa.DataType:
     types = {field.name: field.type for schema in (IDENTITY, LOCATION) for field in schema}
     return types.get(column, pa.null())
@@ -190,11 +212,10 @@ class Pool:
             manifest = need_manifest(url, "pool")
             if "shards" not in manifest.values:
                 raise WinnowError(f"is the output of {manifest.stage}, not a pool", where=url)
-            locations, shards = read_locations(url) | {HERE: url}, []
+            file, shards = _finder(url, manifest), []
             for entry in manifest.values["shards"]:
-                parts = (reference.partition("/") for reference in entry["tars"])
-                tars = tuple(storage.join(locations[location], path) for location, _, path in parts)
-                view, dropped = storage.join(url, entry["view"]), tuple(entry.get("dropped", ()))
+                tars, dropped = tuple(map(file, entry["tars"])), tuple(entry.get("dropped", ()))
+                view = file(f"{HERE}/{entry['view']}")
                 shards.append(Shard(entry["name"], view, tars, entry["rows"], entry["digest"], dropped))
         return Pool(url, tuple(shards), digest_json([[shard.name, shard.digest] for shard in shards]))
 

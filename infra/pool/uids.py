@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from winnow.infra.errors import WinnowError
 from winnow.infra.io.arrow import Column, one_chunk
 from winnow.infra.io.storage import read_bytes, writing
+from winnow.infra.stages.kept import check_kept
 
 UID_DTYPE = np.dtype("u8,u8")
 
@@ -181,9 +182,9 @@ def save_subset(url: str, uids: np.ndarray) -> None:
 
 
 def load_subset(url: str) -> np.ndarray:
-    """Read a subset file. Raises WinnowError when it is not one."""
+    """Read a subset file. Raises WinnowError when it is not one, or is damaged."""
     try:
-        uids = np.load(io.BytesIO(read_bytes(url)), allow_pickle=False)
+        uids = np.load(io.BytesIO(read_bytes(check_kept(url))), allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise WinnowError(f"is not a NumPy file ({error})", where=url) from error
     if not isinstance(uids, np.ndarray):

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from winnow.infra.io import storage
+from winnow.infra.io.content import content_digest
 from winnow.infra.io.storage import digest_bytes, digest_json
 from winnow.infra.io.tar import Member, TarWriter
 from winnow.infra.pool.views import HERE, locate, write_view
@@ -44,11 +45,9 @@ class PoolWriter:
     def tar(self, suffix: str = "") -> Iterator[SampleWriter]:
         """Write the tar `NAME{suffix}.tar`; it becomes the last of the shard's tars."""
         name = f"{self.name}{suffix}.tar"
-        with storage.writing(storage.join(self.out, name)) as path:
-            with TarWriter(path) as tar:
-                yield SampleWriter(tar, len(self.tars))
-            digest = storage.digest_file(str(path))
-        self.tars.append([f"{HERE}/{name}", digest])
+        with storage.writing(storage.join(self.out, name)) as path, TarWriter(path) as tar:
+            yield SampleWriter(tar, len(self.tars))
+        self.tars.append([f"{HERE}/{name}", content_digest(storage.join(self.out, name))])
         self.files.append(name)
 
     def view(self, table: pa.Table, skipped: Sequence[Skipped] = (), **values: Any) -> Output:

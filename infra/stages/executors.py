@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -11,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from winnow.infra import importing
@@ -96,6 +98,7 @@ class RayExecutor:
     def __init__(self, address: str | None = None, num_cpus: int | None = None) -> None:
         self.address, self.num_cpus = address, num_cpus
         self._started = self._owns = False
+        self._session: Path | None = None  # folder of a Ray that was started here
 
     def _would_start(self) -> bool:
         """Whether connecting would start Ray on this machine."""
@@ -119,12 +122,12 @@ class RayExecutor:
             else:
                 options |= {"include_dashboard": False, "num_cpus": self.num_cpus}
             try:
-                ray.init(**options)
+                found = getattr(ray.init(**options), "address_info", {}).get("session_dir")
             except (ConnectionError, RuntimeError, ValueError) as error:
                 do = "If the cluster wants a token, set RAY_AUTH_MODE=token." if address else None
                 where = address or "local Ray"
                 raise WinnowError(f"Ray did not start or answer ({error})", where=where, do=do) from error
-            self._owns = True
+            self._owns, self._session = True, Path(found) if found and not address else None
         self._started = True
         return ray
 
@@ -153,6 +156,20 @@ class RayExecutor:
 
             ray.shutdown()
             self._started = self._owns = False
+            if self._session is not None:
+                _remove_session(self._session)
+
+
+def _remove_session(folder: Path) -> None:
+    """Remove the logs and sockets that a local Ray leaves in the folder for temporary files."""
+    for _ in range(10):  # while its last processes end, they still write
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            break
+        time.sleep(0.2)
+    latest = folder.with_name("session_latest")
+    if latest.is_symlink() and not latest.exists():
+        latest.unlink(missing_ok=True)
 
 
 class _Room:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from winnow.infra.errors import UsageError, WinnowError
+from winnow.infra.errors import StorageError, UsageError, WinnowError
 from winnow.infra.io import storage
 from winnow.infra.stages.counts import count_samples
 from winnow.infra.stages.executors import Executor
@@ -18,6 +19,8 @@ from winnow.infra.stages.stage import (
     INCOMPLETE,
     LOCATIONS,
     MANIFEST,
+    RECORDS,
+    SOURCES,
     Manifest,
     Record,
     Stage,
@@ -96,11 +99,13 @@ def execute(
     previous = read_manifest(stage.out)
     _refuse_inputs(stage, previous)
     with storage.locked(stage.out):
-        _write_locations(stage)
+        storage.sweep(stage.out, lambda folder: storage.exists(storage.join(folder, LOCATIONS)))
+        _write_if_new(stage.url(LOCATIONS), stage.locations())
         if not todo and previous is not None and previous.key == key and _whole(stage, previous, done):
             skipped = Counter(previous.skipped["reasons"])
             total = count_samples(stage, units, done, {}).total
             budget.check(skipped, total - skipped.total(), label, previous.skipped["samples"])
+            _write_sources(stage, units, done)
             log.event(event="unchanged", stage=label, units=len(units))
             log.say(f"{label:<24} unchanged ({len(units)} units)")
             return previous
@@ -125,13 +130,20 @@ def execute(
 def _whole(stage: Stage, manifest: Manifest, done: dict[str, Record]) -> bool:
     """Whether the files that `finish` wrote are there; those of units were checked with their records."""
     checked = {path for record in done.values() for path in record.files}
-    return are_whole(stage, {path: facts for path, facts in manifest.files.items() if path not in checked})
+    rest = {path: facts for path, facts in manifest.files.items() if path not in checked}
+    return are_whole(stage, rest, stage.url(MANIFEST))
 
 
-def _write_locations(stage: Stage) -> None:
-    url, locations = stage.url(LOCATIONS), stage.locations()
-    if not storage.exists(url) or storage.read_json(url) != locations:
-        storage.write_json(url, locations)
+def _write_if_new(url: str, content: dict[str, Any]) -> None:
+    with contextlib.suppress(WinnowError):  # a damaged file is replaced
+        if storage.exists(url) and storage.read_json(url) == content:
+            return
+    storage.write_json(url, content)
+
+
+def _write_sources(stage: Stage, units: list[Unit], done: dict[str, Record]) -> None:
+    if sources := stage.read_in_place(units, done):
+        _write_if_new(stage.url(SOURCES), sources)
 
 
 def _finish(
@@ -171,6 +183,7 @@ def _finish(
     )
     # The next run must retry missing units, so its key must not match.
     retry = bool(lost) or any(record.key == INCOMPLETE for record in records)
+    _write_sources(stage, units, done)
     body = asdict(manifest) | ({"key": INCOMPLETE} if retry else {})
     body.pop("url")
     storage.write_json(stage.url(MANIFEST), body)
@@ -182,12 +195,36 @@ def _refuse_inputs(stage: Stage, previous: Manifest | None) -> None:
     if previous is not None and previous.stage != stage.name:
         what = f"holds the output of {previous.stage}, and {stage.name} would overwrite it"
         raise UsageError(what, where=stage.out, do="Give another directory.")
-    read = list(stage.locations().values())
+    check_output(stage.name, stage.out, stage.locations().values(), stage.alone)
+
+
+def check_output(name: str, out: str, read: Iterable[str], alone: Iterable[str] = ()) -> None:
+    """Raises UsageError where a stage would write into a directory that it reads, of shards or of a pool or one that a
+    pool's shards lie in, or would mix its files with others in a directory that is no stage's.
+
+    Args:
+        name: of the stage.
+        out: its directory.
+        read: directories that it reads.
+        alone: see `Stage.alone`.
+    """
+    read = list(read)
     for url in tuple(read):
         with contextlib.suppress(WinnowError):  # no such file
             read += map(str, read_locations(url).values())
-    if storage.absolute(stage.out).rstrip("/") in (storage.absolute(url).rstrip("/") for url in read):
-        raise UsageError(f"{stage.name} would overwrite what it reads", where=stage.out, do="Give another directory.")
+    do = "Give another directory."
+    if _real(out) in map(_real, read):
+        raise UsageError(f"{name} would overwrite what it reads", where=out, do=do)
+    names = storage.list_names(out) if alone else []
+    foreign = [file for file in names if file.endswith(tuple(alone))]
+    if foreign and not {LOCATIONS, MANIFEST, RECORDS} & set(names):
+        what = f"holds {len(foreign)} files that {name} did not write ({foreign[0]}) and would mix with its own"
+        raise UsageError(what, where=out, do=do)
+
+
+def _real(url: str) -> str:
+    url = storage.absolute(url).rstrip("/")
+    return os.path.realpath(url) if storage.is_local(url) else url
 
 
 def _run_groups(
@@ -220,7 +257,7 @@ def _run_groups(
                 names = [unit.name for unit in groups[result.index]]
                 facts = {"units": ", ".join(names), "error": str(result.error)}
                 progress.log.event(event="failure", stage=progress.label, **facts)
-                if attempts[result.index] <= retries and not isinstance(result.error, WinnowError):
+                if attempts[result.index] <= retries and not isinstance(result.error, (StorageError, WinnowError)):
                     retry.append(result.index)
                 else:
                     failures.update(dict.fromkeys(names, result.error))
@@ -228,12 +265,16 @@ def _run_groups(
 
 
 def _report_failures(stage: Stage, units: list[Unit], failures: dict[str, Exception], log: RunLog) -> None:
-    """Say which units failed. Raises WinnowError where the stage allows no failures, or no unit succeeded."""
+    """Say which units failed. Raises WinnowError where the stage allows no failures, or no unit succeeded, or the
+    storage failed, on which no result may depend."""
     reasons: dict[str, list[str]] = {}
     for name in (lost := [unit.name for unit in units if unit.name in failures]):
         reasons.setdefault(_reason(failures[name]), []).append(name)
     for reason, names in reasons.items():
         log.say(f"{stage.name}: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} failed: {reason}")
+    for error in (failures[name] for name in lost):
+        if isinstance(error, StorageError):
+            raise error
     if not lost or (stage.allow_failures and len(lost) < len(units)):
         return
     first = failures[lost[0]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,10 +17,12 @@ from typing import Any, ClassVar
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
+from winnow.infra.io.content import content_digest
 from winnow.infra.io.storage import digest_json
+from winnow.infra.stages.kept import MANIFEST, RECORDS, KeptFile
 from winnow.infra.stages.resources import Resources
 
-RECORDS, MANIFEST, LOCATIONS = "units", "manifest.json", "locations.json"
+LOCATIONS, SOURCES = "locations.json", "sources.json"
 _OLD_LOCATIONS, _OLD_FIELDS = "places.json", {"set_aside": "skipped"}  # of files that earlier versions wrote
 INCOMPLETE = "incomplete"  # key of a record or manifest that the next run must redo
 
@@ -129,6 +132,8 @@ class Stage(abc.ABC):
         keep_stale: keep finished units that the present plan does not list (columns, checkpoints), instead of
             removing their files (shards, which readers may list).
         allow_failures: whether a unit that keeps failing may be skipped within the budget, or ends the run.
+        alone: ends of names ("." and extension) of files that readers of the directory list. A new directory must not
+            hold such files of somebody else.
         launches_workers: whether a unit itself starts processes on the cluster (a training). It then runs in a thread
             of the driver, and `resources`, which those processes use, bounds how many run at once.
         run_on_driver: whether a single group runs in the driver instead of starting a local Ray, which takes longer.
@@ -139,6 +144,7 @@ class Stage(abc.ABC):
     version: ClassVar[int]
     keep_stale: ClassVar[bool] = False
     allow_failures: ClassVar[bool] = False
+    alone: ClassVar[tuple[str, ...]] = ()
     launches_workers: ClassVar[bool] = False
     run_on_driver: ClassVar[bool] = False
     keep_workers: ClassVar[bool] = False
@@ -173,6 +179,11 @@ class Stage(abc.ABC):
     def locations(self) -> dict[str, str]:
         """URLs that a reader of the output needs, by name. They are stored next to the manifest and are part of no
         digest, so that data may be moved."""
+        return {}
+
+    def read_in_place(self, units: Iterable[Unit], records: Mapping[str, Record]) -> dict[str, list[str]]:
+        """Files that readers of the output read in place: by reference, the version token that each had when it was
+        planned to be read, and the sha256 of what was read. Stored next to the manifest; part of no digest."""
         return {}
 
     def run(self, unit: Unit) -> Output:
@@ -215,7 +226,7 @@ def record_url(stage: Stage, unit_name: str) -> str:
 
 def describe_files(stage: Stage, files: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {
-        path: {"bytes": storage.size_of(stage.url(path)), "sha256": storage.digest_file(stage.url(path))}
+        path: {"bytes": storage.size_of(stage.url(path)), "sha256": content_digest(stage.url(path))}
         for path in sorted(files)
     }
 
@@ -236,21 +247,26 @@ def write_record(stage: Stage, unit: Unit, output: Output) -> Record:
 
 
 def read_record(stage: Stage, unit: Unit) -> Record | None:
-    """The record of a finished unit; None if it or a file is missing, its key differs, or a file is truncated."""
+    """The record of a finished unit; None if it or a file is missing, its key differs, or a file is damaged."""
     url = record_url(stage, unit.name)
     if not storage.exists(url):
         return None
     try:
         record = Record(**_renamed(storage.read_json(url)))
-    except (WinnowError, TypeError):
+    except (WinnowError, TypeError, AttributeError):
         return None
-    return record if record.key == stage.key(unit) and are_whole(stage, record.files) else None
+    return record if record.key == stage.key(unit) and are_whole(stage, record.files, url) else None
 
 
-def are_whole(stage: Stage, files: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether files exist with their recorded sizes."""
-    urls = {stage.url(path): facts["bytes"] for path, facts in files.items()}
-    return all(storage.exists(url) and storage.size_of(url) == size for url, size in urls.items())
+def are_whole(stage: Stage, files: Mapping[str, Mapping[str, Any]], since: str) -> bool:
+    """Whether files exist with the content that the record or manifest `since` says."""
+    kept = [KeptFile.written(stage.url(path), facts, since) for path, facts in files.items()]
+    if all(file.is_untouched() for file in kept):
+        return True
+    if not all(file.is_whole() for file in kept):
+        return False
+    storage.touch(since)  # a directory that was copied is not read again by every run
+    return True
 
 
 def attempt(stage: Stage, units: list[Unit]) -> list[Record]:
@@ -265,13 +281,15 @@ def attempt(stage: Stage, units: list[Unit]) -> list[Record]:
 
 
 def read_manifest(url: str) -> Manifest | None:
-    """The manifest of a directory, or None."""
+    """The manifest of a directory; None where there is none, or none that is whole next to records to go on from."""
     path = storage.join(url, MANIFEST)
     if not storage.exists(path):
         return None
     try:
         return Manifest(**_renamed(storage.read_json(path)), url=url)
-    except TypeError:
+    except (TypeError, AttributeError, WinnowError) as error:
+        if isinstance(error, WinnowError) and storage.is_dir(storage.join(url, RECORDS)):
+            return None  # a machine that loses power leaves it empty or cut
         do = "Give another directory. If the file is winnow's and damaged, remove it and run again."
         raise WinnowError("is not a winnow manifest", where=path, do=do) from None
 
@@ -288,12 +306,37 @@ def read_locations(url: str) -> dict[str, str]:
     return found if isinstance(found, dict) else {}
 
 
+def read_sources(url: str) -> dict[str, tuple[str, str]]:
+    """Version token and sha256 of each file that a directory's readers read in place, by reference
+    (`Stage.read_in_place`). Directories of earlier versions have none."""
+    path = storage.join(url, SOURCES)
+    return _sources(path, storage.version_token(path)) if storage.exists(path) else {}
+
+
+@functools.lru_cache(maxsize=8)
+def _sources(path: str, token: str) -> dict[str, tuple[str, str]]:
+    return {reference: (facts[0], facts[1]) for reference, facts in storage.read_json(path).items()}
+
+
 def need_manifest(url: str, what: str) -> Manifest:
     """The manifest of a directory that must be a finished stage's. Raises WinnowError."""
     manifest = read_manifest(url)
     if manifest is None:
-        raise WinnowError(f"holds no finished {what} (no {MANIFEST})", where=url)
+        if not storage.exists(storage.join(url, MANIFEST)):
+            raise WinnowError(f"holds no finished {what} (no {MANIFEST})", where=url)
+        do = "Run again what makes it; it goes on from what is there."
+        raise WinnowError(f"holds no finished {what} ({MANIFEST} is damaged)", where=url, do=do)
     return manifest
+
+
+def records_in(url: str) -> Iterator[tuple[str, Record | None]]:
+    """The URLs of the records in a stage's directory, with what they hold; None where one is damaged."""
+    for name in _walk(storage.join(url, RECORDS)):
+        path = storage.join(url, RECORDS, name)
+        try:
+            yield path, Record(**_renamed(storage.read_json(path)))
+        except (WinnowError, TypeError, AttributeError):
+            yield path, None
 
 
 def pending_units(stage: Stage) -> tuple[list[Unit], dict[str, Record]]:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from winnow.infra.errors import UsageError, WinnowError
 from winnow.infra.io import storage
+from winnow.infra.stages.kept import check_kept
 from winnow.pretrain.models.open_clip import build_model, check_config, model_config, quiet, trained_with_quick_gelu
 from winnow.pretrain.models.preprocessing import check_preprocess
 from winnow.pretrain.models.spec import RANDOM, Spec, is_winnow, parse_spec
@@ -93,6 +94,8 @@ def _pixels(spec: Spec) -> Loaded:
 
 
 def _folder(spec: Spec) -> Loaded:
+    for name in storage.list_names(spec.model):
+        check_kept(storage.join(spec.model, name))
     with local_copy(spec.model) as folder:
         if is_winnow(str(folder)):
             content = json.loads((folder / "config.json").read_text())

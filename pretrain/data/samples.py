@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 
 from winnow.infra.errors import UsageError, WinnowError
-from winnow.infra.io import storage
 from winnow.infra.io.arrow import int_values, mask_array, number_array
 from winnow.infra.io.parquet import open_parquet
 from winnow.infra.io.schemas import concat_columns
 from winnow.infra.pool.pool import SAMPLE, Pool, Shard
 from winnow.infra.pool.sample import Sample
 from winnow.infra.pool.uids import distinct_uids, encode_uids, load_subset, times_listed, uid_column
+from winnow.infra.stages.kept import check_unit
 from winnow.infra.stages.stage import need_manifest
 from winnow.pretrain.data.order import Order
 from winnow.pretrain.sections import SourceConfig
@@ -131,7 +131,8 @@ def read_table(shard: Shard, columns: Sequence[str], measured: str | None, requi
             ids = need_manifest(measured, "columns").values["columns"]
             if measure not in ids:
                 raise UsageError(f'column "{name}" has not been measured', where=measured)
-            with open_parquet(storage.join(measured, ids[measure], f"{shard.name}.parquet")) as parquet:
+            unit = f"{ids[measure]}/{shard.name}"
+            with open_parquet(check_unit(measured, unit, f"{unit}.parquet")) as parquet:
                 table = table.append_column(name, parquet.read(columns=[field])[field])
         elif required:
             raise UsageError(f'the objective reads column "{name}", which is not in the pool', where=shard.view)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from dataclasses import dataclass
 from typing import Literal
 
 from winnow.infra.errors import UsageError
 from winnow.infra.io import storage
+from winnow.infra.io.content import content_digest
 from winnow.infra.io.storage import digest_json
+from winnow.infra.stages.kept import check_kept
 
 _CHECKPOINT = ("model.safetensors", "config.json", "open_clip_config.json")
 RANDOM = "random"
@@ -157,9 +158,4 @@ def is_winnow(url: str) -> bool:
 
 
 def _file_digest(url: str) -> str:
-    return _digest_of_version(url, storage.version_token(url))
-
-
-@functools.lru_cache(maxsize=64)
-def _digest_of_version(url: str, version: str) -> str:
-    return storage.digest_file(url)
+    return content_digest(check_kept(url))

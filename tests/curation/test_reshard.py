@@ -184,11 +184,10 @@ def test_types_that_do_not_go_together_are_refused_before_anything_is_written(tm
 
 def test_a_column_that_json_cannot_hold_is_refused_before_anything_is_written(tmp_path):
     write_pool(tmp_path / "s", 1, 2)
-    index(tmp_path / "s", tmp_path / "p")
-    view = tmp_path / "p" / "00000.parquet"
-    table = pq.read_table(view)
+    parquet = tmp_path / "s" / "00000.parquet"
     keyed_by_number = pa.array([[(1, "a")], []], pa.map_(pa.int32(), pa.string()))
-    pq.write_table(table.append_column("counts", keyed_by_number), view)
+    pq.write_table(pq.read_table(parquet).append_column("counts", keyed_by_number), parquet)
+    index(tmp_path / "s", tmp_path / "p")
     stage = ReshardStage(str(tmp_path / "p"), None, "", str(tmp_path / "r"))
     with pytest.raises(Exception, match='JSON cannot hold the column "counts"'):
         stage.plan()

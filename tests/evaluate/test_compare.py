@@ -48,7 +48,13 @@ def pool(tmp_path: Path) -> Pool:
         table = table.append_column("noise", pa.array(kinds, pa.string()))
         table = table.set_column(table.column_names.index("text"), "text", pa.array([SCRIPT] * len(kinds)))
         write_view(shard.view, table)
-    return opened
+    url = str(tmp_path / "pool" / MANIFEST)
+    manifest = storage.read_json(url)
+    for shard in opened.shards:
+        facts = {"bytes": storage.size_of(shard.view), "sha256": storage.digest_file(shard.view)}
+        manifest["files"][storage.name_of(shard.view)] = facts
+    storage.write_json(url, manifest)
+    return Pool.open(str(tmp_path / "pool"))
 
 
 def write_subset(folder: Path, pool: Pool, keep: np.ndarray, reason: str = "") -> str:

@@ -82,6 +82,13 @@ def test_a_cut_tar_counts_all_that_it_had(tmp_path, parquet):
         index(tmp_path, 0.05)
 
 
+def test_a_cut_tar_that_was_filled_with_zeros_is_noticed(tmp_path):
+    """As a download leaves it that reserves the room on the disk first."""
+    damaged(tmp_path, lambda data: data[: header(4, "txt")] + bytes(2 << 20), parquet=False)
+    manifest = index(tmp_path)
+    assert manifest.skipped["reasons"] == {"truncated tar": 6} and manifest.items == 2 * N - 6
+
+
 def test_a_cut_tar_of_which_nothing_says_how_many_it_had_is_beyond_the_default_budget(tmp_path):
     damaged(tmp_path, lambda data: data[: header(5)], parquet=False)
     (tmp_path / "shards" / "00001.tar").unlink()

@@ -11,6 +11,7 @@ import pytest
 from tests.drawing import sample, uid_of, write_parquet, write_pool, write_tar
 from tests.infra.test_index import index, reasons
 from winnow.infra.errors import WinnowError
+from winnow.infra.pool.join import join
 from winnow.infra.pool.pool import Pool
 
 
@@ -386,3 +387,51 @@ def test_a_column_with_the_name_of_one_of_the_pools_is_refused(tmp_path, name):
     shard(tmp_path, {"key": KEYS, name: np.arange(N)})
     with pytest.raises(WinnowError, match=f'has a column "{name}".*Rename it'):
         pool_of(tmp_path)
+
+
+def random_case(seed):
+    """Samples of a tar, and rows of a parquet of which some are missing, doubled, or have a value of another row."""
+    random = np.random.default_rng(seed)
+    n = int(random.integers(1, 8))
+    names = ("uid", "key", "url", "sha256", "text")
+    values = [(uid_of(i), f"{i:04d}", f"u{i}", f"{i:064x}", f"t{i % 5}") for i in range(n)]
+    facts = [dict(zip(names, one, strict=True)) for one in values]
+    order = random.permutation(n)[: random.integers(n // 2, n + 1)].tolist()
+    rows = [dict(facts[i]) for i in (*order, *order[: random.integers(0, 2)])]
+    for name in names:
+        if len(rows) > 1 and random.random() < 0.2:
+            one, two = random.choice(len(rows), 2, replace=False)
+            rows[one][name], rows[two][name] = rows[two][name], rows[one][name]
+    asked = [name for name in names if random.random() < 0.6] or ["key"]
+    known = {name for name in ("uid", "url", "sha256", "text") if random.random() < 0.6}
+    samples = []
+    for item in facts:
+        row = {name: item[name] for name in ("url", "sha256") if name in known}
+        row |= {name: item[name] if name in known else None for name in ("uid", "text")}
+        samples.append(row | {"key": item["key"], "original_width": 9, "original_height": 9})
+    return samples, pa.Table.from_pylist([{name: row[name] for name in asked} | {"n": i} for i, row in enumerate(rows)])
+
+
+def test_whatever_the_rows_no_pair_disagrees_and_nothing_is_lost():
+    """Random tars and parquets: what is joined agrees in all that both have; everything else is reported once."""
+    joined = 0
+    for seed in range(400):
+        samples, parquet = random_case(seed)
+        skipped, before = [], {row["key"]: dict(row) for row in samples}
+        try:
+            rows = join(samples, parquet, "0", skipped).to_pylist()
+        except WinnowError as error:
+            assert "no column to join them by" in str(error)
+            continue
+        pairs = [(before[row["key"]], parquet.slice(row["n"], 1).to_pylist()[0]) for row in rows]
+        for sample_facts, row in pairs:
+            for name in ("uid", "url", "sha256", "text"):
+                assert sample_facts.get(name) is None or row.get(name) in (None, sample_facts[name]), seed
+        assert len({row["n"] for _, row in pairs}) == len({item["key"] for item, _ in pairs}) == len(rows), seed
+        of_tar = [item for item in skipped if "in the parquet" not in item.reason or "in the tar but" in item.reason]
+        assert len(of_tar) == len(samples) - len(rows), seed
+        # Rows that are neither used nor reported belong to samples that are.
+        unreported = parquet.num_rows - len(rows) - (len(skipped) - len(of_tar))
+        assert 0 <= unreported <= len(of_tar), seed
+        joined += len(rows)
+    assert joined > 600

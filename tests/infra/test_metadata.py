@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from winnow.infra.errors import WinnowError
-from winnow.infra.pool.metadata import is_metadata
+from winnow.infra.pool.metadata import feature_dims, is_metadata, read_feature
 from winnow.infra.pool.pool import Pool
 from winnow.infra.pool.uids import decode_uids, derived_uid
 
@@ -92,3 +92,25 @@ def test_damage_is_reported(folder, damage, words):
 def test_a_missing_column(folder):
     with pytest.raises(WinnowError, match='no column "clip_l14_similarity_score"'):
         Pool.open(str(folder)).shard("a").table(["clip_l14_similarity_score"])
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_corrupted_byte_of_the_features_is_noticed_or_changes_nothing(tmp_path, save):
+    vectors = np.random.default_rng(0).normal(size=(20, 8))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    path = tmp_path / "a.npz"
+    save(path, l14_img=vectors)
+    whole, noticed = path.read_bytes(), 0
+    for at in range(len(whole)):
+        data = bytearray(whole)
+        data[at] ^= 1 << at % 8
+        path.write_bytes(data)
+        try:
+            feature_dims(str(path))
+            found = read_feature(str(path), "l14_img", 20)
+        except WinnowError as error:
+            assert "a.npz: " in str(error)
+            noticed += 1
+        else:
+            assert np.array_equal(found.flatten().to_numpy(zero_copy_only=False), vectors.ravel())
+    assert noticed > len(whole) // 2

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -296,6 +298,25 @@ def test_a_worker_that_dies_is_a_failed_attempt(tmp_path, ray_executor):
 
     manifest = execute(Deadly((1, 2, 3), str(tmp_path)), ray_executor, budget=Budget(0))
     assert manifest.units == 3 and (tmp_path / "2.txt").read_text() == "4"
+
+
+START = """
+import sys
+from winnow.infra.stages.executors import RayExecutor
+from winnow.infra.stages.runner import execute
+from tests.infra.test_stage import Square
+executor = RayExecutor(num_cpus=1)
+execute(Square((1,), sys.argv[1]), executor)
+executor.close()
+"""
+
+
+def test_a_ray_started_for_a_run_leaves_no_files(tmp_path):
+    with TemporaryDirectory(dir="/tmp") as folder:  # a socket's path must be short
+        env = os.environ | {"TMPDIR": folder}
+        subprocess.run([sys.executable, "-c", START, tmp_path / "out"], check=True, env=env)
+        assert (tmp_path / "out" / "1.txt").exists()
+        assert [path for path in Path(folder).rglob("*") if path.name != "ray"] == []
 
 
 @dataclass

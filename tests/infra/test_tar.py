@@ -90,3 +90,18 @@ def test_files_that_are_not_tars(tmp_path, content, words):
     with (tmp_path / "0.tar").open("rb") as file, pytest.raises(WinnowError) as caught:
         list(tar_samples(file, ()))
     assert caught.value.what == words
+
+
+def test_a_reader_that_takes_no_notice_of_faults_gets_an_error(tmp_path):
+    """As evaluation sets are read: no sample is left out of a test set in silence."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, kind in (("a.txt", tarfile.REGTYPE), ("b.txt", tarfile.LNKTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "a.txt"
+            tar.addfile(info)
+    with (tmp_path / "0.tar").open("rb") as file, pytest.raises(WinnowError, match=r"hard link.*sample b"):
+        list(tar_samples(file, ()))
+    found = []
+    with (tmp_path / "0.tar").open("rb") as file:
+        assert [key for key, _ in tar_samples(file, (), lambda *fault: found.append(fault[:2]))] == ["a"]
+    assert found == [("b", "hard link")]

@@ -35,6 +35,7 @@ COMMANDS = {
         "--max-skipped --debug"
     ),
     "compare": "runs --out --baseline --debug",
+    "verify": "run --debug",
     "ls": "what --debug",
     "doctor": "--debug",
 }

@@ -14,7 +14,7 @@ T = TypeVar("T")
 ATTEMPTS, WAIT, LIMIT = 6, 0.5, 300.0  # of one request: attempts, seconds before the second (then doubled), seconds
 _PERMANENT = (
     *(FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError),
-    *(ValueError, TypeError, LookupError, AttributeError, NotImplementedError, ImportError, EOFError, WinnowError),
+    *(ValueError, TypeError, LookupError, AttributeError, NotImplementedError, ImportError, EOFError),
 )
 
 
@@ -45,6 +45,8 @@ def patiently(url: str, request: Callable[[], T]) -> T:
 
 def _may_pass(error: BaseException) -> bool:
     """Whether a request that failed so may succeed later."""
+    if isinstance(error, (StorageError, WinnowError)):  # of a file system of ours, which has repeated it itself
+        return False
     # fsspec reports whatever an HTTP server answers as a missing file, and the answer as the cause.
     chain = [error, *filter(None, (error.__cause__,))]
     answers = [getattr(item, name, None) for item in chain for name in ("status", "response")]
@@ -55,7 +57,7 @@ def _may_pass(error: BaseException) -> bool:
         answer = getattr(answer, "status_code", answer)
         if isinstance(answer, int) and answer >= 400:
             return answer >= 500 or answer in (408, 429)
-    return not isinstance(error, (*_PERMANENT, StorageError)) and "Credential" not in type(error).__name__
+    return not isinstance(error, _PERMANENT) and "Credential" not in type(error).__name__
 
 
 class RemoteFile(io.RawIOBase):

@@ -75,7 +75,7 @@ def winnow(*args, monkeypatch):
     ("args", "words"),
     [
         (("ls", "filter"), 'unknown list "filter". Did you mean "filters"'),
-        (("run", "nothing.yaml"), "nothing.yaml: cannot be read"),
+        (("run", "nothing.yaml"), "nothing.yaml: no such file"),
         (("run", "quickstart", "--set", "subsets.x={clip_scor: {}}"), 'unknown filter "clip_scor". Did you mean'),
         (("run", "quickstart", "--executor", "slurm"), 'unknown executor "slurm"'),
         (("run", "quickstart", "--until", "curat"), 'unknown stage "curat". Did you mean "curate"'),

@@ -134,6 +134,31 @@ def plain(table: pa.Table, leave: Collection[str] = ()) -> pa.Table:
     return table
 
 
+def utf8(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, list[int]]:
+    """A column of strings, whose content Arrow does not check, or of bytes as strings; and the rows that are not UTF-8,
+    which become null."""
+    try:
+        if pa.types.is_binary(column.type):
+            return column.cast(pa.string()), []
+        column.validate(full=True)
+        return column, []
+    except pa.ArrowInvalid:
+        octets = column.cast(pa.binary()).to_pylist()
+        values = [None if one is None else decoded(one) for one in octets]
+        bad = [
+            at for at, (one, value) in enumerate(zip(octets, values, strict=True)) if value is None and one is not None
+        ]
+        return pa.chunked_array([pa.array(values, pa.string())]), bad
+
+
+def decoded(octets: bytes) -> str | None:
+    """Bytes as text; None if they are not UTF-8."""
+    try:
+        return octets.decode()
+    except UnicodeDecodeError:
+        return None
+
+
 def _is_list(kind: pa.DataType) -> bool:
     types = pa.types
     return any(

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from winnow.infra.errors import WinnowError
-from winnow.infra.io.arrow import float_values, is_text, mask_array, null_mask, number_array, plain
+from winnow.infra.io.arrow import decoded, float_values, is_text, mask_array, null_mask, number_array, plain, utf8
 from winnow.infra.io.parquet import read_parquet
 from winnow.infra.pool.matching import ONLY_PARQUET as ONLY_PARQUET
 from winnow.infra.pool.matching import Facts, Matching, best_matching, caption_of
@@ -107,15 +107,15 @@ class _Parquet:
     def _readable(self, table: pa.Table) -> pa.Table:
         """The table with null for strings that are not UTF-8, which Arrow does not check."""
         for i, (name, kind) in enumerate(zip(table.schema.names, table.schema.types, strict=True)):
+            if pa.types.is_string(kind):
+                column, bad = utf8(table[i])
+                self.faults.update(dict.fromkeys(bad, "a name or text is not UTF-8"))
+                table = table.set_column(i, name, column) if bad else table
+                continue
             try:
                 table[i].validate(full=True)
             except pa.ArrowInvalid as error:
-                if not pa.types.is_string(kind):
-                    raise WinnowError(f'the column "{name}" cannot be read ({error})') from None
-                values = [None if one is None else _decoded(one) for one in table[i].cast(pa.binary()).to_pylist()]
-                bad = [at for at, one in enumerate(values) if one is None and table[i][at].is_valid]
-                self.faults.update(dict.fromkeys(bad, "a name or text is not UTF-8"))
-                table = table.set_column(i, name, pa.chunked_array([pa.array(values, pa.string())]))
+                raise WinnowError(f'the column "{name}" cannot be read ({error})') from None
         return table
 
     def _use_sizes(self, name: str) -> None:
@@ -186,7 +186,7 @@ def _words(name: str, column: pa.ChunkedArray) -> list[str | None]:
     values = column.to_pylist()
     if pa.types.is_binary(column.type):
         size = {"uid": 16, "sha256": 32}.get(name)
-        values = [one if one is None else one.hex() if len(one) == size else _decoded(one) for one in values]
+        values = [one if one is None else one.hex() if len(one) == size else decoded(one) for one in values]
     elif pa.types.is_floating(column.type):
         values = [str(int(one)) if one is not None and one.is_integer() else None for one in values]
     elif not is_text(column.type):
@@ -194,13 +194,6 @@ def _words(name: str, column: pa.ChunkedArray) -> list[str | None]:
     if name in ("uid", "sha256"):
         return [one.lower() if one else None for one in values]
     return values if name in ("text", "caption") else [one or None for one in values]
-
-
-def _decoded(value: bytes) -> str | None:
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return None
 
 
 def _number(value: Any) -> float:

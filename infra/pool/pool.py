@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from winnow.infra.errors import WinnowError
 from winnow.infra.io import storage
-from winnow.infra.io.arrow import mask_array, plain
+from winnow.infra.io.arrow import is_text, mask_array, plain, utf8
 from winnow.infra.io.images import EXTENSIONS
 from winnow.infra.io.parquet import open_parquet, unreadable
 from winnow.infra.io.prefetch import prefetch
@@ -105,15 +105,14 @@ class Shard:
         return table
 
     def _plain(self, table: pa.Table) -> pa.Table:
-        """The table in plain types. Writers that do not mark strings as such leave uids and captions as bytes."""
+        """The table in plain types. Uids and captions are text also where their writer did not mark them as such;
+        captions of metadata that are not UTF-8 are null."""
         table = plain(table, leave=(SOURCE.name,))
-        for i, item in enumerate(table.schema):
-            if item.name in ("uid", "text") and pa.types.is_binary(item.type):
-                try:
-                    values = uid_column(decode_uids(table[i])) if item.name == "uid" else table[i].cast(pa.string())
-                except pa.ArrowInvalid:
-                    raise WinnowError("has captions that are not UTF-8", where=self.view) from None
-                table = table.set_column(i, item.name, values)
+        for i, (name, kind) in enumerate(zip(table.schema.names, table.schema.types, strict=True)):
+            if name == "uid" and pa.types.is_binary(kind):
+                table = table.set_column(i, name, uid_column(decode_uids(table[i])))
+            elif name == "text" and not self.tars and is_text(kind):
+                table = table.set_column(i, name, utf8(table[i])[0])
         return table
 
     def _with_features(self, table: pa.Table, names: Iterable[str]) -> pa.Table:

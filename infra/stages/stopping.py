@@ -76,8 +76,7 @@ def noticed() -> Iterator[Callable[[], bool]]:
         os.write(2, _SAYS)
 
     with contextlib.ExitStack() as stack:
-        if threading.current_thread() is threading.main_thread():
-            stack.enter_context(_handled(notice))
+        stack.enter_context(_handled(notice))
         try:
             yield lambda: bool(seen)
         finally:
@@ -86,7 +85,8 @@ def noticed() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    here = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, handler) for number in here}
     try:
         yield
     finally:

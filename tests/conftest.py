@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ from winnow.infra.stages.executors import SerialExecutor
 from winnow.infra.stages.runner import execute
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which xdist's processes ignore
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

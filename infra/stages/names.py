@@ -6,12 +6,11 @@ import re
 from typing import Any
 
 from winnow.infra.params import ParameterError
+from winnow.infra.stages.stage import CHECKSUMS, LOCATIONS, MANIFEST, RECORDS
 
 MAX_NAME = 120  # bytes; a file name has at most 255, and ours are longer than the name
 # What a stage keeps in its directory; names with a dot in front (.lock, temporary files) are refused in any case.
-RESERVED = frozenset(
-    {"manifest.json", "locations.json", "places.json", "sources.json", "log.jsonl", "units", "notes", "fits"}
-)
+RESERVED = frozenset({MANIFEST, LOCATIONS, CHECKSUMS, RECORDS, "places.json", "log.jsonl", "notes", "fits"})
 
 
 def check_name(what: str, name: Any) -> None:

@@ -134,7 +134,8 @@ def test_a_tar_cut_in_the_middle_keeps_its_whole_samples_and_says_so(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [(gzip.compress(b"x" * 2000, mtime=0), "compressed"), (b"", "empty"), (b"<html>" * 200, "not a tar")]
+    ("content", "reason"),
+    [(gzip.compress(b"x" * 2000, mtime=0), "compressed"), (b"", "empty"), (b"<html>" * 200, "not a tar")],
 )
 def test_a_file_that_is_no_plain_tar_is_named_for_what_it_is(tmp_path, content, reason):
     shards = write_pool(tmp_path / "shards", 1, 3, parquet=False)

@@ -207,7 +207,7 @@ def test_a_training_may_be_given_on_the_command_line_alone():
         "Units",
         "manifest.json",
         "locations.json",
-        "sources.json",
+        "checksums.json",
         "fits",
         ".lock",
         ".x",

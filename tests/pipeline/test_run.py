@@ -164,6 +164,7 @@ def test_running_again_does_nothing(finished, monkeypatch):
 
 def test_a_changed_threshold_recomputes_one_subset(finished, tmp_path):
     out, manifests = finished
+    first = json.loads((out / "report" / "comparison.json").read_text())
     kept = ("columns", "scorer", "pool", "injected", "subsets/none", "subsets/both", "shards/both", "checkpoints/both")
     before = times(out, *kept)
     old = times(out, "subsets/half", "checkpoints/half")
@@ -175,7 +176,10 @@ def test_a_changed_threshold_recomputes_one_subset(finished, tmp_path):
     assert again["curate"].values["subsets"]["half"] == int(pool * 0.25) + 1
     # and back: the scores are what they were
     _, back = run(out)
-    assert back["compare"].digest == manifests["compare"].digest
+    assert back["evaluate"].digest == manifests["evaluate"].digest
+    compared = json.loads((out / "report" / "comparison.json").read_text())
+    assert {entry["subset"] for entry in compared.pop("earlier")} == {"half"}
+    assert compared == first
 
 
 def test_plan_says_what_is_left(finished, tmp_path):
@@ -269,8 +273,8 @@ def bucket():
     import s3fs
 
     s3fs.S3FileSystem.clear_instance_cache()
-    fsspec.filesystem("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"]).mkdir("winnow")
-    yield "s3://winnow"
+    fsspec.filesystem("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"]).mkdir("winnow-run")
+    yield "s3://winnow-run"
     server.stop()
     os.environ.clear()
     os.environ.update(old)

@@ -24,6 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which xdist's processes ignore
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `-n`, a process runs whole modules, so that fixtures are made once; one of them all tests on Ray, first."""
     on_ray = ["ray_session" in getattr(item, "fixturenames", ()) for item in items]

@@ -37,7 +37,7 @@ quickstart: install
 	$(BIN)/winnow run quickstart --out runs/quickstart
 
 test: dev
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: dev
 	$(BIN)/ruff check .

@@ -24,14 +24,10 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which xdist's processes ignore
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n`, a process runs whole modules, so that fixtures are made once; one of them all tests on Ray, first."""
-    on_ray = ["ray_session" in getattr(item, "fixturenames", ()) for item in items]
-    for item, ray in zip(items, on_ray, strict=True):
-        item.add_marker(pytest.mark.xdist_group("ray" if ray else item.location[0]))
-    order = {id(item): not ray for item, ray in zip(items, on_ray, strict=True)}
-    items.sort(key=lambda item: order[id(item)])
+    """The files with tests on Ray first: they take longest, and with `-n` a process runs whole files."""
+    on_ray = {item.location[0] for item in items if "ray_session" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.location[0] not in on_ray)
 
 
 @pytest.fixture(scope="session")

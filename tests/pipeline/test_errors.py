@@ -75,7 +75,7 @@ def test_a_storage_that_refuses_access(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_ray_that_does_not_start(tmp_path: Path) -> None:
-    """In a process of its own, because others of this session may have started one."""
+    """In a process of its own, because other tests may have started one."""
     write_pool(tmp_path / "shards", 1, 2)
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command = [sys.executable, "-m", "winnow.pipeline.cli", "index", tmp_path / "shards", "--out", tmp_path / "pool"]

@@ -43,7 +43,7 @@ def test_ray_train_on_two_processes_trains_as_serial(ray_executor, tmp_path: Pat
 
 
 def children(name: str) -> list[psutil.Process]:
-    """Processes of this session's Ray."""
+    """Processes of the tests' Ray."""
     return [process for process in psutil.Process().children(recursive=True) if name in " ".join(process.cmdline())]
 
 
